@@ -1,0 +1,193 @@
+"""The HTTP API over the node. No logic lives here: each route asks the node and shows what it says."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from importlib import metadata
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, Path, Query, Response
+from fastapi.responses import PlainTextResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from weightd.api import problems
+from weightd.api.gate import Gate
+from weightd.api.models import (
+    DeviceRecord,
+    Health,
+    LeaseList,
+    LeaseRecord,
+    NodeRecord,
+    SegmentManifest,
+    StageList,
+    StageRecord,
+    manifest_record,
+    stage_record,
+)
+from weightd.api.problems import NotPlanned, responses
+from weightd.daemon.credentials import AllowedPeers
+from weightd.daemon.errors import InvalidRequest
+from weightd.daemon.node import Node
+from weightd.daemon.request import StageRequest
+from weightd.daemon.stage import Stage
+
+MAX_BODY_BYTES = 16 << 20
+MAX_WAIT_SECONDS = 86400.0
+
+StageId = Annotated[str, Path(max_length=64, description="The stage's id.")]
+_VERSIONS = ("weightd", "runai-model-streamer", "obstore", "torch", "nixl", "cupy", "cuda-bindings")
+
+
+def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, listen_host: str = "127.0.0.1") -> FastAPI:
+    """The application. ``listen_host`` is the TCP address it is served on, beside the Unix socket."""
+    app = FastAPI(
+        title="weightd",
+        version=_version("weightd") or "0",
+        summary="Stages model weights into memory that engines map.",
+        max_body_size=MAX_BODY_BYTES,
+        responses=responses(400, 401, 403, 422),
+    )
+    problems.install(app)
+    app.add_middleware(
+        Gate,
+        peers=peers,
+        token=token,
+        listen_host=listen_host,
+        metrics=node.metrics,
+    )
+
+    async def known_stage(stage_id: StageId) -> Stage:
+        # A dependency, because an event stream has answered 200 by the time that its own code runs.
+        return node.get(stage_id)
+
+    @app.post(
+        "/v1/stage",
+        status_code=202,
+        response_model=StageRecord,
+        responses={
+            200: {"model": StageRecord, "description": "It is there already."},
+            202: {"description": "It is on its way, or it failed on the way: see its state."},
+            **responses(413, 507),
+        },
+    )
+    async def stage(
+        request: StageRequest,
+        response: Response,
+        wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS, description="Seconds to wait for its end.")] = 0,
+    ) -> StageRecord:
+        """Stage a checkpoint, or join a stage of the same that is there or on its way. Answers once it is planned."""
+        found, existed = await node.stage(request)
+        if wait:
+            await found.wait(wait)
+        if existed and found.state == "ready":
+            response.status_code = 200
+        response.headers["Location"] = f"/v1/stage/{found.id}"
+        return stage_record(found)
+
+    @app.get("/v1/stage")
+    async def stages() -> StageList:
+        """All stages, oldest first, with those that ended lately."""
+        return StageList(stages=[stage_record(found) for found in node.stages.values()])
+
+    @app.get("/v1/stage/{stage_id}", responses=responses(404))
+    async def show(stage_id: StageId) -> StageRecord:
+        """One stage."""
+        return stage_record(node.get(stage_id))
+
+    @app.get("/v1/stage/{stage_id}/manifest", responses=responses(404, 409))
+    async def manifest(
+        stage_id: StageId,
+        tp_rank: Annotated[
+            int | None, Query(ge=0, description="Which segment; needed where there are several.")
+        ] = None,
+        leaves: Annotated[bool, Query(description="Also the leaf digests.")] = False,
+    ) -> SegmentManifest:
+        """What one of its segments holds."""
+        found = node.get(stage_id)
+        if found.plan is None:
+            raise NotPlanned(f"stage {found.id} is {found.state}: it has no manifest")
+        ranks = found.request.ranks
+        if tp_rank is None and len(ranks) > 1:
+            raise InvalidRequest(f"tp_rank: stage {found.id} has a segment for each of {list(ranks)}: say which")
+        if tp_rank is not None and tp_rank not in ranks:
+            raise InvalidRequest(f"tp_rank: stage {found.id} has no rank {tp_rank}, it has {list(ranks)}")
+        index = 0 if tp_rank is None else ranks.index(tp_rank)
+        return await asyncio.to_thread(manifest_record, found, index, leaves)
+
+    @app.get("/v1/stage/{stage_id}/events", response_class=EventSourceResponse, responses=responses(404))
+    async def events(found: Annotated[Stage, Depends(known_stage)]) -> AsyncIterator[ServerSentEvent]:
+        """Its record as server-sent events: ``state`` at every change, ``progress`` while it loads; ends as it does."""
+        last, number = "", 0
+        async for _ in found.watch():
+            record = stage_record(found)
+            number += 1
+            yield ServerSentEvent(
+                event="progress" if record.state == last else "state", id=str(number), data=record, retry=1000
+            )
+            last = record.state
+
+    @app.delete("/v1/stage/{stage_id}", responses=responses(404, 409))
+    async def remove(stage_id: StageId) -> StageRecord:
+        """Cancel it while it is on its way; drop it once it has ended. Refused while anybody leases it."""
+        return stage_record(node.drop(stage_id))
+
+    @app.get("/v1/leases")
+    async def leases() -> LeaseList:
+        """All leases."""
+        return LeaseList(
+            leases=[
+                LeaseRecord(
+                    id=lease.id,
+                    stage=lease.stage,
+                    model=node.get(lease.stage).uri,
+                    tp_rank=lease.rank,
+                    uid=lease.uid,
+                    gid=lease.gid,
+                    pid=lease.pid,
+                    since=lease.since,
+                )
+                for lease in node.leases()
+            ]
+        )
+
+    @app.get("/v1/node")
+    async def describe() -> NodeRecord:
+        """The daemon and its devices."""
+        devices = []
+        for device in node.devices.values():
+            used = node.used(device.name)
+            devices.append(
+                DeviceRecord(
+                    name=device.name,
+                    capacity_bytes=device.capacity,
+                    used_bytes=used,
+                    free_bytes=max(0, device.capacity - used),
+                )
+            )
+        return NodeRecord(
+            pid=os.getpid(),
+            started_at=node.started_at,
+            default_device=node.default_device,
+            devices=devices,
+            versions={name: _version(name) for name in _VERSIONS},
+        )
+
+    @app.get("/livez")
+    @app.get("/readyz")
+    @app.get("/healthz")
+    async def health() -> Health:
+        """The daemon answers."""
+        return Health()
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(node.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,80 @@
+"""Who may come in: peers of the Unix socket by their credentials, TCP clients by token and by the host they name."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from weightd.api.problems import problem
+from weightd.daemon.credentials import AllowedPeers, Peer, peer_of
+from weightd.daemon.metrics import Metrics
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_OPEN = frozenset({"/livez", "/readyz", "/healthz"})
+_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+class PeerProtocol(H11Protocol):
+    """uvicorn's HTTP protocol, which also tells the application who is at the other end of a Unix socket."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        connection = transport.get_extra_info("socket")
+        if connection is not None and connection.family.name == "AF_UNIX":
+            self.app_state = {**self.app_state, "peer": peer_of(connection)}
+
+
+class Gate:
+    """ASGI middleware: refuses who may not come in, and measures those who may."""
+
+    def __init__(
+        self, app: ASGIApp, *, peers: AllowedPeers, token: str | None, listen_host: str, metrics: Metrics
+    ) -> None:
+        self._app = app
+        self._peers = peers
+        self._token = f"Bearer {token}".encode() if token else None
+        # A page in a browser can reach loopback under a name of its own (DNS rebinding); the Host header tells.
+        self._hosts = {*_LOCAL_HOSTS, listen_host} if listen_host in _LOCAL_HOSTS else None
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+
+        async def measured(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "unmatched")
+                labels = (scope["method"] if route != "unmatched" else "other", route, str(message["status"]))
+                self._metrics.api_seconds.labels(*labels).observe(time.perf_counter() - started)
+            await send(message)
+
+        refusal = self._refusal(scope)
+        await (refusal or self._app)(scope, receive, measured)
+
+    def _refusal(self, scope: Scope) -> Callable[..., Any] | None:
+        peer: Peer | None = scope.get("state", {}).get("peer")
+        if peer is not None:
+            return None if self._peers.admits(peer) else problem(403, "peer_not_allowed", self._peers.refusal(peer))
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = host if host.endswith("]") else host.rpartition(":")[0] if ":" in host else host
+        if self._hosts is not None and name not in self._hosts:
+            return problem(403, "host_not_allowed", f"Host is {host[:100]!r}: this API is for the local machine")
+        given = headers.get(b"authorization", b"")
+        if self._token and scope["path"] not in _OPEN and not hmac.compare_digest(given, self._token):
+            return problem(
+                401,
+                "unauthorized",
+                "a bearer token is needed here: the setting WEIGHTD_TOKEN has it",
+                {"WWW-Authenticate": "Bearer"},
+            )
+        return None

@@ -1,0 +1,226 @@
+"""What the HTTP API answers, documented field by field. Sizes in bytes, times in seconds."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from weightd.daemon.manifests import segment_manifest
+from weightd.daemon.request import StageRequest
+from weightd.daemon.stage import Stage
+
+State = Literal["queued", "planning", "loading", "verifying", "ready", "failed", "cancelled", "evicted"]
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 has it. Errors may carry further members, named in the documentation of their code."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(description="about:blank: the code says it all.")
+    title: str = Field(description="The HTTP status in words.")
+    status: int = Field(description="The HTTP status.")
+    detail: str = Field(description="What went wrong with what, what was found, what is allowed, what to do.")
+    code: str = Field(description="Stable name of the error, for programs.")
+
+
+class StageError(BaseModel):
+    """Why a stage ended without being ready."""
+
+    code: str = Field(description="Stable name of the error, for programs.")
+    message: str = Field(description="What went wrong with what, what was found, what is allowed, what to do.")
+    details: dict[str, Any] = Field(description="The same in single values, by code.")
+
+
+class SegmentRecord(BaseModel):
+    """One segment of a stage: one rank's memory."""
+
+    tp_rank: int = Field(description="Tensor-parallel rank that it is for.")
+    nbytes: int = Field(description="Bytes of the layout, padding included.")
+    tensors: int = Field(description="Tensors in it.")
+    handle: str = Field(description="Kind of handle that it is lent by.")
+    digest: str | None = Field(description="Digest of its tensors' values, once ready.")
+
+
+class StageRecord(BaseModel):
+    """One stage as it is now."""
+
+    id: str = Field(description="Name of the stage.")
+    model: str = Field(description="Canonical URI of the checkpoint.")
+    device: str = Field(description="Device of its segments.")
+    state: State = Field(description="Where it is between queued and ready, or how it ended.")
+    error: StageError | None = Field(description="Why it ended, where it is failed or cancelled.")
+    request: StageRequest = Field(description="What was asked for.")
+    source: str = Field(description="Kind of source of its bytes: file, object-store.")
+    created_at: float = Field(description="When it was asked for, in seconds since the epoch.")
+    ready_at: float | None = Field(description="When it became ready, in seconds since the epoch.")
+    bytes_total: int = Field(description="Bytes to read; 0 until planned and started.")
+    bytes_done: int = Field(description="Bytes read, landed and hashed.")
+    bytes_per_second: float | None = Field(description="Mean rate of loading so far.")
+    eta_seconds: float | None = Field(description="Seconds until loaded at that rate, while loading.")
+    state_seconds: dict[str, float] = Field(description="Seconds spent in each state.")
+    phase_seconds: dict[str, float] = Field(
+        description="Thread-seconds of loading by phase: source, buffers, copying, verifying."
+    )
+    footprint_bytes: int = Field(description="Bytes of the device's capacity that it takes.")
+    segments: list[SegmentRecord] = Field(description="One for each rank, once planned.")
+    checkpoint_digest: str | None = Field(
+        description="Digest of the whole checkpoint's values, where all of it was read; once ready."
+    )
+    metadata: str | None = Field(description="Folder with the checkpoint's configuration and tokenizer files.")
+    priority: int = Field(description="Priority, the highest that anybody asked for.")
+    pin: bool = Field(description="Whether anybody asked for it never to be evicted.")
+    leases: int = Field(description="Leases held on it.")
+
+
+class StageList(BaseModel):
+    """All stages, oldest first."""
+
+    stages: list[StageRecord] = Field(description="Each stage's record.")
+
+
+class ManifestTensor(BaseModel):
+    """One tensor of a segment."""
+
+    name: str = Field(description="Its name in the checkpoint.")
+    dtype: str = Field(description="Its safetensors dtype.")
+    shape: list[int] = Field(description="Its sizes in the segment, in elements, row-major.")
+    offset: int = Field(description="Where it starts, in bytes from the segment's start.")
+    nbytes: int = Field(description="Bytes that it takes.")
+    digest: str | None = Field(description="Digest of its values, once ready.")
+    leaves: list[str] | None = Field(None, description="XXH3-64 of each MiB of it, in hexadecimal, where asked for.")
+
+
+class SegmentManifest(BaseModel):
+    """What one segment holds."""
+
+    stage: str = Field(description="The stage's id.")
+    model: str = Field(description="Canonical URI of the checkpoint.")
+    tp_rank: int = Field(description="Tensor-parallel rank of the segment.")
+    tp_size: int = Field(description="Ranks of the plan.")
+    nbytes: int = Field(description="Bytes of the segment.")
+    digest: str | None = Field(description="Digest of the segment's values, once ready.")
+    checkpoint_digest: str | None = Field(description="Digest of the whole checkpoint's values, where known.")
+    metadata: str | None = Field(description="Folder with the checkpoint's configuration and tokenizer files.")
+    tensors: list[ManifestTensor] = Field(description="Its tensors in the order of their offsets.")
+
+
+class LeaseRecord(BaseModel):
+    """One process's use of one segment."""
+
+    id: str = Field(description="Name of the lease.")
+    stage: str = Field(description="The stage's id.")
+    model: str = Field(description="Canonical URI of the checkpoint.")
+    tp_rank: int = Field(description="Tensor-parallel rank of the segment.")
+    uid: int = Field(description="User of the process, by number.")
+    gid: int = Field(description="Group of the process, by number.")
+    pid: int = Field(description="Its process id as the daemon sees it; 0 in a foreign pid namespace.")
+    since: float = Field(description="Since when, in seconds since the epoch.")
+
+
+class LeaseList(BaseModel):
+    """All leases."""
+
+    leases: list[LeaseRecord] = Field(description="Each lease.")
+
+
+class DeviceRecord(BaseModel):
+    """One device of the node."""
+
+    name: str = Field(description="As in requests.")
+    capacity_bytes: int = Field(description="Bytes that segments may take.")
+    used_bytes: int = Field(description="Bytes that segments take or are promised.")
+    free_bytes: int = Field(description="What is left of it.")
+
+
+class NodeRecord(BaseModel):
+    """The daemon and what it runs on."""
+
+    pid: int = Field(description="The daemon's process id.")
+    started_at: float = Field(description="When it started, in seconds since the epoch.")
+    default_device: str = Field(description="Device of requests that name none.")
+    devices: list[DeviceRecord] = Field(description="Where segments can live.")
+    versions: dict[str, str | None] = Field(description="Versions of weightd and of what moves its bytes.")
+
+
+class Health(BaseModel):
+    """The daemon is there."""
+
+    status: Literal["ok"] = Field("ok", description="Always ok; anything else is no answer, or a problem.")
+
+
+def stage_record(stage: Stage) -> StageRecord:
+    """A stage as the API shows it."""
+    seconds = stage.state_seconds()
+    loading = seconds.get("loading", 0.0)
+    rate = stage.bytes_done / loading if loading > 0 and stage.bytes_done else None
+    left = stage.bytes_total - stage.bytes_done
+    return StageRecord(
+        id=stage.id,
+        model=stage.uri,
+        device=stage.device,
+        state=stage.state,
+        error=StageError(code=stage.error.code, message=str(stage.error), details=stage.error.details)
+        if stage.error
+        else None,
+        request=stage.request,
+        source=stage.source_kind,
+        created_at=stage.created_at,
+        ready_at=stage.ready_at,
+        bytes_total=stage.bytes_total,
+        bytes_done=stage.bytes_done,
+        bytes_per_second=rate,
+        eta_seconds=left / rate if rate and stage.state == "loading" else None,
+        state_seconds=seconds,
+        phase_seconds=dict(stage.fill.seconds) if stage.fill else stage.phase_seconds,
+        footprint_bytes=stage.footprint,
+        segments=[
+            SegmentRecord(
+                tp_rank=recipe.rank,
+                nbytes=recipe.nbytes,
+                tensors=len(recipe.entries),
+                handle="fd",
+                digest=stage.segment_digests[index] if stage.segment_digests else None,
+            )
+            for index, recipe in enumerate(stage.plan.recipes if stage.plan else ())
+        ],
+        checkpoint_digest=stage.checkpoint_digest,
+        metadata=stage.plan.metadata_folder if stage.plan else None,
+        priority=stage.priority,
+        pin=stage.pin,
+        leases=len(stage.leases),
+    )
+
+
+def manifest_record(stage: Stage, index: int, leaves: bool) -> SegmentManifest:
+    """A planned stage's segment as the API shows it."""
+    ready = stage.state == "ready"
+    manifest = segment_manifest(
+        stage,
+        index,
+        stage.digests[index] if ready else None,
+        stage.segment_digests[index] if ready else None,
+        stage.checkpoint_digest,
+    )
+    return SegmentManifest(
+        stage=manifest.stage,
+        model=manifest.model,
+        tp_rank=manifest.tp_rank,
+        tp_size=manifest.tp_size,
+        nbytes=manifest.nbytes,
+        digest=manifest.digest,
+        checkpoint_digest=manifest.checkpoint_digest,
+        metadata=manifest.metadata,
+        tensors=[
+            ManifestTensor(
+                name=entry.name,
+                dtype=entry.dtype,
+                shape=list(entry.shape),
+                offset=entry.offset,
+                nbytes=entry.nbytes,
+                digest=manifest.digests[i] if manifest.digests else None,
+                leaves=[f"{leaf:016x}" for leaf in stage.leaves[index][i]] if leaves and ready else None,
+            )
+            for i, entry in enumerate(manifest)
+        ],
+    )

@@ -1,0 +1,289 @@
+"""The ``weightd`` command."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+try:
+    import typer
+    from pydantic import ValidationError
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.table import Table
+except ImportError as missing:
+    sys.exit(f"weightd: {missing}: the command needs the daemon's packages: pip install 'weightd[daemon]'")
+
+from weightd.daemon.request import describe_errors
+from weightd.daemon.settings import Settings
+from weightd.ipc import Client, WeightdError
+
+app = typer.Typer(
+    name="weightd",
+    help="Stages model weights into memory that inference engines map.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Entry point: errors that a user can do something about are one line, not a traceback."""
+    try:
+        app()
+    except WeightdError as error:
+        err.print(f"weightd: {error}" + (f" [{error.code}]" if error.code else ""), style="red", markup=False)
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+# ---------------------------------------------------------------------- serve
+
+
+def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per setting, so that Settings is the only list of them."""
+    parameters = []
+    for name, field in Settings.model_fields.items():
+        several = name in ("allow", "capacity")
+        default = field.get_default(call_default_factory=True, validated_data={})
+        shown = ""
+        if default is not None and default != "" and not several:
+            text = ",".join(map(str, default)) if isinstance(default, list) else str(default)
+            shown = f" [default: {text}]"
+        option = typer.Option(
+            f"--{name.replace('_', '-')}",
+            help=f"{field.description} [env: WEIGHTD_{name.upper()}]{shown}".replace("[", "\\["),
+            show_default=False,
+            metavar="DEVICE=SIZE" if name == "capacity" else "URI_PREFIX" if several else "VALUE",
+        )
+        kind: Any = list[str] | None if several else str | None
+        annotation = Annotated[kind, option]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    no_listen = Annotated[bool, typer.Option("--no-listen", help="No TCP port: the Unix sockets only.")]
+    parameters.append(
+        inspect.Parameter("no_listen", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=no_listen)
+    )
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+@app.command(rich_help_panel="Daemon")
+@_settings_options
+def serve(**options: Any) -> None:
+    """Run the daemon in the foreground until SIGTERM or Ctrl-C.
+
+    Every setting is a flag here, else a WEIGHTD_* variable, else its default.
+    """
+    given = {name: value for name, value in options.items() if value not in (None, []) and name != "no_listen"}
+    if options["no_listen"]:
+        given["listen"] = ""
+    try:
+        Settings(**given)
+    except ValidationError as error:
+        for line in describe_errors(list(error.errors())):
+            err.print(f"weightd: setting {line}", style="red", markup=False)
+        sys.exit(2)
+    for name, value in given.items():
+        os.environ[f"WEIGHTD_{name.upper()}"] = ",".join(value) if isinstance(value, list) else value
+    # The process becomes the daemon: the command's own packages are not for it to carry.
+    os.execv(sys.executable, [sys.executable, "-m", "weightd.api"])
+
+
+# ---------------------------------------------------------------------- stages
+
+
+@app.command()
+def stage(
+    model: Annotated[str, typer.Argument(help="Folder, .safetensors file, s3://, gs://, az:// or hf:// URI.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it is ready, showing progress on stderr.")] = False,
+    device: Annotated[str | None, typer.Option(help="Device of the segments; default: the node's.")] = None,
+    tp_size: Annotated[int, typer.Option(help="Tensor-parallel ranks of the plan.")] = 1,
+    tp_rank: Annotated[str, typer.Option(help="Ranks to stage: one, several with commas, or all.")] = "0",
+    tp_map: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN=DIM", help="How to cut tensors: a dimension, or replicate.")
+    ] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Glob pattern of tensors to stage.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob pattern of tensors not to stage.")] = None,
+    expect_digest: Annotated[str | None, typer.Option(help="What the bytes must be: xxh3:... or a SHA-256.")] = None,
+    priority: Annotated[int, typer.Option(help="Higher loads first.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Stage a checkpoint. Exit code 1 where it fails."""
+    request: dict[str, Any] = {"device": device, "expect_digest": expect_digest, "priority": priority}
+    if include or exclude:
+        request["tensors"] = {"include": include or [], "exclude": exclude or []}
+    if tp_size > 1:
+        request["parallel"] = {"tp_size": tp_size, "tp_rank": _ranks(tp_rank), "map": dict(map(_split, tp_map or []))}
+    with Client() as client:
+        record = client.stage(model if ":" in model.partition("/")[0] else os.path.abspath(model), **request)
+        if wait:
+            record = _follow(client, record)
+    _print(record, as_json, _show)
+    if record["state"] in ("failed", "cancelled"):
+        sys.exit(1)
+
+
+def _ranks(text: str) -> int | list[int] | str:
+    try:
+        return text if text == "all" else int(text) if "," not in text else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--tp-rank: expected a number, numbers with commas, or all, found {text!r}") from None
+
+
+def _split(text: str) -> tuple[str, int | str]:
+    pattern, _, dim = text.rpartition("=")
+    try:
+        return pattern, dim if dim == "replicate" else int(dim)
+    except ValueError:
+        raise typer.BadParameter(f"--tp-map: expected PATTERN=DIM or PATTERN=replicate, found {text!r}") from None
+
+
+def _follow(client: Client, record: dict[str, Any]) -> dict[str, Any]:
+    """Show a stage's progress on stderr until it ends: a bar on a terminal, else a line for each state."""
+    stage_id = record["id"]
+    if not err.is_terminal:
+        last = ""
+        for record in client.events(stage_id):
+            if record["state"] != last:
+                last = record["state"]
+                err.print(f"{record['id']} {last} {record['bytes_done']}/{record['bytes_total']} bytes", markup=False)
+        return record
+    columns = (TextColumn("{task.description:>9}"), BarColumn(), DownloadColumn(binary_units=True),
+               TransferSpeedColumn(), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=err) as progress:
+        bar = progress.add_task("queued", total=None)
+        for record in client.events(stage_id):
+            total = record["bytes_total"] or None
+            progress.update(bar, description=record["state"], completed=record["bytes_done"], total=total)
+    return record
+
+
+@app.command("ls")
+def list_stages(as_json: Json = False) -> None:
+    """List all stages."""
+    with Client() as client:
+        stages = client.stages()
+
+    def table(stages: list[dict[str, Any]]) -> None:
+        view = Table(box=None, header_style="bold")
+        for column in ("ID", "STATE", "BYTES", "DEVICE", "LEASES", "MODEL"):
+            view.add_column(column, overflow="fold", justify="right" if column in ("BYTES", "LEASES") else "left")
+        for record in stages:
+            size = record["footprint_bytes"] or record["bytes_total"]
+            view.add_row(
+                record["id"], record["state"], _size(size), record["device"], str(record["leases"]), record["model"]
+            )
+        out.print(view)
+
+    _print(stages, as_json, table)
+
+
+@app.command()
+def show(stage_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = False) -> None:
+    """Show one stage."""
+    with Client() as client:
+        _print(client.show(stage_id), as_json, _show)
+
+
+@app.command("rm")
+def remove(stage_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = False) -> None:
+    """Cancel a stage that is on its way, or drop one that nobody leases."""
+    with Client() as client:
+        _print(client.remove(stage_id), as_json, _show)
+
+
+@app.command()
+def leases(as_json: Json = False) -> None:
+    """List all leases."""
+    with Client() as client:
+        held = client.leases()
+
+    def table(held: list[dict[str, Any]]) -> None:
+        view = Table(box=None, header_style="bold")
+        for column in ("ID", "STAGE", "RANK", "PID", "UID", "MODEL"):
+            view.add_column(column, overflow="fold")
+        for lease in held:
+            view.add_row(*(str(lease[key]) for key in ("id", "stage", "tp_rank", "pid", "uid", "model")))
+        out.print(view)
+
+    _print(held, as_json, table)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check what staging and attaching need, and say how to mend what is missing. Exit code 1 where something is."""
+    from weightd.daemon.doctor import examine
+
+    findings = examine()
+
+    def table(_: Any) -> None:
+        for finding in findings:
+            mark = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "error": "[red]✗[/]"}[finding.level]
+            out.print(mark, f"{finding.what}:", finding.found, markup=True)
+            if finding.remedy:
+                out.print("   →", finding.remedy, markup=False)
+
+    _print([finding._asdict() for finding in findings], as_json, table)
+    if any(finding.level == "error" for finding in findings):
+        sys.exit(1)
+
+
+# ---------------------------------------------------------------------- printing
+
+
+def _print(value: Any, as_json: bool, human: Callable[[Any], None]) -> None:
+    if as_json:
+        print(json.dumps(value, indent=2))
+    else:
+        human(value)
+
+
+def _show(record: dict[str, Any]) -> None:
+    view = Table(box=None, show_header=False)
+    view.add_column(style="bold")
+    view.add_column(overflow="fold")
+    rate = record["bytes_per_second"]
+    rows = {
+        "id": record["id"],
+        "model": record["model"],
+        "state": record["state"],
+        "error": record["error"] and f"{record['error']['message']} [{record['error']['code']}]",
+        "device": record["device"],
+        "bytes": f"{_size(record['bytes_done'])} of {_size(record['bytes_total'])}"
+        + (f", {_size(rate)}/s" if rate else ""),
+        "segments": ", ".join(
+            f"rank {segment['tp_rank']}: {segment['tensors']} tensors, {_size(segment['nbytes'])}"
+            for segment in record["segments"]
+        ),
+        "digest": record["checkpoint_digest"] or ", ".join(s["digest"] for s in record["segments"] if s["digest"]),
+        "seconds": ", ".join(f"{state} {seconds:.2f}" for state, seconds in record["state_seconds"].items()),
+        "metadata": record["metadata"],
+        "leases": str(record["leases"]),
+    }
+    for key, value in rows.items():
+        if value:
+            view.add_row(key, str(value).replace("[", "\\["))
+    out.print(view)
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""``weightd doctor``: what staging and attaching need, looked at one by one, each with its remedy."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from weightd.daemon.devices.cpu import available_memory
+from weightd.daemon.settings import Settings
+from weightd.daemon.sources import libstreamer
+from weightd.ipc import Client, WeightdError
+from weightd.ipc.runtime_dir import API_SOCKET, LEASE_SOCKET
+
+
+class Finding(NamedTuple):
+    """One thing looked at. ``remedy`` is empty where there is nothing to mend."""
+
+    what: str
+    level: Literal["ok", "warning", "error"]
+    found: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything. Raises nothing: what cannot be looked at is a finding."""
+    findings: list[Finding] = []
+    for check in (_daemon, _sockets, _memory, _memlock, _huge_pages, _files, _streamer, _credentials, _cache):
+        try:
+            findings += check()
+        except Exception as error:
+            findings.append(Finding(check.__name__.strip("_"), "error", f"{type(error).__name__}: {error}"))
+    return findings
+
+
+def _daemon() -> Iterator[Finding]:
+    try:
+        with Client() as client:
+            node = client.node()
+    except WeightdError as error:
+        yield Finding("daemon", "error", str(error), "weightd serve")
+        return
+    yield Finding("daemon", "ok", f"pid {node['pid']} at {client.address}")
+    for device in node["devices"]:
+        yield Finding(
+            f"device {device['name']}",
+            "ok" if device["free_bytes"] else "warning",
+            f"{device['used_bytes']} of {device['capacity_bytes']} bytes in use",
+            "" if device["free_bytes"] else "drop a stage (weightd rm), or raise WEIGHTD_CAPACITY",
+        )
+
+
+def _sockets() -> Iterator[Finding]:
+    for name in (API_SOCKET, LEASE_SOCKET):
+        path = Settings().runtime_dir / name
+        if not path.exists():
+            yield Finding(
+                name, "error", f"{path} does not exist",
+                "start the daemon, or share its runtime directory and set WEIGHTD_RUNTIME_DIR to it",
+            )  # fmt: skip
+            continue
+        mode = path.stat().st_mode & 0o777
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except PermissionError:
+                yield Finding(
+                    name, "error", f"{path}: permission denied (mode {mode:o}, gid {path.stat().st_gid})",
+                    "run as a user of that group, in Kubernetes by fsGroup",
+                )  # fmt: skip
+                continue
+            except OSError as error:
+                yield Finding(name, "error", f"{path}: {error.strerror}", "the daemon is dead: start it again")
+                continue
+        if mode & 0o007:
+            yield Finding(name, "warning", f"{path} has mode {mode:o}: everybody may connect", f"chmod 660 {path}")
+        else:
+            yield Finding(name, "ok", f"{path}, mode {mode:o}")
+
+
+def _memory() -> Iterator[Finding]:
+    available = available_memory()
+    small = available < 1 << 30
+    remedy = "raise the container's memory limit: segments on cpu count towards it"
+    yield Finding("memory", "warning" if small else "ok", f"{available} bytes available", remedy if small else "")
+    # memfd does not live in /dev/shm, but torch's data loaders and NCCL of the engine beside it do.
+    if not os.path.isdir("/dev/shm"):
+        yield Finding("/dev/shm", "warning", "not mounted", "mount a tmpfs there: engines' worker processes use it")
+        return
+    shm = os.statvfs("/dev/shm")
+    size = shm.f_blocks * shm.f_frsize
+    remedy = "engines' worker processes want 1 GiB and more: --shm-size, or an emptyDir of medium Memory"
+    small = size < 1 << 30
+    yield Finding("/dev/shm", "warning" if small else "ok", f"{size} bytes", remedy if small else "")
+
+
+def _memlock() -> Iterator[Finding]:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft in (resource.RLIM_INFINITY, -1):
+        yield Finding("memlock", "ok", "unlimited")
+    else:
+        yield Finding(
+            "memlock", "warning", f"limit is {soft} bytes",
+            "ulimit -l unlimited, or CAP_IPC_LOCK: pinned buffers and RDMA registration need it; cpu segments do not",
+        )  # fmt: skip
+
+
+def _huge_pages() -> Iterator[Finding]:
+    path = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    chosen = path.read_text().split("[")[1].split("]")[0] if path.exists() else "not supported"
+    if chosen in ("advise", "always", "within_size", "force"):
+        yield Finding("huge pages", "ok", f"shared memory: {chosen}")
+    else:
+        yield Finding("huge pages", "warning", f"shared memory: {chosen}",
+                      f"echo advise > {path}, as root: host segments then fill up to twice as fast")  # fmt: skip
+
+
+def _files() -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    low = soft < 4096
+    yield Finding("open files", "warning" if low else "ok", f"limit is {soft} (hard {hard})",
+                  "ulimit -n 65536: every lease, shard and connection takes one" if low else "")  # fmt: skip
+
+
+def _streamer() -> Iterator[Finding]:
+    try:
+        libstreamer.Streamer().close()
+        yield Finding("streamer library", "ok", "libstreamer loads and starts")
+    except (libstreamer.StreamerUnavailable, OSError) as error:
+        yield Finding("streamer library", "error", str(error), "pip install 'weightd[daemon]'; object stores need it")
+
+
+def _credentials() -> Iterator[Finding]:
+    home = Path.home()
+
+    def found(variables: tuple[str, ...], files: tuple[Path, ...]) -> list[str]:
+        return [name for name in variables if os.environ.get(name)] + [str(path) for path in files if path.exists()]
+
+    schemes = {
+        "s3://": (
+            ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI"),
+            (home / ".aws" / "credentials",),
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the service account a role",
+        ),
+        "gs://": (
+            ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUD_STORAGE_EMULATOR_ENDPOINT"),
+            (home / ".config" / "gcloud" / "application_default_credentials.json",),
+            "set GOOGLE_APPLICATION_CREDENTIALS, or use workload identity",
+        ),
+        "az://": (
+            ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_CLIENT_SECRET", "AZURE_FEDERATED_TOKEN_FILE", "AZURE_STORAGE_SAS_KEY"),
+            (home / ".azure",),
+            "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or use workload identity",
+        ),
+        "hf://": (
+            ("HF_TOKEN",),
+            (Path(os.environ.get("HF_HOME", home / ".cache" / "huggingface")) / "token",),
+            "set HF_TOKEN for private and gated repositories; public ones need none",
+        ),
+    }
+    for scheme, (variables, files, remedy) in schemes.items():
+        sources = found(variables, files)
+        if sources:
+            yield Finding(f"credentials {scheme}", "ok", ", ".join(sources))
+        else:
+            yield Finding(
+                f"credentials {scheme}", "warning", "none in sight; an instance's own role may still do", remedy
+            )
+
+
+def _cache() -> Iterator[Finding]:
+    folder = Settings().cache_dir
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if os.access(existing, os.W_OK):
+        yield Finding("cache", "ok", str(folder))
+    else:
+        yield Finding("cache", "warning", f"{folder} cannot be written",
+                      "set WEIGHTD_CACHE_DIR: without it, configuration files are not kept for engines")  # fmt: skip

@@ -1,0 +1,357 @@
+"""Filling segments: where a stage's bytes land, are scattered, hashed and counted.
+
+A source's reader takes extents from a Fill, writes their bytes to their landing, and says so; everything that is the
+same for all sources happens here. Methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import mmap
+import random
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightd.daemon.digests import LEAF, leaf_count, leaf_digest, tensor_digest
+from weightd.daemon.errors import DigestMismatch, SourceFailed
+from weightd.daemon.extents import Extent, Scatter
+from weightd.daemon.header import TensorInfo
+from weightd.daemon.recipe import Recipe
+
+if TYPE_CHECKING:
+    from prometheus_client import Counter
+    from weightd.daemon.devices import Segment
+    from weightd.daemon.metrics import Metrics
+
+PHASES = ("source", "buffers", "copying", "verifying")
+"""Where a loading thread's time goes: waiting on the source, waiting for a bounce buffer, scattering, hashing."""
+
+
+@dataclass(frozen=True)
+class FillLimits:
+    """Bounds on what one stage may use at once."""
+
+    threads: int
+    """Reading threads, for sources that read in threads."""
+    in_flight_bytes: int
+    """Bytes asked of an object store and not yet landed."""
+    extent_bytes: int
+    """Size that extents grow to, and of a bounce buffer."""
+    bounce_buffers: int
+    """Bounce buffers of that size."""
+    retry_deadline: float
+    """Seconds from the first failure of an extent after which it is given up, and without any progress at all."""
+
+
+class Landing:
+    """Where one extent's bytes go: ``views`` in order, the first of them at ``address``."""
+
+    __slots__ = ("address", "slot", "views")
+
+    def __init__(self, views: list[memoryview], address: int, slot: mmap.mmap | None = None) -> None:
+        self.views = views
+        self.address = address
+        self.slot = slot
+
+
+class Fill:
+    """One filling of segments by ``extents``. Counters are for watching: they only grow, and are read unlocked.
+
+    ``segments`` and ``recipes`` are parallel. ``expected_leaves`` maps a tensor's name to the leaf digests that are
+    known of it: a leaf that differs fails the fill at once. ``sha256_prefixes`` maps a file's index to the bytes in
+    front of its tensors, for files whose SHA-256 is wanted. ``on_verified(segment, entries)`` is told of entries (their
+    indices) all of whose leaves are hashed.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[TensorInfo],
+        recipes: Sequence[Recipe],
+        segments: Sequence[Segment],
+        extents: Iterable[Extent],
+        limits: FillLimits,
+        *,
+        expected_leaves: Mapping[str, array[int]] | None = None,
+        sha256_prefixes: Mapping[int, bytes] | None = None,
+        on_verified: Callable[[int, list[int]], None] = lambda segment, entries: None,
+    ) -> None:
+        self.threads = limits.threads
+        self.in_flight_bytes = limits.in_flight_bytes
+        self.bytes_read = 0
+        self.retries = 0
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.leaves = [
+            [array("Q", bytes(8 * leaf_count(entry.nbytes))) for entry in recipe.entries] for recipe in recipes
+        ]
+        self.tensor_leaves: dict[int, array[int]] = {}
+        """Checkpoint tensors (by index) that were hashed in a bounce buffer, whole, as the checkpoint has them."""
+        self.sha256 = {file: _OrderedHash(prefix) for file, prefix in (sha256_prefixes or {}).items()}
+        self._tensors = tensors
+        self._recipes = recipes
+        self._segments = segments
+        self._limits = limits
+        self._expected = expected_leaves or {}
+        self._on_verified = on_verified
+        self._queue = deque(extents)
+        self._pending = [[entry.nbytes for entry in recipe.entries] for recipe in recipes]
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._bytes_counter: Counter | None = None
+        self._retry_counter: Counter | None = None
+        self._phase_counters: dict[str, Counter] = {}
+        self._slots = _Slots(limits.bounce_buffers, limits.extent_bytes)
+        for segment, recipe in enumerate(recipes):
+            if empty := [index for index, entry in enumerate(recipe.entries) if not entry.nbytes]:
+                on_verified(segment, empty)
+
+    def count_with(self, metrics: Metrics, source: str) -> None:
+        """Add to a daemon's counters from now on, under the source's kind."""
+        self._bytes_counter = metrics.source_bytes.labels(source)
+        self._retry_counter = metrics.source_retries.labels(source)
+        self._phase_counters = {phase: metrics.phase_seconds.labels(source, phase) for phase in PHASES}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether readers are to give up."""
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        """Make readers give up soon."""
+        self._stop.set()
+        self._slots.wake()
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but no longer than until the fill is stopped."""
+        self._stop.wait(seconds)
+
+    def next(self) -> Extent | None:
+        """The next extent to read, in order; None when there is no more, or the fill is stopped."""
+        try:
+            return None if self.stopped else self._queue.popleft()
+        except IndexError:
+            return None
+
+    def landing(self, extent: Extent, *, wait: bool = True) -> Landing | None:
+        """Where the extent's bytes go; None where no bounce buffer is free and waiting is not wanted (any more)."""
+        if extent.scatters is None:
+            first = extent.runs[0]
+            views = [self._segments[run.segment].view[run.offset : run.offset + run.nbytes] for run in extent.runs]
+            return Landing(views, self._segments[first.segment].address + first.offset)
+        with self.phase("buffers"):
+            slot = self._slots.take(wait, self._stop)
+        if slot is None:
+            return None
+        return Landing([memoryview(slot)[: extent.nbytes]], ctypes.addressof(ctypes.c_char.from_buffer(slot)), slot)
+
+    def abandon(self, landing: Landing) -> None:
+        """Give a landing back that nothing writes to any more."""
+        landing.views.clear()
+        if landing.slot is not None:
+            self._slots.give(landing.slot)
+
+    def landed(self, extent: Extent, landing: Landing) -> None:
+        """All bytes of the extent are where ``landing`` said. Raises DigestMismatch."""
+        if extent.scatters is not None:
+            with self.phase("copying"):
+                for scatter in extent.scatters:
+                    self._scatter(scatter, landing)
+        deferred: list[tuple[int, int]] = []
+        verified: dict[int, list[int]] = {}
+        with self.phase("verifying"):
+            if extent.tensor is not None:
+                tensor, leaf = extent.tensor
+                with self._lock:
+                    leaves = self.tensor_leaves.setdefault(
+                        tensor, array("Q", bytes(8 * leaf_count(self._tensors[tensor].nbytes)))
+                    )
+                self._hash(leaves, leaf, landing.views[0], 0, extent.nbytes)
+                self._compare(self._tensors[tensor].name, leaves, leaf, leaf_count(extent.nbytes))
+            for piece in extent.pieces:
+                if piece.leaf >= 0:
+                    leaves = self.leaves[piece.segment][piece.entry]
+                    self._hash(leaves, piece.leaf, self._segments[piece.segment].view, piece.offset, piece.nbytes)
+                    self._compare_entry(piece.segment, piece.entry, piece.leaf, leaf_count(piece.nbytes))
+            with self._lock:
+                self.bytes_read += extent.nbytes
+                for piece in extent.pieces:
+                    pending = self._pending[piece.segment]
+                    pending[piece.entry] -= piece.nbytes
+                    if not pending[piece.entry]:
+                        verified.setdefault(piece.segment, []).append(piece.entry)
+                        if piece.leaf < 0:
+                            deferred.append((piece.segment, piece.entry))
+            if self._bytes_counter is not None:
+                self._bytes_counter.inc(extent.nbytes)
+            for segment, index in deferred:
+                entry = self._recipes[segment].entries[index]
+                self._hash(self.leaves[segment][index], 0, self._segments[segment].view, entry.offset, entry.nbytes)
+            if ordered := self.sha256.get(extent.file):
+                # The landing is given back when its turn in the file has come.
+                ordered.add(extent.offset, extent.nbytes, landing.views[:], lambda: self.abandon(landing))
+            else:
+                self.abandon(landing)
+        for segment, entries in verified.items():
+            self._on_verified(segment, entries)
+
+    def failed(self, extent: Extent, where: str, why: str) -> float:
+        """A read failed. Returns the seconds to wait before the next try; raises SourceFailed past the deadline."""
+        now = time.monotonic()
+        extent.first_failure = extent.first_failure or now
+        extent.attempts += 1
+        self.retries += 1
+        if self._retry_counter is not None:
+            self._retry_counter.inc()
+        spent = now - extent.first_failure
+        if spent >= self._limits.retry_deadline:
+            raise SourceFailed(
+                f"{where}: bytes {extent.offset} to {extent.offset + extent.nbytes}: {why}; "
+                f"given up after {extent.attempts} tries in {spent:.1f} s (WEIGHTD_RETRY_DEADLINE)",
+                attempts=extent.attempts,
+            )
+        # Full jitter: readers that failed together do not come back together.
+        return random.uniform(0.05, min(10.0, 0.1 * 2.0 ** min(extent.attempts, 10)))
+
+    def check_stall(self, last_progress: float, where: Sequence[str]) -> None:
+        """Raise SourceFailed where nothing has landed for the deadline; ``where`` names what is in flight."""
+        spent = time.monotonic() - last_progress
+        if spent > self._limits.retry_deadline:
+            raise SourceFailed(
+                f"{where[0]}: no byte of {len(where)} requests in flight has come for {spent:.1f} s "
+                "(WEIGHTD_RETRY_DEADLINE)"
+            )
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside towards a phase (one of PHASES), in thread-seconds."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            with self._lock:
+                self.seconds[name] += spent
+            if counter := self._phase_counters.get(name):
+                counter.inc(spent)
+
+    def digests(self, segment: int) -> list[str]:
+        """Tensor digests of a segment's entries, in their order. Only when all have landed."""
+        return [
+            tensor_digest(entry.dtype, entry.shape, entry.nbytes, leaves)
+            for entry, leaves in zip(self._recipes[segment].entries, self.leaves[segment], strict=True)
+        ]
+
+    def _hash(self, leaves: array[int], first: int, view: memoryview, offset: int, nbytes: int) -> None:
+        end = offset + nbytes
+        for start in range(offset, end, LEAF):
+            leaves[first] = leaf_digest(view[start : min(start + LEAF, end)])
+            first += 1
+
+    def _compare_entry(self, segment: int, index: int, first: int, count: int) -> None:
+        # Where leaves are expected, whole tensors are read, and then only whole tensors carry leaves of their own.
+        if self._expected:
+            name = self._recipes[segment].entries[index].name
+            self._compare(name, self.leaves[segment][index], first, count)
+
+    def _compare(self, name: str, leaves: array[int], first: int, count: int) -> None:
+        expected = self._expected.get(name)
+        if expected is None:
+            return
+        for leaf in range(first, first + count):
+            if leaves[leaf] != expected[leaf]:
+                raise DigestMismatch(
+                    f"tensor {name!r}, leaf {leaf} (bytes {leaf * LEAF} and up of the tensor): digest is "
+                    f"{leaves[leaf]:016x}, expected {expected[leaf]:016x}",
+                    tensor=name,
+                    leaf=leaf,
+                )
+
+    def _scatter(self, scatter: Scatter, landing: Landing) -> None:
+        segment = self._segments[scatter.segment]
+        block = scatter.block
+        if block.rows == 1:
+            ctypes.memmove(segment.address + block.target, landing.address + block.source, block.run)
+            return
+        # numpy's strided copy drops the GIL. Imported here: most stages never need it.
+        import numpy
+        from numpy.lib.stride_tricks import as_strided
+
+        def rows(view: memoryview, start: int, stride: int) -> numpy.ndarray:
+            flat = numpy.frombuffer(view, numpy.uint8)[start:]
+            return as_strided(flat, (block.rows, block.run), (stride, 1))
+
+        numpy.copyto(
+            rows(segment.view, block.target, block.target_stride),
+            rows(landing.views[0], block.source, block.source_stride),
+        )
+
+
+class _Slots:
+    """Bounce buffers, made when first needed and used again."""
+
+    def __init__(self, count: int, nbytes: int) -> None:
+        self._left = count
+        self._nbytes = nbytes
+        self._all: list[mmap.mmap] = []  # a native reader may write to a slot after its Python thread has failed
+        self._free: list[mmap.mmap] = []
+        self._changed = threading.Condition()
+
+    def take(self, wait: bool, stop: threading.Event) -> mmap.mmap | None:
+        with self._changed:
+            while not self._free and not self._left and wait and not stop.is_set():
+                self._changed.wait()
+            if self._free:
+                return self._free.pop()
+            if self._left and not stop.is_set():
+                self._left -= 1
+                self._all.append(mmap.mmap(-1, self._nbytes))
+                return self._all[-1]
+            return None
+
+    def give(self, slot: mmap.mmap) -> None:
+        with self._changed:
+            self._free.append(slot)
+            self._changed.notify()
+
+    def wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+class _OrderedHash:
+    """SHA-256 of a file whose ranges land in any order: each waits, in its place, for those before it."""
+
+    def __init__(self, prefix: bytes) -> None:
+        self._hash = hashlib.sha256(prefix)
+        self._position = len(prefix)
+        self._waiting: dict[int, tuple[int, list[memoryview], Callable[[], None]]] = {}
+        self._busy = False
+        self._lock = threading.Lock()
+
+    def add(self, offset: int, nbytes: int, views: list[memoryview], release: Callable[[], None]) -> None:
+        with self._lock:
+            self._waiting[offset] = (nbytes, views, release)
+            if self._busy:
+                return
+            self._busy = True
+        while True:
+            with self._lock:
+                item = self._waiting.pop(self._position, None)
+                if item is None:
+                    self._busy = False
+                    return
+            size, parts, done = item
+            for part in parts:
+                self._hash.update(part)
+            parts.clear()
+            self._position += size
+            done()
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()

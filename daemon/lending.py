@@ -1,0 +1,248 @@
+"""The lease socket: segments lent over connections, each of which is the lease."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import time
+from typing import Any
+
+from weightd.daemon.credentials import AllowedPeers, Peer, peer_of
+from weightd.daemon.errors import DaemonError, InvalidRequest, LeaseLimit, PeerNotAllowed
+from weightd.daemon.manifests import manifest_fd, segment_manifest
+from weightd.daemon.node import Node
+from weightd.daemon.request import parse_request
+from weightd.daemon.stage import Stage
+from weightd.ipc import wire
+
+log = logging.getLogger(__name__)
+
+_REQUEST_TIMEOUT = 30.0
+"""Seconds that a connection may take to say what it wants."""
+_PROGRESS_INTERVAL = 1.0
+
+
+class LeaseServer:
+    """Accepts lease connections on a listening Unix socket until closed: a task each, none waits for another."""
+
+    def __init__(self, node: Node, listener: socket.socket, peers: AllowedPeers, max_connections: int) -> None:
+        self._node = node
+        self._listener = listener
+        self._peers = peers
+        self._max = max_connections
+        self._loop = asyncio.get_running_loop()
+        self._connections: set[asyncio.Task[None]] = set()
+        listener.setblocking(False)
+        self._acceptor = asyncio.create_task(self._accept(), name="lease-acceptor")
+
+    async def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = await self._loop.sock_accept(self._listener)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNABORTED):
+                    raise
+                log.warning("lease socket: cannot accept: %s", error)
+                await asyncio.sleep(0.1)
+                continue
+            connection.setblocking(False)
+            task = asyncio.create_task(self._serve(connection))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        try:
+            await self._conversation(connection)
+        except (OSError, wire.Closed):
+            pass  # the client is gone; its lease went with it
+        except DaemonError as error:
+            self._node.metrics.errors.labels(error.code).inc()
+            reply = {"type": "error", "code": error.code, "message": str(error), "details": error.details}
+            with contextlib.suppress(OSError, TimeoutError):
+                await asyncio.wait_for(self._send(connection, reply), _REQUEST_TIMEOUT)
+        except Exception:
+            log.exception("lease connection")
+        finally:
+            connection.close()
+
+    async def _conversation(self, connection: socket.socket) -> None:
+        peer = peer_of(connection)
+        if not self._peers.admits(peer):
+            raise PeerNotAllowed(self._peers.refusal(peer))
+        if len(self._connections) > self._max:
+            raise LeaseLimit(f"{self._max} lease connections are open, which is all that WEIGHTD_MAX_LEASES allows")
+        message = await asyncio.wait_for(self._receive(connection), _REQUEST_TIMEOUT)
+        started = time.perf_counter()
+        # From here on the client has nothing to say: whatever comes in is the end of the connection.
+        lending = asyncio.ensure_future(self._lend(connection, peer, message, started))
+        hangup = asyncio.ensure_future(self._loop.sock_recv(connection, 1))
+        try:
+            await asyncio.wait({lending, hangup}, return_when=asyncio.FIRST_COMPLETED)
+            if lending.done():
+                lending.result()
+        finally:
+            for task in (lending, hangup):
+                task.cancel()
+            await asyncio.gather(lending, hangup, return_exceptions=True)
+
+    async def _lend(self, connection: socket.socket, peer: Peer, message: dict[str, Any], started: float) -> None:
+        stage, rank = await self._resolve(message)
+        streaming = bool(message.get("stream"))
+        was_ready = stage.state == "ready"
+        last = 0.0
+        while stage.state != "ready" and not (streaming and len(stage.segments) == len(stage.request.ranks)):
+            if stage.error is not None:
+                raise stage.error
+            if stage.finished:
+                raise InvalidRequest(f"stage {stage.id} is {stage.state}")
+            if time.monotonic() - last >= _PROGRESS_INTERVAL:
+                last = time.monotonic()
+                await self._send(connection, _progress(stage))
+            await stage.changed(_PROGRESS_INTERVAL)
+        lease = self._node.lease(stage, rank, uid=peer.uid, gid=peer.gid, pid=peer.pid)
+        try:
+            index = stage.request.ranks.index(rank)
+            ready = await self._hand_over(connection, stage, index, lease.id)
+            if was_ready:
+                self._node.metrics.attach_seconds.observe(time.perf_counter() - started)
+            sent = 0
+            while stage.state != "ready":
+                if stage.finished:
+                    raise stage.error or InvalidRequest(f"stage {stage.id} is {stage.state}")
+                verified = stage.verified[index]
+                if sent < len(verified):
+                    news, sent = verified[sent:], len(verified)
+                    await self._send(connection, {"type": "verified", "entries": _ranges(news)})
+                else:
+                    await stage.changed(None)
+            if not ready:
+                await self._send(
+                    connection,
+                    {
+                        "type": "ready",
+                        "digest": stage.segment_digests[index],
+                        "checkpoint_digest": stage.checkpoint_digest,
+                    },
+                )
+            await asyncio.Event().wait()  # until the client hangs up, which cancels this
+        finally:
+            self._node.end_lease(lease)
+
+    async def _resolve(self, message: dict[str, Any]) -> tuple[Stage, int]:
+        """Which segment the client means. Raises what ``Node.stage`` raises, and InvalidRequest."""
+        rank = message.get("tp_rank")
+        if message.get("op") != "lease" or not (rank is None or type(rank) is int):
+            raise InvalidRequest("expected op 'lease', and tp_rank to be a whole number or null")
+        request = message.get("request")
+        if isinstance(message.get("stage"), str):
+            stage = self._node.get(message["stage"])
+        elif rank is not None and isinstance(request, dict) and request.get("parallel") is None:
+            stage = self._node.find_rank(str(request.get("model", "")), rank)
+        else:
+            stage, _ = await self._node.stage(parse_request(request))
+        ranks = stage.request.ranks
+        if rank is None:
+            if len(ranks) > 1:
+                raise InvalidRequest(f"stage {stage.id} has a segment for each tp_rank of {list(ranks)}: say which")
+            rank = ranks[0]
+        if rank not in ranks:
+            raise InvalidRequest(f"stage {stage.id} has no tp_rank {rank}, it has {list(ranks)}")
+        return stage, rank
+
+    async def _hand_over(self, connection: socket.socket, stage: Stage, index: int, lease: str) -> bool:
+        """Send the descriptors; whether the stage was ready when it did."""
+        segment = stage.segments[index]
+        ready = stage.state == "ready"
+        if ready:
+            manifest = os.dup(stage.manifests[index])
+        else:
+            manifest = await self._loop.run_in_executor(None, lambda: manifest_fd(segment_manifest(stage, index)))
+        fds = [manifest]
+        try:
+            fds.insert(0, segment.lend())
+            reply = {
+                "type": "lease",
+                "lease": lease,
+                "stage": stage.id,
+                "nbytes": segment.nbytes,
+                "manifest_nbytes": os.fstat(manifest).st_size,
+                "ready": ready,
+            }
+            await self._send(connection, reply, fds)
+            return ready
+        finally:
+            wire.close_all(fds)
+
+    async def _receive(self, connection: socket.socket) -> dict[str, Any]:
+        (length,) = wire.LENGTH.unpack(await self._receive_exactly(connection, wire.LENGTH.size))
+        if length > wire.MAX_REQUEST_BYTES:
+            raise InvalidRequest(f"a message of {length} bytes, allowed are {wire.MAX_REQUEST_BYTES}")
+        try:
+            return wire.decode(await self._receive_exactly(connection, length))
+        except ValueError as error:
+            raise InvalidRequest(f"the message is no JSON object: {error}") from None
+
+    async def _receive_exactly(self, connection: socket.socket, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            part = await self._loop.sock_recv(connection, min(count - len(data), 1 << 16))
+            if not part:
+                raise wire.Closed("the client hung up")
+            data += part
+        return bytes(data)
+
+    async def _send(self, connection: socket.socket, message: dict[str, Any], fds: list[int] | None = None) -> None:
+        data = wire.encode(message)
+        sent = 0
+        while fds:
+            try:
+                sent, fds = socket.send_fds(connection, [data], fds), None
+            except BlockingIOError:
+                await self._writable(connection)
+        await self._loop.sock_sendall(connection, data[sent:])
+
+    async def _writable(self, connection: socket.socket) -> None:
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_writer(connection, _resolve_future, future)
+        try:
+            await future
+        finally:
+            self._loop.remove_writer(connection)
+
+    async def close(self) -> None:
+        """Stop accepting and end all leases."""
+        tasks = [self._acceptor, *self._connections]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._listener.close()
+
+
+def _progress(stage: Stage) -> dict[str, Any]:
+    return {
+        "type": "progress",
+        "stage": stage.id,
+        "state": stage.state,
+        "bytes_done": stage.bytes_done,
+        "bytes_total": stage.bytes_total,
+    }
+
+
+def _ranges(indices: list[int]) -> list[list[int]]:
+    """Sorted indices as inclusive ranges."""
+    ranges: list[list[int]] = []
+    for index in sorted(indices):
+        if ranges and ranges[-1][1] == index - 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    return ranges
+
+
+def _resolve_future(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

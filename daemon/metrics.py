@@ -1,0 +1,102 @@
+"""Prometheus metrics of one daemon. Names follow the conventions that ``promtool check metrics`` knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+if TYPE_CHECKING:
+    from weightd.daemon.node import Node
+
+STAGE_STATES = ("queued", "planning", "loading", "verifying", "ready", "failed", "cancelled", "evicted")
+
+
+class Metrics:
+    """All counters and histograms; gauges are read off the node when scraped."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=self.registry)
+
+        self.source_bytes = counter(
+            "weightd_source_read_bytes_total", "Bytes of weights read, by kind of source.", "source"
+        )
+        self.source_retries = counter(
+            "weightd_source_retries_total", "Reads that failed and were tried again.", "source"
+        )
+        self.phase_seconds = counter(
+            "weightd_stage_phase_seconds_total",
+            "Thread-seconds of staging by kind of source and phase: waiting on the source, waiting for bounce buffers, "
+            "copying, verifying.",
+            "source", "phase",
+        )  # fmt: skip
+        self.finished = counter("weightd_stages_finished_total", "Stages that ended, by state.", "state")
+        self.errors = counter(
+            "weightd_errors_total", "Failed stages and refused requests, by code of the error.", "code"
+        )
+        self.stage_seconds = Histogram(
+            "weightd_stage_duration_seconds",
+            "Seconds from request to ready.",
+            buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000),
+            registry=self.registry,
+        )
+        self.attach_seconds = Histogram(
+            "weightd_attach_duration_seconds",
+            "Seconds from a lease request for a ready stage to the handle being sent.",
+            buckets=(0.0005, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
+            registry=self.registry,
+        )
+        self.api_seconds = Histogram(
+            "weightd_api_request_duration_seconds",
+            "Seconds to answer an HTTP request (to the first byte of an event stream).",
+            ("method", "route", "status"),
+            buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
+            registry=self.registry,
+        )
+        for state in ("ready", "failed", "cancelled"):
+            self.finished.labels(state)
+
+    def watch(self, node: Node) -> None:
+        """Read gauges off ``node`` at every scrape."""
+        self.registry.register(_NodeCollector(lambda: node))
+
+    def exposition(self) -> bytes:
+        """The text format, version 0.0.4."""
+        return generate_latest(self.registry)
+
+
+class _NodeCollector:
+    def __init__(self, node: Callable[[], Node]) -> None:
+        self._node = node
+
+    def collect(self) -> Iterable[Metric]:
+        node = self._node()
+        stages = GaugeMetricFamily("weightd_stages", "Stages known, by state.", labels=["state"])
+        counts = dict.fromkeys(STAGE_STATES, 0)
+        resident: dict[tuple[str, str], int] = {}
+        for stage in node.stages.values():
+            counts[stage.state] += 1
+            if stage.footprint:
+                key = (stage.device, stage.uri)
+                resident[key] = resident.get(key, 0) + stage.footprint
+        for state, count in counts.items():
+            stages.add_metric([state], count)
+        yield stages
+        held = GaugeMetricFamily(
+            "weightd_resident_bytes", "Bytes of device memory that segments take.", labels=["device", "model"]
+        )
+        for (device, model), nbytes in resident.items():
+            held.add_metric([device, model], nbytes)
+        yield held
+        capacity = GaugeMetricFamily("weightd_capacity_bytes", "Bytes that segments may take.", labels=["device"])
+        for name, device_ in node.devices.items():
+            capacity.add_metric([name], device_.capacity)
+        yield capacity
+        yield GaugeMetricFamily(
+            "weightd_leases", "Leases held.", value=sum(len(s.leases) for s in node.stages.values())
+        )

@@ -1,0 +1,122 @@
+"""Settings: a flag of ``weightd serve``, else a ``WEIGHTD_*`` variable of the same name, else a default."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ByteSize, Field, SecretStr, TypeAdapter, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from weightd.daemon.digests import LEAF
+from weightd.daemon.fill import FillLimits
+from weightd.ipc.runtime_dir import runtime_dir
+
+_SIZE: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weightd"
+
+
+def _own_gids() -> list[int]:
+    return sorted({os.getegid(), *os.getgroups()})
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Sizes take units (8GiB), lists are comma-separated."""
+
+    model_config = SettingsConfigDict(env_prefix="WEIGHTD_", extra="forbid")
+
+    runtime_dir: Path = Field(
+        default_factory=runtime_dir, description="Folder of the two sockets, api.sock and lease.sock."
+    )
+    listen: str = Field(
+        "127.0.0.1:7400", description="HOST:PORT of the HTTP API beside api.sock; empty for none (--no-listen)."
+    )
+    allow: Annotated[list[str], NoDecode] = Field(
+        default_factory=list, description="URI prefixes of what may be staged; empty: everything the daemon can read."
+    )
+    capacity: Annotated[dict[str, ByteSize], NoDecode] = Field(
+        default_factory=dict, description="Bytes of a device that segments may take, as in cpu=8GiB; default: half of "
+        "the memory that is available at start.",
+    )  # fmt: skip
+    cache_dir: Path = Field(
+        default_factory=_cache_dir, description="Folder of fetched configuration files and known digests."
+    )
+    token: SecretStr | None = Field(None, description="Bearer token that the TCP API demands; empty: none.")
+    peer_uids: Annotated[list[int], NoDecode] = Field(
+        default_factory=lambda: sorted({0, os.geteuid()}), description="Users, by number, that may use the sockets."
+    )
+    peer_gids: Annotated[list[int], NoDecode] = Field(
+        default_factory=_own_gids, description="Groups, by number, that may use the sockets; default: the daemon's own."
+    )
+    concurrent_loads: int = Field(2, ge=1, le=64, description="Stages that load at the same time; others queue.")
+    read_threads: int = Field(
+        default_factory=lambda: min(16, max(2, os.cpu_count() or 1)),
+        ge=1, le=256, description="Threads that read files, for each stage that loads; default: one a core, 2 to 16.",
+    )  # fmt: skip
+    in_flight: ByteSize = Field(
+        ByteSize(256 << 20), ge=1 << 20, description="Bytes asked of an object store and not yet here, for each stage."
+    )
+    extent: ByteSize = Field(
+        ByteSize(8 << 20), ge=LEAF, le=1 << 30, description="Bytes of one read, and of a bounce buffer."
+    )
+    bounce_buffers: int = Field(16, ge=2, le=1024, description="Bounce buffers at most, for each stage that loads.")
+    retry_deadline: float = Field(
+        120.0,
+        ge=0,
+        le=86400,
+        description="Seconds after which a failing read or a stalled source is given up.",
+    )
+    max_leases: int = Field(1024, ge=1, le=1_000_000, description="Lease connections at most.")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
+
+    @field_validator("allow", "peer_uids", "peer_gids", mode="before")
+    @classmethod
+    def _comma_separated(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
+    @field_validator("capacity", mode="before")
+    @classmethod
+    def _device_sizes(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [part for part in value.split(",") if part.strip()]
+        if isinstance(value, list):
+            pairs = [part.strip().partition("=") for part in value]
+            for device, separator, _ in pairs:
+                if not separator or not device:
+                    raise ValueError(f"expected DEVICE=SIZE, as in cpu=8GiB, found {device!r}")
+            return {device: _SIZE.validate_python(size) for device, _, size in pairs}
+        return value
+
+    @field_validator("listen")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if value and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):\d{1,5}", value):
+            raise ValueError(f"expected HOST:PORT, as in 127.0.0.1:7400, found {value!r}")
+        return value
+
+    @field_validator("token")
+    @classmethod
+    def _no_empty_token(cls, value: SecretStr | None) -> SecretStr | None:
+        return value if value and value.get_secret_value() else None
+
+    @field_validator("extent")
+    @classmethod
+    def _whole_leaves(cls, value: ByteSize) -> ByteSize:
+        return ByteSize(value - value % LEAF)
+
+    @property
+    def fill_limits(self) -> FillLimits:
+        """The part of the settings that bounds one stage's loading."""
+        return FillLimits(
+            threads=self.read_threads,
+            in_flight_bytes=int(self.in_flight),
+            extent_bytes=int(self.extent),
+            bounce_buffers=self.bounce_buffers,
+            retry_deadline=self.retry_deadline,
+        )

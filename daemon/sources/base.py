@@ -1,0 +1,58 @@
+"""What a source of bytes offers. A new kind of source is one new file that offers this, and a line in OPENERS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from weightd.daemon.fill import Fill
+
+
+class SourceFile(NamedTuple):
+    """One file or object: ``name`` relative to the checkpoint, ``size`` in bytes, ``version`` changes when it does.
+
+    The version is an object's ETag, a local file's inode and mtime.
+    """
+
+    name: str
+    size: int
+    version: str
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Moves a stage's bytes. Made for one stage by ``Source.reader``, used by one thread, closed once."""
+
+    def run(self, fill: Fill) -> None:
+        """Bring every extent of the fill, each to ``fill.landing(extent)``, and call ``fill.landed(extent, landing)``.
+
+        Blocks. Failures of one extent go through ``fill.failed``, which says when to try again or raises.
+        Returns early, leaving extents, where ``fill.stopped`` is set.
+        """
+
+    def close(self) -> None:
+        """Return when nothing can write to any landing any more, however long that takes."""
+
+
+class Source(Protocol):
+    """A checkpoint's place. Methods block and may be called from many threads at once."""
+
+    kind: str
+    """Label in metrics and records: ``file``, ``object-store``."""
+    max_runs: int
+    """Destinations that its reader scatters one contiguous read over."""
+    min_range: int
+    """Shortest read, in bytes, that is worth making on its own."""
+
+    def list(self) -> list[SourceFile]:
+        """All files below the URI. Raises CheckpointNotFound where there is nothing."""
+
+    def stat(self, name: str) -> SourceFile:
+        """One file as it is now. Raises CheckpointNotFound."""
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes at ``offset``: for headers and configuration, never for weights."""
+
+    def reader(self, files: Sequence[SourceFile]) -> Reader:
+        """A reader for extents whose ``file`` is an index into ``files``. Raises CheckpointChanged."""

@@ -1,0 +1,196 @@
+"""Checkpoints in folders and single files: parallel ``preadv`` straight to final addresses."""
+
+from __future__ import annotations
+
+import os
+import stat as modes
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, DaemonError, InvalidCheckpoint
+from weightd.daemon.extents import Extent
+from weightd.daemon.fill import Fill, Landing
+from weightd.daemon.sources import Allow
+from weightd.daemon.sources.base import SourceFile
+
+MAX_FILES = 100_000
+"""Files in one folder, over which it is taken for no checkpoint."""
+MAX_DEPTH = 4
+"""Folders below the checkpoint's own that are looked into."""
+
+
+def open_source(uri: str, allow: Allow) -> FileSource:
+    """A folder or a single file. Raises CheckpointNotFound; NotAllowed where links lead out of what is allowed."""
+    return FileSource(Path(uri.removeprefix("file://")), allow)
+
+
+class FileSource:
+    """A checkpoint below ``root``, or the one file that ``root`` is."""
+
+    kind = "file"
+    # preadv takes up to IOV_MAX (1024) buffers; filling them costs no more than filling one.
+    max_runs = 1024
+    min_range = 64 << 10
+
+    def __init__(self, root: Path, allow: Allow, *, trusted_root: bool = False) -> None:
+        """``trusted_root``: the daemon chose the folder itself, so the allow-list does not apply to it."""
+        self._allow = Allow() if trusted_root else allow
+        self._check_allowed(root)
+        self._single = root.name if root.is_file() else None
+        self._root = root.parent if self._single else root
+
+    def _check_allowed(self, path: Path) -> None:
+        # Links are followed first: a link inside an allowed folder must not open what lies outside of it.
+        self._allow.check("file://" + os.path.realpath(path))
+
+    def list(self) -> list[SourceFile]:
+        if self._single:
+            return [self.stat(self._single)]
+        if not self._root.is_dir():
+            raise CheckpointNotFound(f"{self._root}: no such folder or file")
+        names: list[str] = []
+        for folder, folders, files in os.walk(self._root):
+            inside = os.path.relpath(folder, self._root)
+            depth = 0 if inside == "." else inside.count(os.sep) + 1
+            folders[:] = sorted(name for name in folders if not name.startswith(".")) if depth < MAX_DEPTH else []
+            names += [name if depth == 0 else f"{inside}/{name}" for name in files]
+            if len(names) > MAX_FILES:
+                raise InvalidCheckpoint(f"{self._root}: more than {MAX_FILES} files: name the checkpoint's own folder")
+        found = []
+        for name in sorted(names):
+            status = self._status(name)
+            if status is not None and modes.S_ISREG(status.st_mode):
+                found.append(_source_file(name, status))
+        return found
+
+    def _status(self, name: str) -> os.stat_result | None:
+        try:
+            return os.stat(self._root / name)
+        except FileNotFoundError:
+            return None
+
+    def stat(self, name: str) -> SourceFile:
+        status = self._status(name)
+        if status is None:
+            raise CheckpointNotFound(f"{self._root / name}: no such file")
+        return _source_file(name, status)
+
+    def open(self, name: str) -> int:
+        """A descriptor for reading. Raises CheckpointNotFound, InvalidCheckpoint for what is no regular file."""
+        path = self._root / name
+        self._check_allowed(path)
+        try:
+            # O_NONBLOCK: opening a FIFO must not wait for a writer.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise CheckpointNotFound(f"{path}: {error.strerror}") from None
+        if not modes.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise InvalidCheckpoint(f"{path}: not a regular file")
+        return fd
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        fd = self.open(name)
+        try:
+            return os.pread(fd, length, offset)
+        finally:
+            os.close(fd)
+
+    def reader(self, files: Sequence[SourceFile]) -> FileReader:
+        return FileReader(self, files)
+
+
+def _source_file(name: str, status: os.stat_result) -> SourceFile:
+    return SourceFile(name, status.st_size, f"{status.st_ino}-{status.st_mtime_ns}")
+
+
+class FileReader:
+    """Threads that take extents from the fill and read them to where they belong."""
+
+    def __init__(self, source: FileSource, files: Sequence[SourceFile]) -> None:
+        self._source = source
+        self._files = files
+        self._fds: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def run(self, fill: Fill) -> None:
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                while (extent := fill.next()) is not None:
+                    self._bring(fill, extent)
+            except BaseException as error:
+                errors.append(error)
+                fill.stop()
+
+        threads = [threading.Thread(target=work, name=f"read-{i}") for i in range(fill.threads)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def _bring(self, fill: Fill, extent: Extent) -> None:
+        landing = fill.landing(extent)
+        if landing is None:
+            return
+        while True:
+            if fill.stopped:
+                return
+            try:
+                with fill.phase("source"):
+                    self._read(extent, landing)
+                break
+            except OSError as error:
+                fill.wait(fill.failed(extent, self._files[extent.file].name, error.strerror or str(error)))
+        fill.landed(extent, landing)
+
+    def _read(self, extent: Extent, landing: Landing) -> None:
+        fd = self._fd(extent.file)
+        views = landing.views
+        position, end = extent.offset, extent.offset + extent.nbytes
+        while True:
+            count = os.preadv(fd, views, position)
+            position += count
+            if position == end:
+                return
+            if count == 0:
+                name = self._files[extent.file].name
+                raise CheckpointChanged(f"{name}: ends at byte {position}, had {self._files[extent.file].size} bytes")
+            while count:  # a short read: go on where it stopped
+                taken = min(count, len(views[0]))
+                views = [views[0][taken:], *views[1:]] if taken < len(views[0]) else views[1:]
+                count -= taken
+
+    def _fd(self, index: int) -> int:
+        fd = self._fds.get(index)
+        if fd is not None:
+            return fd
+        with self._lock:
+            if index not in self._fds:
+                planned = self._files[index]
+                try:
+                    fd = self._source.open(planned.name)
+                except CheckpointNotFound as error:
+                    raise CheckpointChanged(f"{planned.name} was there when planning: {error}") from None
+                self._fds[index] = fd
+                found = _source_file(planned.name, os.fstat(fd))
+                if found != planned:
+                    raise changed(planned, found)
+            return self._fds[index]
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+def changed(planned: SourceFile, found: SourceFile) -> DaemonError:
+    """The error that says how a file differs from what was planned with."""
+    return CheckpointChanged(
+        f"{planned.name} changed between planning and reading: it had {planned.size} bytes and version "
+        f"{planned.version}, now {found.size} and {found.version}: stage it again"
+    )

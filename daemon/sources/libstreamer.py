@@ -1,0 +1,181 @@
+"""The C ABI of runai-model-streamer's ``libstreamer.so``, bound by ctypes.
+
+The streamer's own Python package imports torch (217 MB, over a second), which the daemon never does, so the shared
+library is bound directly. The ABI is that of runai-model-streamer 0.17 (`runai_model_streamer/libstreamer`): many
+ranges per submission, each with an absolute destination address, many submissions in flight, one response per range.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+SUPPORTED_RELEASE = "0.17"
+"""The release series whose ABI this file was written against; another one is refused, not guessed at."""
+
+SUCCESS = 0
+FINISHED = 1
+TIMED_OUT = 16
+
+
+class StreamerUnavailable(RuntimeError):
+    """The native library is not installed, or is of a release whose ABI is not known here."""
+
+
+class _Device(ctypes.Structure):
+    # Passed by value. kind: 0 host memory, 1 CUDA; ordinal: the CUDA device.
+    _fields_ = (("kind", ctypes.c_int), ("ordinal", ctypes.c_int))
+
+
+_HOST = _Device(0, 0)
+
+
+class Response(NamedTuple):
+    """One range of one submission has ended: ``code`` is 0, or why it failed."""
+
+    code: int
+    submission: int
+    file_index: int
+    range_index: int
+
+
+@lru_cache(maxsize=1)
+def load() -> ctypes.CDLL:
+    """Bind the library. Raises StreamerUnavailable, with the remedy, where that cannot be done."""
+    try:
+        release = metadata.version("runai-model-streamer")
+    except metadata.PackageNotFoundError:
+        raise StreamerUnavailable(
+            "runai-model-streamer is not installed: pip install 'weightd[daemon]' brings it"
+        ) from None
+    if not release.startswith(SUPPORTED_RELEASE + "."):
+        raise StreamerUnavailable(
+            f"runai-model-streamer {release} is installed, {SUPPORTED_RELEASE}.* is supported: "
+            f"pip install 'runai-model-streamer=={SUPPORTED_RELEASE}.*'"
+        )
+    # find_spec of a top-level package reads no code of it: the package itself would import torch.
+    spec = importlib.util.find_spec("runai_model_streamer")
+    if spec is None or not spec.submodule_search_locations:
+        raise StreamerUnavailable("runai-model-streamer is installed without its package folder: reinstall it")
+    path = Path(spec.submodule_search_locations[0]) / "libstreamer" / "lib" / "libstreamer.so"
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise StreamerUnavailable(f"{path} cannot be loaded: {error}") from error
+    handle, size_t, uint32, uint64 = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint32, ctypes.c_uint64
+    pointer = ctypes.POINTER
+    lib.runai_file_streamer_start.argtypes = [pointer(handle)]
+    lib.runai_file_streamer_end.argtypes = [handle]
+    lib.runai_file_streamer_end.restype = None
+    lib.runai_file_streamer_set_credentials.argtypes = [
+        handle,
+        pointer(ctypes.c_char_p),
+        pointer(ctypes.c_char_p),
+        ctypes.c_uint,
+    ]
+    lib.runai_file_streamer_request.argtypes = [
+        handle,
+        pointer(uint64),
+        uint32,
+        pointer(ctypes.c_char_p),
+        pointer(uint32),
+        pointer(size_t),
+        pointer(size_t),
+        pointer(handle),
+        _Device,
+    ]
+    lib.runai_file_streamer_response.argtypes = [
+        handle,
+        pointer(uint64),
+        pointer(uint32),
+        pointer(uint32),
+        pointer(ctypes.c_int),
+        ctypes.c_uint,
+    ]
+    lib.runai_file_streamer_response_str.argtypes = [ctypes.c_int]
+    lib.runai_file_streamer_response_str.restype = ctypes.c_char_p
+    return lib
+
+
+def describe(code: int) -> str:
+    """The library's own words for a response code."""
+    text: bytes = load().runai_file_streamer_response_str(code)
+    return text.decode(errors="replace")
+
+
+class Streamer:
+    """One native streamer: its threads, its object store clients, one set of credentials.
+
+    Not thread-safe: one thread submits and takes responses. Memory named as a destination must stay mapped until
+    ``close()`` has returned: a request that was sent cannot be called back, and only the library's end waits for it.
+    """
+
+    def __init__(self, credentials: Mapping[str, str] | None = None) -> None:
+        """Start the library's threads; ``credentials`` overrides the ambient ones, keys as in the S3 plugin.
+
+        Keys: ``access_key_id``, ``secret_access_key``, ``session_token``, ``region``, ``endpoint``.
+        """
+        self._lib = load()
+        self._handle = ctypes.c_void_p(0)
+        self._check(self._lib.runai_file_streamer_start(ctypes.byref(self._handle)), "start")
+        if credentials:
+            count = len(credentials)
+            keys = (ctypes.c_char_p * count)(*[key.encode() for key in credentials])
+            values = (ctypes.c_char_p * count)(*[value.encode() for value in credentials.values()])
+            self._check(self._lib.runai_file_streamer_set_credentials(self._handle, keys, values, count), "credentials")
+
+    def _check(self, code: int, what: str) -> None:
+        if code != SUCCESS:
+            raise OSError(f"libstreamer {what}: {describe(code)} (code {code})")
+
+    def submit(self, uri: str, offsets: Sequence[int], sizes: Sequence[int], addresses: Sequence[int]) -> int:
+        """Ask for ranges of one object, each to its own absolute address; returns the submission's number.
+
+        Bytes land in any order. The three sequences are parallel; offsets and sizes in bytes. Does not block.
+        Raises OSError where the library refuses the submission as a whole (nothing of it is in flight then).
+        """
+        count = len(sizes)
+        submission = ctypes.c_uint64()
+        code = self._lib.runai_file_streamer_request(
+            self._handle,
+            ctypes.byref(submission),
+            1,
+            (ctypes.c_char_p * 1)(uri.encode()),
+            (ctypes.c_uint32 * 1)(count),
+            (ctypes.c_size_t * count)(*offsets),
+            (ctypes.c_size_t * count)(*sizes),
+            (ctypes.c_void_p * count)(*addresses),
+            _HOST,
+        )
+        self._check(code, "request")
+        return submission.value
+
+    def response(self, timeout: float) -> Response | None:
+        """The next range that ended, or None after ``timeout`` seconds (at least a millisecond)."""
+        submission = ctypes.c_uint64()
+        file_index, range_index = ctypes.c_uint32(), ctypes.c_uint32()
+        done = ctypes.c_int()
+        code = self._lib.runai_file_streamer_response(
+            self._handle,
+            ctypes.byref(submission),
+            ctypes.byref(file_index),
+            ctypes.byref(range_index),
+            ctypes.byref(done),
+            max(1, int(timeout * 1000)),
+        )
+        if code == TIMED_OUT:
+            return None
+        if code == FINISHED:
+            raise OSError("libstreamer has ended while responses were awaited")
+        return Response(code, submission.value, file_index.value, range_index.value)
+
+    def close(self) -> None:
+        """End it, waiting for requests that are in flight; destinations are free afterwards. Safe to call twice."""
+        if self._handle:
+            self._lib.runai_file_streamer_end(self._handle)
+            self._handle = ctypes.c_void_p(0)

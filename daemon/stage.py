@@ -1,0 +1,175 @@
+"""A stage: the act and the record of bringing one (checkpoint, layout, device) into its segments."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import time
+from array import array
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weightd.daemon.checkpoint import Checkpoint, Listing
+from weightd.daemon.devices import Segment
+from weightd.daemon.errors import DaemonError
+from weightd.daemon.fill import Fill
+from weightd.daemon.recipe import Recipe
+from weightd.daemon.request import StageRequest
+
+TERMINAL = frozenset({"ready", "failed", "cancelled", "evicted"})
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One process's use of one segment. It is an open connection: it ends when the connection does."""
+
+    id: str
+    stage: str
+    rank: int
+    uid: int
+    gid: int
+    pid: int
+    since: float
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before a byte of weights is read."""
+
+    checkpoint: Checkpoint
+    recipes: Sequence[Recipe]
+    metadata_folder: str | None
+
+
+class Stage:
+    """One stage. Its state changes on the event loop only; the loading thread fills what ``Filled`` holds.
+
+    States: ``queued → planning → loading → verifying → ready``, or ``failed``, ``cancelled``, ``evicted``. A planned
+    stage that has to wait for others goes back to ``queued``.
+    """
+
+    def __init__(self, uri: str, device: str, request: StageRequest, listing: Listing | None) -> None:
+        self.id = "st-" + secrets.token_hex(6)
+        self.uri = uri
+        self.device = device
+        self.request = request
+        self.listing = listing
+        self.state = "queued"
+        self.error: DaemonError | None = None
+        self.created_at = time.time()
+        self.ready_at: float | None = None
+        self.seconds: dict[str, float] = {}
+        """Seconds spent in each state so far, the current one excluded."""
+        self.source_kind = ""
+        self.priority = request.priority
+        self.pin = request.pin
+        self.plan: Plan | None = None
+        self.fill: Fill | None = None
+        """Only while loading."""
+        self.bytes_read = 0
+        self.phase_seconds: dict[str, float] = {}
+        """Thread-seconds of loading by phase (``fill.PHASES``)."""
+        self.segments: list[Segment] = []
+        self.footprint = 0
+        """Bytes of the device's capacity that are reserved for it."""
+        self.bytes_total = 0
+        self.digests: list[list[str]] = []
+        """Tensor digests of each segment's entries, once ready."""
+        self.leaves: list[list[array[int]]] = []
+        """Leaf digests of each segment's entries, once ready."""
+        self.segment_digests: list[str] = []
+        self.checkpoint_digest: str | None = None
+        self.manifests: list[int] = []
+        """For each segment a descriptor of its manifest, once ready; see ``weightd.ipc.manifest``."""
+        self.verified: list[list[int]] = []
+        """For each segment the entries that streaming clients may use already, in the order they became so."""
+        self.satisfied: set[str] = set()
+        """Expectations that were checked and met: digests, and ``file=sha256:...`` pairs."""
+        self.leases: dict[str, Lease] = {}
+        self.cancelled = threading.Event()
+        self._entered = time.monotonic()
+        self._changed = asyncio.Event()
+        self.planned = asyncio.Event()
+        """Set once planning has ended, well or not."""
+        self.released = asyncio.Event()
+        """Set once no memory is held for it any more."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the state will not change by itself any more."""
+        return self.state in TERMINAL
+
+    @property
+    def bytes_done(self) -> int:
+        """Bytes that have landed and were hashed."""
+        return self.fill.bytes_read if self.fill else self.bytes_read
+
+    def settle(self) -> None:
+        """Loading is over: keep its figures, let its buffers go."""
+        if self.fill is not None:
+            self.bytes_read, self.phase_seconds = self.fill.bytes_read, dict(self.fill.seconds)
+            self.fill = None
+
+    def enter(self, state: str, error: DaemonError | None = None) -> None:
+        """Change the state and tell everybody who watches. A terminal state is left only by a ready stage."""
+        if self.finished and self.state != "ready":
+            return
+        now = time.monotonic()
+        self.seconds[self.state] = self.seconds.get(self.state, 0.0) + now - self._entered
+        self._entered = now
+        self.state = state
+        self.error = error
+        if state == "ready":
+            self.ready_at = time.time()
+        if self.finished:
+            self.planned.set()
+        self.notify()
+
+    def state_seconds(self) -> dict[str, float]:
+        """Seconds spent in each state, the current one included unless it is terminal."""
+        seconds = dict(self.seconds)
+        if not self.finished:
+            seconds[self.state] = seconds.get(self.state, 0.0) + time.monotonic() - self._entered
+        return seconds
+
+    def notify(self) -> None:
+        """Wake everybody in ``changed``. On the event loop only."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def changed(self, timeout: float | None = None) -> bool:
+        """Wait for the next change of state or of verified tensors; False where none came in ``timeout`` seconds."""
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    async def wait(self, timeout: float | None) -> bool:
+        """Wait until the stage has finished, at most ``timeout`` seconds; whether it has."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.finished:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            await self.changed(left)
+        return True
+
+    async def watch(self, interval: float = 0.25, heartbeat: float = 10.0) -> AsyncIterator[bool]:
+        """Yield True at every change of state and, while bytes move, every ``interval`` seconds; ends when finished.
+
+        Yields False where nothing has changed for ``heartbeat`` seconds.
+        """
+        last: tuple[Any, ...] | None = None
+        quiet = time.monotonic()
+        while True:
+            now = (self.state, self.bytes_done)
+            if now != last or time.monotonic() - quiet >= heartbeat:
+                yield now != last
+                last, quiet = now, time.monotonic()
+            if self.finished:
+                return
+            await self.changed(interval)

@@ -1,0 +1,125 @@
+"""A thin client of the daemon's HTTP API, over its Unix socket or TCP."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightd.ipc.errors import DaemonUnavailable, RequestRefused
+from weightd.ipc.runtime_dir import API_SOCKET, runtime_dir
+
+if TYPE_CHECKING:
+    import httpx
+
+
+class Client:
+    """The daemon's API: each method is one route and returns its JSON. Close it, or use it in a ``with`` block.
+
+    ``url`` (``http://127.0.0.1:7400``) and ``token`` are for TCP; without a url it is the ``api.sock`` of
+    ``runtime_directory`` (default: ``WEIGHTD_RUNTIME_DIR``). All methods raise DaemonUnavailable and RequestRefused.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str | None = None,
+        token: str | None = None,
+        runtime_directory: str | os.PathLike[str] | None = None,
+    ) -> None:
+        import httpx
+
+        socket = None if url else str(Path(runtime_directory or runtime_dir()) / API_SOCKET)
+        self.address = url or socket
+        self._http = httpx.Client(
+            base_url=url or "http://weightd",
+            transport=httpx.HTTPTransport(uds=socket),
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=httpx.Timeout(30.0, read=None),
+        )
+
+    def stage(self, model: str, *, wait: float = 0, **request: Any) -> dict[str, Any]:
+        """``POST /v1/stage``: stage a model, waiting at most ``wait`` seconds for it; further fields as in the API."""
+        return self._call("POST", "/v1/stage", json={"model": model, **request}, params={"wait": wait})
+
+    def stages(self) -> list[dict[str, Any]]:
+        """``GET /v1/stage``: all stages."""
+        found: list[dict[str, Any]] = self._call("GET", "/v1/stage")["stages"]
+        return found
+
+    def show(self, stage: str) -> dict[str, Any]:
+        """``GET /v1/stage/{id}``."""
+        return self._call("GET", f"/v1/stage/{stage}")
+
+    def manifest(self, stage: str, *, tp_rank: int | None = None, leaves: bool = False) -> dict[str, Any]:
+        """``GET /v1/stage/{id}/manifest``."""
+        rank = {} if tp_rank is None else {"tp_rank": tp_rank}
+        return self._call("GET", f"/v1/stage/{stage}/manifest", params={"leaves": leaves, **rank})
+
+    def remove(self, stage: str) -> dict[str, Any]:
+        """``DELETE /v1/stage/{id}``: cancel it, or drop it when nobody leases it."""
+        return self._call("DELETE", f"/v1/stage/{stage}")
+
+    def leases(self) -> list[dict[str, Any]]:
+        """``GET /v1/leases``."""
+        found: list[dict[str, Any]] = self._call("GET", "/v1/leases")["leases"]
+        return found
+
+    def node(self) -> dict[str, Any]:
+        """``GET /v1/node``."""
+        return self._call("GET", "/v1/node")
+
+    def events(self, stage: str) -> Iterator[dict[str, Any]]:
+        """``GET /v1/stage/{id}/events``: the stage's record at every change, until it has ended."""
+        import httpx
+
+        try:
+            with self._http.stream("GET", f"/v1/stage/{stage}/events") as response:
+                if response.is_error:
+                    response.read()
+                    self._refuse(response)
+                for line in response.iter_lines():
+                    if line.startswith("data:"):
+                        yield json.loads(line.removeprefix("data:"))
+        except httpx.TransportError as error:
+            raise self._unavailable(error) from None
+
+    def _call(
+        self, method: str, path: str, *, json: Any = None, params: Mapping[str, str | float | bool] | None = None
+    ) -> dict[str, Any]:
+        import httpx
+
+        try:
+            response = self._http.request(method, path, json=json, params=dict(params or {}))
+        except httpx.TransportError as error:
+            raise self._unavailable(error) from None
+        if response.is_error:
+            self._refuse(response)
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def _refuse(self, response: httpx.Response) -> None:
+        try:
+            problem = response.json()
+            details = {key: value for key, value in problem.items() if key not in ("type", "title", "detail", "code")}
+            raise RequestRefused(problem["detail"], code=problem["code"], details=details)
+        except (ValueError, KeyError, TypeError):
+            raise RequestRefused(f"HTTP {response.status_code} from {self.address}: {response.text[:200]}") from None
+
+    def _unavailable(self, error: Exception) -> DaemonUnavailable:
+        return DaemonUnavailable(
+            f"no daemon answers at {self.address}: {error}: start one with 'weightd serve', or set "
+            "WEIGHTD_RUNTIME_DIR to its runtime directory"
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
