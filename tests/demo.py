@@ -88,6 +88,7 @@ def step(what: str, server: Any) -> Any:
 def stage(daemon: Daemon, uri: str) -> dict[str, Any]:
     """Stage over POST /v1/stage, following its events with a progress bar."""
     record = daemon.client.stage(uri)
+    stage_id = record["id"]
     columns = (
         TextColumn("  {task.description:>9}"),
         BarColumn(),
@@ -96,7 +97,7 @@ def stage(daemon: Daemon, uri: str) -> dict[str, Any]:
     )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(record["state"], total=None)
-        for record in daemon.client.events(record["id"]):
+        for record in daemon.client.events(stage_id):
             total = record["bytes_total"] or None
             progress.update(bar, description=record["state"], completed=record["bytes_done"], total=total)
     if record["state"] != "ready":

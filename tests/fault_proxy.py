@@ -47,18 +47,20 @@ class FaultProxy:
         started = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._upstream = urlsplit(self.target)
+        self._tasks: set[asyncio.Task[None]] = set()
 
         def run() -> None:
             asyncio.set_event_loop(self._loop)
-            self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+            self._server = self._loop.run_until_complete(asyncio.start_server(self._accept, "127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
             self._stopping = asyncio.Event()
             started.set()
             self._loop.run_until_complete(self._stopping.wait())
-            for task in asyncio.all_tasks(self._loop):
-                task.cancel()
-            self._loop.run_until_complete(asyncio.sleep(0))
             self._server.close()
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
         self._thread = threading.Thread(target=run, name="fault-proxy", daemon=True)
         self._thread.start()
@@ -68,6 +70,12 @@ class FaultProxy:
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(10)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A task of its own: asyncio's own one for the callback complains where it is cancelled.
+        task = self._loop.create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream_writer: asyncio.StreamWriter | None = None
@@ -100,7 +108,7 @@ class FaultProxy:
             first, last = int(low), int(high) if high else None
         request = Request(len(self.seen), method, path, first, last)
         self.seen.append(request)
-        kind = self.fault(request)
+        kind = await self._loop.run_in_executor(None, self.fault, request)  # it may wait, and holds up only itself
         if kind:
             self.done.append((request, kind))
         if kind == "503":

@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import httpx
+
 from weightd.ipc import Client, Weights, attach
 
 START_DEADLINE = 90.0
@@ -253,6 +254,11 @@ class Daemon(Server):
             self._client = None
         super().stop()
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of capacity that are taken."""
+        return sum(device["used_bytes"] for device in self.client.node()["devices"])
+
     def attach(self, model: str | os.PathLike[str] | None = None, **options: Any) -> Weights:
         """``attach`` with this daemon, with a deadline that a busy machine keeps."""
         return attach(model, socket=self.runtime_dir, **{"timeout": 120.0, **options})
@@ -262,10 +268,11 @@ class Daemon(Server):
         return self.client.stage(os.fspath(model), wait=wait, **request)
 
 
-@contextlib.contextmanager
-def running(*servers: Server) -> Iterator[None]:
-    """Start all, stop all."""
-    with contextlib.ExitStack() as stack:
-        for server in servers:
-            stack.enter_context(server)
-        yield
+def until(condition: Callable[[], Any], what: str, deadline: float = 30.0) -> Any:
+    """Wait until a condition holds; returns its value."""
+    end = time.monotonic() + deadline
+    while True:
+        if value := condition():
+            return value
+        assert time.monotonic() < end, f"not within {deadline} s: {what}"
+        time.sleep(0.002)

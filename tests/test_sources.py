@@ -13,10 +13,10 @@ from threading import Thread
 import numpy
 import pytest
 from safetensors.numpy import load_file, save_file
-from weightd.ipc import RequestRefused, Weights
 
 from tests.conftest import lacking
 from tests.servers import Daemon, FakeGCS, SeaweedFS
+from weightd.ipc import RequestRefused, Weights
 
 
 def checkpoint(folder: Path, seed: int = 0, shards: int = 3) -> dict[str, numpy.ndarray]:
