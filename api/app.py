@@ -30,7 +30,6 @@ from weightd.daemon.node import Node
 from weightd.daemon.request import StageRequest
 from weightd.daemon.stage import Stage
 
-MAX_BODY_BYTES = 16 << 20
 MAX_WAIT_SECONDS = 86400.0
 
 StageId = Annotated[str, Path(max_length=64, description="The stage's id.")]
@@ -43,7 +42,6 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
         title="weightd",
         version=_version("weightd") or "0",
         summary="Stages model weights into memory that engines map.",
-        max_body_size=MAX_BODY_BYTES,
         responses=responses(400, 401, 403, 422),
     )
     problems.install(app)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from weightd.api.problems import problem
 from weightd.daemon.credentials import AllowedPeers, Peer, peer_of
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import asyncio
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MAX_BODY_BYTES = 16 << 20
+"""Longest request body."""
 
 _OPEN = frozenset({"/livez", "/readyz", "/healthz"})
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -57,14 +61,24 @@ class Gate:
                 self._metrics.api_seconds.labels(*labels).observe(time.perf_counter() - started)
             await send(message)
 
+        left = MAX_BODY_BYTES
+
+        async def bounded() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, f"a request's body may have {MAX_BODY_BYTES} bytes")
+            return message
+
         refusal = self._refusal(scope)
-        await (refusal or self._app)(scope, receive, measured)
+        await (refusal or self._app)(scope, bounded, measured)
 
     def _refusal(self, scope: Scope) -> Callable[..., Any] | None:
+        headers = dict(scope["headers"])
         peer: Peer | None = scope.get("state", {}).get("peer")
         if peer is not None:
             return None if self._peers.admits(peer) else problem(403, "peer_not_allowed", self._peers.refusal(peer))
-        headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         name = host if host.endswith("]") else host.rpartition(":")[0] if ":" in host else host
         if self._hosts is not None and name not in self._hosts:

@@ -27,6 +27,7 @@ from weightd.daemon.recipe import Recipe
 
 if TYPE_CHECKING:
     from prometheus_client import Counter
+
     from weightd.daemon.devices import Segment
     from weightd.daemon.metrics import Metrics
 

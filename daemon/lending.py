@@ -106,9 +106,9 @@ class LeaseServer:
         lease = self._node.lease(stage, rank, uid=peer.uid, gid=peer.gid, pid=peer.pid)
         try:
             index = stage.request.ranks.index(rank)
-            ready = await self._hand_over(connection, stage, index, lease.id)
             if was_ready:
                 self._node.metrics.attach_seconds.observe(time.perf_counter() - started)
+            ready = await self._hand_over(connection, stage, index, lease.id)
             sent = 0
             while stage.state != "ready":
                 if stage.finished:

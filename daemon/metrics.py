@@ -47,7 +47,7 @@ class Metrics:
         )
         self.attach_seconds = Histogram(
             "weightd_attach_duration_seconds",
-            "Seconds from a lease request for a ready stage to the handle being sent.",
+            "Seconds from a lease request for a ready stage to its handle being sent.",
             buckets=(0.0005, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
             registry=self.registry,
         )

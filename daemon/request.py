@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
 from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.layout import Split
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import ByteSize, Field, SecretStr, TypeAdapter, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
 from weightd.daemon.digests import LEAF
 from weightd.daemon.fill import FillLimits
 from weightd.ipc.runtime_dir import runtime_dir

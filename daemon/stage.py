@@ -170,6 +170,6 @@ class Stage:
             if now != last or time.monotonic() - quiet >= heartbeat:
                 yield now != last
                 last, quiet = now, time.monotonic()
-            if self.finished:
+            if now[0] in TERMINAL:  # what was yielded last, not what it has become meanwhile
                 return
             await self.changed(interval)

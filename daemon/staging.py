@@ -22,7 +22,7 @@ from weightd.daemon.layout import checkpoint_layout
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.request import Parallel, StageRequest
 from weightd.daemon.sources import Reader, Source
-from weightd.daemon.sources.file import changed
+from weightd.daemon.sources.base import changed
 from weightd.daemon.stage import Plan
 
 log = logging.getLogger(__name__)

@@ -353,7 +353,8 @@ def test_an_untrusted_user_is_refused_by_credentials_even_where_the_file_mode_le
         for path in (daemon.runtime_dir, *daemon.runtime_dir.iterdir(), base / "d"):
             path.chmod(0o777)
         script = (
-            "import os, sys, datetime, httpx, httpcore, h11, ssl\nimport weightd.ipc.client\nos.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+            "import os, sys, datetime, httpx, httpcore, h11, ssl\nimport weightd.ipc.client\n"
+            "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
             "from weightd.ipc import attach, Client, RequestRefused\n"
             "for call in (lambda: attach('/x'), lambda: Client().node()):\n"
             "    try: call(); sys.exit('let in')\n"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from weightd.daemon.errors import CheckpointChanged
 
 if TYPE_CHECKING:
     from weightd.daemon.fill import Fill
@@ -20,7 +22,14 @@ class SourceFile(NamedTuple):
     version: str
 
 
-@runtime_checkable
+def changed(planned: SourceFile, found: SourceFile) -> CheckpointChanged:
+    """The error that says how a file differs from what was planned with."""
+    return CheckpointChanged(
+        f"{planned.name} changed between planning and reading: it had {planned.size} bytes and version "
+        f"{planned.version}, now {found.size} and {found.version}: stage it again"
+    )
+
+
 class Reader(Protocol):
     """Moves a stage's bytes. Made for one stage by ``Source.reader``, used by one thread, closed once."""
 

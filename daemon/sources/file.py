@@ -8,11 +8,11 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, DaemonError, InvalidCheckpoint
+from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, InvalidCheckpoint
 from weightd.daemon.extents import Extent
 from weightd.daemon.fill import Fill, Landing
 from weightd.daemon.sources import Allow
-from weightd.daemon.sources.base import SourceFile
+from weightd.daemon.sources.base import SourceFile, changed
 
 MAX_FILES = 100_000
 """Files in one folder, over which it is taken for no checkpoint."""
@@ -186,11 +186,3 @@ class FileReader:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
-
-
-def changed(planned: SourceFile, found: SourceFile) -> DaemonError:
-    """The error that says how a file differs from what was planned with."""
-    return CheckpointChanged(
-        f"{planned.name} changed between planning and reading: it had {planned.size} bytes and version "
-        f"{planned.version}, now {found.size} and {found.version}: stage it again"
-    )

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from weightd.daemon.errors import CheckpointNotFound, InvalidRequest, NotAllowed, SourceFailed
+from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, InvalidRequest, NotAllowed, SourceFailed
 from weightd.daemon.extents import Extent
 from weightd.daemon.fill import Fill, Landing
 from weightd.daemon.sources import Allow, libstreamer
-from weightd.daemon.sources.base import SourceFile
+from weightd.daemon.sources.base import SourceFile, changed
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 MAX_OBJECTS = 100_000
 """Objects below one prefix, over which it is taken for no checkpoint."""
 
-# Codes of libstreamer 0.17 (cpp/common/response_code) after which the library may still be writing to the
-# destination, so that it must not be used again before the streamer has been closed.
-_UNSETTLED = frozenset({1, 11})
+# Codes of libstreamer 0.17, by what they mean for the range. Trying again can help: file access (what every HTTP error
+# comes out as), end of file, too many open files, unknown, unexpected number of bytes, retryable.
+_RETRYABLE = frozenset({2, 3, 6, 11, 15, 19})
+# After an unknown error the library may still write to the destination, which must not be used again before the
+# streamer has been closed.
+_UNSETTLED = frozenset({11})
 
 
 def open_source(uri: str, allow: Allow) -> ObjectStoreSource:
@@ -151,10 +154,13 @@ class ObjectStoreSource:
                 "weightd doctor shows which are in use"
             ) from None
         except (BaseError, OSError) as error:
+            # Listing a bucket that does not exist is a generic error; its text has the store's own answer.
+            if "NoSuchBucket" in str(error) or "404 Not Found" in str(error):
+                raise CheckpointNotFound(f"{uri}: no such bucket") from None
             raise SourceFailed(f"{uri}: {_reason(error)}") from None
 
     def reader(self, files: Sequence[SourceFile]) -> ObjectStoreReader:
-        return ObjectStoreReader([f"{self.base}/{file.name}" for file in files])
+        return ObjectStoreReader(self, files)
 
 
 def _version(meta: Any) -> str:
@@ -171,23 +177,25 @@ def _reason(error: BaseException) -> str:
 class ObjectStoreReader:
     """Keeps a bounded number of bytes in flight in one native streamer, and takes ranges as they land."""
 
-    def __init__(self, uris: Sequence[str]) -> None:
-        self._uris = uris
+    def __init__(self, source: ObjectStoreSource, files: Sequence[SourceFile]) -> None:
+        self._source = source
+        self._files = files
+        self._uris = [f"{source.base}/{file.name}" for file in files]
         try:
             self._streamer = libstreamer.Streamer()
         except (libstreamer.StreamerUnavailable, OSError) as error:
-            raise SourceFailed(f"{uris[0] if uris else 'checkpoint'}: {error}") from None
+            raise SourceFailed(f"{source.uri}: {error}") from None
 
     def run(self, fill: Fill) -> None:
         in_flight: dict[int, tuple[Extent, Landing]] = {}
-        waiting: list[tuple[float, int, Extent]] = []  # retries, by when they are due
+        waiting: list[tuple[float, int, int, Extent]] = []  # retries, by when they are due
         pending: Extent | None = None
         nbytes = 0
         last_progress = time.monotonic()
         while not fill.stopped:
             while nbytes < fill.in_flight_bytes:
                 if waiting and waiting[0][0] <= time.monotonic():
-                    pending = heapq.heappop(waiting)[2]
+                    pending = heapq.heappop(waiting)[3]
                 pending = pending or fill.next()
                 if pending is None:
                     break
@@ -214,18 +222,35 @@ class ObjectStoreReader:
             if response.code == libstreamer.SUCCESS:
                 fill.landed(extent, landing)
                 continue
-            delay = fill.failed(extent, self._uris[extent.file], libstreamer.describe(response.code))
+            delay = self._failed(fill, extent, response.code)
             fill.abandon(landing)
-            heapq.heappush(waiting, (time.monotonic() + delay, id(extent), extent))
+            heapq.heappush(waiting, (time.monotonic() + delay, extent.file, extent.offset, extent))
             if response.code in _UNSETTLED:
                 # All that is in flight is asked for anew, once nothing of the old streamer can still write.
                 self._streamer.close()
                 self._streamer = libstreamer.Streamer()
                 for other, place in in_flight.values():
                     fill.abandon(place)
-                    heapq.heappush(waiting, (time.monotonic() + delay, id(other), other))
+                    heapq.heappush(waiting, (time.monotonic() + delay, other.file, other.offset, other))
                 in_flight.clear()
                 nbytes = 0
+
+    def _failed(self, fill: Fill, extent: Extent, code: int) -> float:
+        """Seconds until the next try; raises where there is no point in one. The library does not say why, HEAD does."""
+        uri, planned = self._uris[extent.file], self._files[extent.file]
+        if code not in _RETRYABLE:
+            raise SourceFailed(f"{uri}: {libstreamer.describe(code)} (libstreamer code {code})")
+        if not extent.attempts:
+            try:
+                found = self._source.stat(planned.name)
+            except CheckpointNotFound:
+                raise CheckpointChanged(f"{uri} was there when planning, and is gone: stage it again") from None
+            except SourceFailed:
+                pass  # the store is away: that may pass
+            else:
+                if found != planned:
+                    raise changed(planned, found)
+        return fill.failed(extent, uri, libstreamer.describe(code))
 
     def _submit(self, fill: Fill, extent: Extent, landing: Landing) -> int:
         while True:
