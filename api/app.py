@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, Path, Query, Response
 from fastapi.responses import PlainTextResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+
 from weightd.api import problems
 from weightd.api.gate import Gate
 from weightd.api.models import (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
 from weightd.api.problems import problem
 from weightd.daemon.credentials import AllowedPeers, Peer, peer_of
 from weightd.daemon.metrics import Metrics

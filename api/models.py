@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
 from weightd.daemon.manifests import segment_manifest
 from weightd.daemon.request import StageRequest
 from weightd.daemon.stage import Stage

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+
 from weightd.api.models import Problem
 from weightd.daemon.errors import DaemonError
 from weightd.daemon.request import describe_errors

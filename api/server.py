@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 
 import uvicorn
+
 from weightd.api.app import create_app
 from weightd.api.gate import PeerProtocol
 from weightd.daemon.cache import Cache

@@ -87,6 +87,8 @@ def serve(**options: Any) -> None:
     """
     given = {name: value for name, value in options.items() if value not in (None, []) and name != "no_listen"}
     if options["no_listen"]:
+        if "listen" in given:
+            raise typer.BadParameter("--no-listen and --listen contradict each other")
         given["listen"] = ""
     try:
         Settings(**given)

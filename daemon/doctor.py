@@ -151,7 +151,12 @@ def _credentials() -> Iterator[Finding]:
             "set GOOGLE_APPLICATION_CREDENTIALS, or use workload identity",
         ),
         "az://": (
-            ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_CLIENT_SECRET", "AZURE_FEDERATED_TOKEN_FILE", "AZURE_STORAGE_SAS_KEY"),
+            (
+                "AZURE_STORAGE_ACCOUNT_KEY",
+                "AZURE_CLIENT_SECRET",
+                "AZURE_FEDERATED_TOKEN_FILE",
+                "AZURE_STORAGE_SAS_TOKEN",
+            ),
             (home / ".azure",),
             "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or use workload identity",
         ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 import mmap
 import random
 import threading
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from weightd.daemon.devices import Segment
     from weightd.daemon.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 PHASES = ("source", "buffers", "copying", "verifying")
 """Where a loading thread's time goes: waiting on the source, waiting for a bounce buffer, scattering, hashing."""
@@ -216,6 +219,8 @@ class Fill:
                 f"given up after {extent.attempts} tries in {spent:.1f} s (WEIGHTD_RETRY_DEADLINE)",
                 attempts=extent.attempts,
             )
+        if extent.attempts == 1:
+            log.warning("%s: bytes %d and up: %s; trying again", where, extent.offset, why)
         # Full jitter: readers that failed together do not come back together.
         return random.uniform(0.05, min(10.0, 0.1 * 2.0 ** min(extent.attempts, 10)))
 

@@ -11,7 +11,9 @@ from pydantic import ByteSize, Field, SecretStr, TypeAdapter, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from weightd.daemon.digests import LEAF
+from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.fill import FillLimits
+from weightd.daemon.sources import Allow
 from weightd.ipc.runtime_dir import runtime_dir
 
 _SIZE: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
@@ -93,6 +95,14 @@ class Settings(BaseSettings):
                     raise ValueError(f"expected DEVICE=SIZE, as in cpu=8GiB, found {device!r}")
             return {device: _SIZE.validate_python(size) for device, _, size in pairs}
         return value
+
+    @field_validator("allow")
+    @classmethod
+    def _uri_prefixes(cls, value: list[str]) -> list[str]:
+        try:
+            return list(Allow(value).prefixes)
+        except InvalidRequest as error:
+            raise ValueError(str(error).removeprefix("model: ")) from None
 
     @field_validator("listen")
     @classmethod

@@ -74,7 +74,7 @@ def _connect(scheme: str, bucket: str) -> ObjectStore:
         return GCSStore(bucket, **emulator, **options(endpoint))
     account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "")
     suffix = os.environ.get("AZURE_STORAGE_ENDPOINT_SUFFIX", "")
-    place: dict[str, Any] = {"endpoint": f"https://{account}.blob.{suffix}"} if account and suffix else {}
+    place: dict[str, Any] = {"endpoint": f"https://{account}.{suffix}"} if account and suffix else {}
     return AzureStore(bucket, **place, **options(""))
 
 
@@ -236,7 +236,7 @@ class ObjectStoreReader:
                 nbytes = 0
 
     def _failed(self, fill: Fill, extent: Extent, code: int) -> float:
-        """Seconds until the next try; raises where there is no point in one. The library does not say why, HEAD does."""
+        """Seconds until the next try; raises where there is no point in one. HEAD says why, the library does not."""
         uri, planned = self._uris[extent.file], self._files[extent.file]
         if code not in _RETRYABLE:
             raise SourceFailed(f"{uri}: {libstreamer.describe(code)} (libstreamer code {code})")
