@@ -45,7 +45,7 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
         summary="Stages model weights into memory that engines map.",
         responses=responses(400, 401, 403, 422),
     )
-    problems.install(app)
+    problems.install(app, node.metrics)
     app.add_middleware(
         Gate,
         peers=peers,

@@ -88,8 +88,17 @@ class ManifestTensor(BaseModel):
     shape: list[int] = Field(description="Its sizes in the segment, in elements, row-major.")
     offset: int = Field(description="Where it starts, in bytes from the segment's start.")
     nbytes: int = Field(description="Bytes that it takes.")
+    file: str = Field(description="The checkpoint's file that it is from.")
     digest: str | None = Field(description="Digest of its values, once ready.")
     leaves: list[str] | None = Field(None, description="XXH3-64 of each MiB of it, in hexadecimal, where asked for.")
+
+
+class ManifestFile(BaseModel):
+    """One file of the checkpoint, as it was when the stage was planned."""
+
+    name: str = Field(description="Its name below the checkpoint's URI.")
+    size: int = Field(description="Its bytes.")
+    version: str = Field(description="What changes when it is replaced: an ETag, or inode and mtime.")
 
 
 class SegmentManifest(BaseModel):
@@ -103,6 +112,7 @@ class SegmentManifest(BaseModel):
     digest: str | None = Field(description="Digest of the segment's values, once ready.")
     checkpoint_digest: str | None = Field(description="Digest of the whole checkpoint's values, where known.")
     metadata: str | None = Field(description="Folder with the checkpoint's configuration and tokenizer files.")
+    files: list[ManifestFile] = Field(description="The checkpoint's files with weights.")
     tensors: list[ManifestTensor] = Field(description="Its tensors in the order of their offsets.")
 
 
@@ -195,7 +205,11 @@ def stage_record(stage: Stage) -> StageRecord:
 
 def manifest_record(stage: Stage, index: int, leaves: bool) -> SegmentManifest:
     """A planned stage's segment as the API shows it."""
+    assert stage.plan is not None
     ready = stage.state == "ready"
+    checkpoint, recipe = stage.plan.checkpoint, stage.plan.recipes[index]
+    files = checkpoint.listing.weights
+    source = {copy.entry: files[checkpoint.tensors[copy.tensor].file].name for copy in recipe.copies}
     manifest = segment_manifest(
         stage,
         index,
@@ -212,6 +226,7 @@ def manifest_record(stage: Stage, index: int, leaves: bool) -> SegmentManifest:
         digest=manifest.digest,
         checkpoint_digest=manifest.checkpoint_digest,
         metadata=manifest.metadata,
+        files=[ManifestFile(**file._asdict()) for file in files],
         tensors=[
             ManifestTensor(
                 name=entry.name,
@@ -219,6 +234,7 @@ def manifest_record(stage: Stage, index: int, leaves: bool) -> SegmentManifest:
                 shape=list(entry.shape),
                 offset=entry.offset,
                 nbytes=entry.nbytes,
+                file=source[i],
                 digest=manifest.digests[i] if manifest.digests else None,
                 leaves=[f"{leaf:016x}" for leaf in stage.leaves[index][i]] if leaves and ready else None,
             )

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from weightd.api.models import Problem
 from weightd.daemon.errors import DaemonError
+from weightd.daemon.metrics import Metrics
 from weightd.daemon.request import describe_errors
 
 STATUS = {
@@ -55,11 +56,12 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, metrics: Metrics) -> None:
     """Make every error of the application a problem document."""
 
     @app.exception_handler(DaemonError)
     async def _daemon(request: Request, error: DaemonError) -> JSONResponse:
+        metrics.errors.labels(error.code).inc()
         return problem(STATUS.get(error.code, 500), error.code, str(error), **error.details)
 
     @app.exception_handler(RequestValidationError)

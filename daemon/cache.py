@@ -39,8 +39,7 @@ class Cache:
 
         The smallest files first, as many as the bounds allow. Raises what the source raises.
         """
-        state = f"{listing.identity}-{_fingerprint(listing.metadata)}"
-        folder = self.folder / "checkpoints" / state
+        folder = self.folder / "checkpoints" / listing.identity
         if folder.is_dir():
             return folder
         chosen: list[SourceFile] = []
@@ -96,9 +95,3 @@ class Cache:
 
     def _digest_path(self, digest: str) -> Path:
         return self.folder / "digests" / (digest.replace(":", "-") + ".json")
-
-
-def _fingerprint(files: tuple[SourceFile, ...]) -> str:
-    import hashlib
-
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]

@@ -89,7 +89,7 @@ def list_checkpoint(uri: str, source: Source) -> Listing:
     if index is not None:
         metadata.append(index)
     state = hashlib.sha256(uri.encode())
-    for file in [*weights, *([index] if index else [])]:
+    for file in [*weights, *metadata]:
         state.update(f"\0{file.name}\0{file.size}\0{file.version}".encode())
     return Listing(uri, state.hexdigest()[:32], tuple(weights), weight_map, tuple(metadata))
 

@@ -60,14 +60,18 @@ class LeaseServer:
         except (OSError, wire.Closed):
             pass  # the client is gone; its lease went with it
         except DaemonError as error:
-            self._node.metrics.errors.labels(error.code).inc()
-            reply = {"type": "error", "code": error.code, "message": str(error), "details": error.details}
-            with contextlib.suppress(OSError, TimeoutError):
-                await asyncio.wait_for(self._send(connection, reply), _REQUEST_TIMEOUT)
-        except Exception:
+            await self._refuse(connection, error)
+        except Exception as error:
             log.exception("lease connection")
+            await self._refuse(connection, DaemonError(f"{type(error).__name__}: see the daemon's log"))
         finally:
             connection.close()
+
+    async def _refuse(self, connection: socket.socket, error: DaemonError) -> None:
+        self._node.metrics.errors.labels(error.code).inc()
+        reply = {"type": "error", "code": error.code, "message": str(error), "details": error.details}
+        with contextlib.suppress(OSError, TimeoutError):
+            await asyncio.wait_for(self._send(connection, reply), _REQUEST_TIMEOUT)
 
     async def _conversation(self, connection: socket.socket) -> None:
         peer = peer_of(connection)

@@ -6,6 +6,7 @@ Everything here runs on the event loop; what blocks runs in threads.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -39,6 +40,11 @@ log = logging.getLogger(__name__)
 
 MAX_ENDED = 200
 """Records of failed and cancelled stages that are kept for looking at."""
+
+_RELIST_DEADLINE = 5.0
+"""Seconds that a source may take to say whether what is resident is still what it holds."""
+_PLAN_DEADLINE = 30.0
+"""Seconds that a request waits for its plan; then it is answered with the stage as it is."""
 
 T = TypeVar("T")
 
@@ -92,16 +98,20 @@ class Node:
             raise InvalidRequest(f"device {device!r} is not on this node, it has {', '.join(self.devices)}")
         listing: Listing | None
         try:
-            source, listing = await self._list(uri)
+            resident = self._find(request, uri, device, None)
+            if resident is not None and resident.state != "ready":
+                resident = None
+            source, listing = await asyncio.wait_for(self._list(uri), _RELIST_DEADLINE if resident else None)
         except InvalidRequest:
             raise
-        except SourceFailed as error:
-            found = self._find(request, uri, device, None)
-            if found is None or found.state != "ready":
-                return self._failed(Stage(uri, device, request, None), error), False
-            log.warning("%s: serving what is resident, the source cannot be asked: %s", uri, error)
-            return found, True
+        except TimeoutError:
+            assert resident is not None  # only then is there a deadline
+            log.warning("%s: serving what is resident, its source does not answer", uri)
+            return resident, True
         except DaemonError as error:
+            if resident is not None and isinstance(error, SourceFailed):
+                log.warning("%s: serving what is resident, its source cannot be asked: %s", uri, error)
+                return resident, True
             if error.code == "not_allowed" and "setting" in error.details:
                 raise
             return self._failed(Stage(uri, device, request, None), error), False
@@ -115,9 +125,12 @@ class Node:
         else:
             found.priority = max(found.priority, request.priority)
             found.pin = found.pin or request.pin
-        await found.planned.wait()
-        if isinstance(found.error, InsufficientCapacity | InvalidRequest) and found.plan is None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(found.planned.wait(), _PLAN_DEADLINE)
+        if _refused(found):
+            assert found.error is not None
             raise found.error
+        found.announced = True
         return found, not created
 
     def find_rank(self, model: str, rank: int) -> Stage:
@@ -254,7 +267,7 @@ class Node:
                 await self._in_thread(loading.close)
             if stage.state != "ready":
                 self._release(stage)
-            if isinstance(stage.error, InsufficientCapacity | InvalidRequest) and stage.plan is None:
+            if _refused(stage):
                 self.stages.pop(stage.id, None)  # the request is refused, as if it had never been
 
     def _admit(self, stage: Stage, plan: Plan) -> None:
@@ -420,6 +433,11 @@ class Node:
         task = asyncio.create_task(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _refused(stage: Stage) -> bool:
+    """Whether the plan showed that the request cannot be served, and nobody has been told of the stage."""
+    return isinstance(stage.error, InsufficientCapacity | InvalidRequest) and not stage.plan and not stage.announced
 
 
 class _Turns:

@@ -89,6 +89,8 @@ class Stage:
         self.satisfied: set[str] = set()
         """Expectations that were checked and met: digests, and ``file=sha256:...`` pairs."""
         self.leases: dict[str, Lease] = {}
+        self.announced = False
+        """Whether a client has been given its id."""
         self.cancelled = threading.Event()
         self._entered = time.monotonic()
         self._changed = asyncio.Event()

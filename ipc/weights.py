@@ -7,6 +7,7 @@ import mmap
 import os
 import socket as sockets
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,7 @@ class Weights(Mapping[str, "torch.Tensor"]):
 
     def __init__(self, connection: sockets.socket, reply: dict[str, Any], fds: list[int], *, strict: bool) -> None:
         self._connection = connection
+        weakref.finalize(self, connection.close)
         self.lease: str = reply["lease"]
         """The lease's id, as ``GET /v1/leases`` shows it."""
         self.ready: bool = reply["ready"]

@@ -196,15 +196,17 @@ class _Hub(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def _blob(self, item: Path) -> str:
+        return hashlib.sha1(item.read_bytes()).hexdigest()
+
     def do_GET(self) -> None:
         self.asked.append(self.path)
         path = self.path.partition("?")[0]
         if path.startswith("/api/models/org/name"):
-            files = [{"rfilename": item.name, "size": item.stat().st_size} for item in sorted(self.folder.iterdir())]
-            if "/tree/" in path:
-                tree = [{"type": "file", "path": item["rfilename"], "size": item["size"], "oid": "0"} for item in files]
-                self._answer(json.dumps(tree).encode(), Content_Type="application/json")
-                return
+            files = [
+                {"rfilename": item.name, "size": item.stat().st_size, "blobId": self._blob(item)}
+                for item in sorted(self.folder.iterdir())
+            ]
             info = {"id": "org/name", "modelId": "org/name", "sha": self.commit, "siblings": files, "private": False,
                     "tags": [], "downloads": 0}  # fmt: skip
             self._answer(json.dumps(info).encode(), Content_Type="application/json")
@@ -214,8 +216,7 @@ class _Hub(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         body = item.read_bytes()
-        etag = f'"{hashlib.sha1(body).hexdigest()}"'
-        self._answer(body, ETag=etag, X_Repo_Commit=self.commit, Accept_Ranges="bytes")
+        self._answer(body, ETag=f'"{self._blob(item)}"', X_Repo_Commit=self.commit, Accept_Ranges="bytes")
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -244,6 +245,8 @@ def test_a_repository_is_taken_from_the_hubs_cache_or_downloaded_into_it(
             assert_holds(weights, tensors)
             assert weights.metadata is not None
             assert (weights.metadata / "config.json").exists()
+        again = daemon.stage("hf://org/name@main")
+        assert again["id"] == record["id"], "the cache is what the hub had"
         assert any(path.startswith("/org/name/resolve/") for path in handler.asked)  # type: ignore[attr-defined]
     finally:
         server.shutdown()

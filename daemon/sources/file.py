@@ -33,9 +33,8 @@ class FileSource:
     max_runs = 1024
     min_range = 64 << 10
 
-    def __init__(self, root: Path, allow: Allow, *, trusted_root: bool = False) -> None:
-        """``trusted_root``: the daemon chose the folder itself, so the allow-list does not apply to it."""
-        self._allow = Allow() if trusted_root else allow
+    def __init__(self, root: Path, allow: Allow) -> None:
+        self._allow = allow
         self._check_allowed(root)
         self._single = root.name if root.is_file() else None
         self._root = root.parent if self._single else root

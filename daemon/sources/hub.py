@@ -1,54 +1,131 @@
-"""Hugging Face repositories, ``hf://org/name[@revision]``: the hub's own local cache, filled where it lacks files."""
+"""Hugging Face repositories, ``hf://org/name[@revision]``: the hub's own local cache, filled where it lacks files.
+
+What a revision holds is asked of the hub only where the cache does not have all of it. Files are downloaded, whole,
+when they are first read, which is while a stage is planned; from then on they are files.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from weightd.daemon.checkpoint import INDEX_NAME, read_index
 from weightd.daemon.errors import CheckpointNotFound, InvalidRequest, SourceFailed
 from weightd.daemon.sources import Allow
+from weightd.daemon.sources.base import Reader, SourceFile
 from weightd.daemon.sources.file import FileSource
 
-_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "*.ckpt", "*.tflite"]
 
-
-def open_source(uri: str, allow: Allow) -> FileSource:
-    """The snapshot's folder. Raises InvalidRequest, CheckpointNotFound, SourceFailed (hub unreachable)."""
+def open_source(uri: str, allow: Allow) -> HubSource:
+    """One revision of a repository. Raises NotAllowed, InvalidRequest."""
     allow.check(uri)
     repository, _, revision = uri.removeprefix("hf://").partition("@")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    def snapshot(local_files_only: bool) -> Path:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision or None,
-                ignore_patterns=_OTHER_WEIGHTS,
-                local_files_only=local_files_only,
-            )
-        )
-
-    try:
-        folder = snapshot(local_files_only=True)
-        if _complete(folder):
-            return FileSource(folder, allow, trusted_root=True)
-    except LocalEntryNotFoundError:
-        pass
-    except HFValidationError as error:
-        raise InvalidRequest(f"model: {uri}: {error}") from None
-    try:
-        return FileSource(snapshot(local_files_only=False), allow, trusted_root=True)
-    except LocalEntryNotFoundError as error:
-        raise SourceFailed(f"{uri}: not in the local cache, and the hub cannot be reached: {error}") from None
-    except HfHubHTTPError as error:
-        raise CheckpointNotFound(f"{uri}: {error}") from None
+    return HubSource(uri, repository, revision or None)
 
 
-def _complete(folder: Path) -> bool:
-    """Whether a cached snapshot has its weights: a download that was interrupted leaves a folder behind too."""
-    from weightd.daemon.checkpoint import INDEX_NAME, read_index
+_Files = list[SourceFile]
 
-    index = folder / INDEX_NAME
-    if index.is_file():
-        return all((folder / name).is_file() for name in set(read_index(INDEX_NAME, index.read_bytes()).values()))
-    return any(folder.glob("*.safetensors"))
+
+class HubSource:
+    """The files of one revision. A file's version is its blob's name, the same in the cache and on the hub."""
+
+    kind = "file"
+    max_runs = FileSource.max_runs
+    min_range = FileSource.min_range
+
+    def __init__(self, uri: str, repository: str, revision: str | None) -> None:
+        self._uri = uri
+        self._repository = repository
+        self._asked = revision
+        self._revision = revision  # a commit's, once listed
+        self._was_cached = False
+        self._files: dict[str, SourceFile] = {}
+
+    def list(self) -> _Files:
+        folder = self._cached()
+        if folder is not None:
+            found = [SourceFile(f.name, f.size, _blob(folder / f.name) or f.version) for f in _local(folder).list()]
+            self._revision, self._was_cached = folder.name, True
+        else:
+            found = self._ask_hub()
+        self._files = {file.name: file for file in found}
+        return found
+
+    def _cached(self) -> Path | None:
+        """The revision's folder in the cache, where its weights are all there: interrupted downloads leave some out."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(self._repository, revision=self._revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return None
+        except HFValidationError as error:
+            raise InvalidRequest(f"model: {self._uri}: {error}") from None
+        index = folder / INDEX_NAME
+        if index.is_file():
+            shards = set(read_index(INDEX_NAME, index.read_bytes()).values())
+            complete = all((folder / shard).is_file() for shard in shards)
+        else:
+            complete = any(folder.glob("*.safetensors"))
+        return folder if complete and (folder / "config.json").exists() else None
+
+    def _ask_hub(self) -> _Files:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            info = HfApi().model_info(self._repository, revision=self._revision, files_metadata=True, timeout=30)
+        except HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code in (401, 403, 404):
+                raise CheckpointNotFound(f"{self._uri}: {error}") from None
+            raise SourceFailed(f"{self._uri}: {error}") from None
+        except Exception as error:  # whatever the HTTP client of this release of huggingface_hub raises
+            raise SourceFailed(f"{self._uri}: not in the local cache, and the hub cannot be reached: {error}") from None
+        self._revision = info.sha or self._revision
+        return [
+            SourceFile(item.rfilename, item.size or 0, (item.lfs.sha256 if item.lfs else item.blob_id) or "")
+            for item in info.siblings or ()
+        ]
+
+    def stat(self, name: str) -> SourceFile:
+        try:
+            return self._files[name]  # a commit's files never change
+        except KeyError:
+            raise CheckpointNotFound(f"{self._uri}: no file {name!r}") from None
+
+    def _fetch(self, name: str, revision: str | None = None) -> Path:
+        """The file in the cache, downloaded where it is not there yet."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self._repository, name, revision=revision or self._revision))
+        except EntryNotFoundError as error:
+            raise CheckpointNotFound(f"{self._uri}: {error}") from None
+        except Exception as error:
+            raise SourceFailed(f"{self._uri}: {name}: {error}") from None
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        with self._fetch(name).open("rb") as file:
+            return os.pread(file.fileno(), length, offset)
+
+    def reader(self, files: Sequence[SourceFile]) -> Reader:
+        paths = [self._fetch(file.name) for file in files]
+        if not self._was_cached and files:
+            # Under the name that was asked for, so that the cache knows next time which commit that is.
+            self._fetch(files[0].name, self._asked or "main")
+        folder = Path(str(paths[0]).removesuffix(files[0].name)) if paths else Path()
+        local = _local(folder)
+        return local.reader([local.stat(file.name) for file in files])
+
+
+def _local(folder: Path) -> FileSource:
+    # The daemon chose the folder: what a repository's URI is allowed to be was checked already.
+    return FileSource(folder, Allow())
+
+
+def _blob(path: Path) -> str | None:
+    """The name of the blob that a snapshot's file links to."""
+    return os.path.basename(os.readlink(path)) if path.is_symlink() else None
