@@ -148,7 +148,8 @@ def _general(
     whole = demands.whole_tensors or tensor.file in demands.whole_files
     if not whole and not wanted:
         return
-    if not whole and all(block.run >= demands.min_range for *_, block in wanted):
+    one_run = len(wanted) == 1 and wanted[0][3].rows == 1
+    if not whole and (one_run or all(block.run >= demands.min_range for *_, block in wanted)):
         rows = sorted(
             (
                 block.source + i * block.source_stride,
@@ -174,7 +175,6 @@ def _general(
     if not whole:
         low = min(block.source for *_, block in wanted)
         high = max(block.source + (block.rows - 1) * block.source_stride + block.run for *_, block in wanted)
-        low -= low % LEAF
     for begin in range(low, high, demands.extent_bytes):
         end = min(begin + demands.extent_bytes, high)
         extent = Extent(tensor.file, tensor.start + begin, end - begin, scatters=[])

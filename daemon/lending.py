@@ -75,11 +75,12 @@ class LeaseServer:
 
     async def _conversation(self, connection: socket.socket) -> None:
         peer = peer_of(connection)
+        # Heard out even where it is refused: closing with unread data would take the refusal's words away with it.
+        message = await asyncio.wait_for(self._receive(connection), _REQUEST_TIMEOUT)
         if not self._peers.admits(peer):
             raise PeerNotAllowed(self._peers.refusal(peer))
         if len(self._connections) > self._max:
             raise LeaseLimit(f"{self._max} lease connections are open, which is all that WEIGHTD_MAX_LEASES allows")
-        message = await asyncio.wait_for(self._receive(connection), _REQUEST_TIMEOUT)
         started = time.perf_counter()
         # From here on the client has nothing to say: whatever comes in is the end of the connection.
         lending = asyncio.ensure_future(self._lend(connection, peer, message, started))

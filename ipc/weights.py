@@ -95,7 +95,8 @@ def _lease(message: dict[str, Any], path: Path, timeout: float | None, *, strict
         try:
             connection.settimeout(timeout)
             connection.connect(str(path))
-            wire.send(connection, message)
+            with contextlib.suppress(BrokenPipeError):  # the daemon may refuse before it has heard everything
+                wire.send(connection, message)
             while True:
                 reply, fds = _receive(connection, deadline)
                 if reply["type"] == "lease":

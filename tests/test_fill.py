@@ -11,6 +11,7 @@ import itertools
 import mmap
 import os
 import random
+import sys
 import tempfile
 import threading
 import time
@@ -701,7 +702,7 @@ def test_nothing_is_read_from_a_file_before_it_is_known_to_be_the_planned_one(
 
     def slow(fd: int) -> os.stat_result:
         # The thread that opens the file is held up while it looks at what it has opened.
-        if next(calls):
+        if next(calls) == 1:
             landed.wait(0.5)
         return fstat(fd)
 
@@ -907,14 +908,23 @@ def test_stopping_wakes_threads_that_wait_for_a_bounce_buffer(tmp_path: Path) ->
         assert first is not None
         assert fill.landing(first) is not None
         assert fill.landing(first, wait=False) is None
-        reader = stored.reader()
-        thread = threading.Thread(target=reader.run, args=(fill,))
+        got: list[Landing | None] = []
+        thread = threading.Thread(target=lambda: got.append(fill.landing(first)), daemon=True)
         thread.start()
+        deadline = time.monotonic() + 20
+        while not is_waiting(thread):
+            assert time.monotonic() < deadline
         fill.stop()
-        thread.join(10)
-        assert not thread.is_alive()
-        reader.close()
+        thread.join(20)
+        assert got == [None]
+        bring(stored, fill)
         assert fill.bytes_read == 0
+
+
+def is_waiting(thread: threading.Thread) -> bool:
+    """Whether it blocks on a lock of the threading module."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return frame is not None and frame.f_code.co_filename == threading.__file__ and frame.f_code.co_name == "wait"
 
 
 def test_stopping_ends_the_wait_for_the_next_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -929,7 +939,7 @@ def test_stopping_ends_the_wait_for_the_next_try(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(random, "uniform", uniform)
     with prepared(stored, checkpoint_layout(stored.checkpoint.tensors)) as filled:
         reader = stored.reader()
-        thread = threading.Thread(target=reader.run, args=(filled.fill,))
+        thread = threading.Thread(target=reader.run, args=(filled.fill,), daemon=True)
         thread.start()
         assert waiting.wait(10)
         filled.fill.stop()

@@ -567,17 +567,26 @@ def test_a_file_name_that_is_no_text_is_refused_or_read_but_breaks_nothing(tmp_p
     assert error is None or isinstance(error, DaemonError)
 
 
-def test_the_identity_of_a_listing_changes_with_any_of_its_weights(tmp_path: Path) -> None:
+def test_the_identity_of_a_listing_changes_with_any_of_its_files(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {"a.safetensors": TRUE})
-    found = {listed(tmp_path)[1].identity, listed(tmp_path)[1].identity}
-    assert len(found) == 1
     (tmp_path / "config.json").write_text("{}")
-    assert listed(tmp_path)[1].identity in found
+
+    def identity() -> str:
+        return listed(tmp_path)[1].identity
+
+    found = [identity()]
+    assert identity() == found[0]
     os.utime(tmp_path / "a.safetensors", ns=(0, 1))
-    found.add(listed(tmp_path)[1].identity)
+    found.append(identity())
+    os.utime(tmp_path / "config.json", ns=(0, 1))
+    found.append(identity())
     write_checkpoint(tmp_path, {"b.safetensors": {"other": ("U8", (1,), b"x")}})
-    found.add(listed(tmp_path)[1].identity)
-    assert len(found) == 3
+    found.append(identity())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    found.append(identity())
+    (tmp_path / "config.json").unlink()
+    found.append(identity())
+    assert len(set(found)) == 6
 
 
 # ---------------------------------------------------------------------------- properties

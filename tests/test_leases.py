@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -342,15 +343,13 @@ def test_lease_connections_are_bounded(start_daemon: Callable[..., Daemon], fold
 
 
 def test_an_untrusted_user_is_refused_by_credentials_even_where_the_file_mode_lets_him_in(
-    tmp_path_factory: pytest.TempPathFactory, folder: Path
+    folder: Path,
 ) -> None:
     if os.getuid():
         pytest.skip("needs root, to become another user")
-    base = tmp_path_factory.mktemp("peers")
-    for parent in [base, *base.parents[:3]]:
-        parent.chmod(parent.stat().st_mode | 0o055)
-    with Daemon(base / "d") as daemon:
-        for path in (daemon.runtime_dir, *daemon.runtime_dir.iterdir(), base / "d"):
+    with tempfile.TemporaryDirectory() as base, Daemon(Path(base) / "d") as daemon:
+        Path(base).chmod(0o755)
+        for path in (daemon.runtime_dir, *daemon.runtime_dir.iterdir(), Path(base) / "d"):
             path.chmod(0o777)
         script = (
             "import os, sys, datetime, httpx, httpcore, h11, ssl\nimport weightd.ipc.client\n"
