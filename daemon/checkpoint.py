@@ -75,7 +75,7 @@ def list_checkpoint(uri: str, source: Source) -> Listing:
             raise CheckpointNotFound(
                 f"{uri}: {INDEX_NAME} names {missing[0]!r}, which is not there"
                 f" ({len(missing)} of {len(names)} shards are missing)",
-                missing=missing[:100],
+                missing=[name.encode(errors="replace").decode() for name in missing[:100]],
             )
         weights = [by_name[name] for name in names]
     else:
@@ -90,7 +90,7 @@ def list_checkpoint(uri: str, source: Source) -> Listing:
         metadata.append(index)
     state = hashlib.sha256(uri.encode())
     for file in [*weights, *metadata]:
-        state.update(f"\0{file.name}\0{file.size}\0{file.version}".encode())
+        state.update(f"\0{file.name}\0{file.size}\0{file.version}".encode(errors="surrogateescape"))
     return Listing(uri, state.hexdigest()[:32], tuple(weights), weight_map, tuple(metadata))
 
 

@@ -127,9 +127,18 @@ class Fill:
         return self._stop.is_set()
 
     def stop(self) -> None:
-        """Make readers give up soon."""
+        """Make readers give up soon, and let go of what waits for them."""
         self._stop.set()
         self._slots.wake()
+        for ordered in self.sha256.values():
+            ordered.clear()
+
+    def check_complete(self) -> None:
+        """Raise where a reader has returned before every byte has landed: nothing may be sealed then."""
+        for recipe, pending in zip(self._recipes, self._pending, strict=True):
+            for entry, nbytes in zip(recipe.entries, pending, strict=True):
+                if nbytes:
+                    raise SourceFailed(f"tensor {entry.name!r}: {nbytes} of {entry.nbytes} bytes have not come")
 
     def wait(self, seconds: float) -> None:
         """Sleep, but no longer than until the fill is stopped."""
@@ -148,8 +157,9 @@ class Fill:
             first = extent.runs[0]
             views = [self._segments[run.segment].view[run.offset : run.offset + run.nbytes] for run in extent.runs]
             return Landing(views, self._segments[first.segment].address + first.offset)
+        ordered = self.sha256.get(extent.file)
         with self.phase("buffers"):
-            slot = self._slots.take(wait, self._stop)
+            slot = self._slots.take(wait, self._stop, lambda: ordered is None or ordered.position == extent.offset)
         if slot is None:
             return None
         return Landing([memoryview(slot)[: extent.nbytes]], ctypes.addressof(ctypes.c_char.from_buffer(slot)), slot)
@@ -199,6 +209,7 @@ class Fill:
             if ordered := self.sha256.get(extent.file):
                 # The landing is given back when its turn in the file has come.
                 ordered.add(extent.offset, extent.nbytes, landing.views[:], lambda: self.abandon(landing))
+                self._slots.wake()
             else:
                 self.abandon(landing)
         for segment, entries in verified.items():
@@ -299,7 +310,11 @@ class Fill:
 
 
 class _Slots:
-    """Bounce buffers, made when first needed and used again."""
+    """Bounce buffers, made when first needed and used again.
+
+    The last one is only for whoever will give it back without waiting for others (``urgent``): ranges that wait for
+    their turn in a file's SHA-256 keep theirs meanwhile, and must not starve the one that they wait for.
+    """
 
     def __init__(self, count: int, nbytes: int) -> None:
         self._left = count
@@ -308,22 +323,22 @@ class _Slots:
         self._free: list[mmap.mmap] = []
         self._changed = threading.Condition()
 
-    def take(self, wait: bool, stop: threading.Event) -> mmap.mmap | None:
+    def take(self, wait: bool, stop: threading.Event, urgent: Callable[[], bool]) -> mmap.mmap | None:
         with self._changed:
-            while not self._free and not self._left and wait and not stop.is_set():
+            while len(self._free) + self._left <= (0 if urgent() else 1):
+                if not wait or stop.is_set():
+                    return None
                 self._changed.wait()
-            if self._free:
-                return self._free.pop()
-            if self._left and not stop.is_set():
+            if not self._free:
                 self._left -= 1
                 self._all.append(mmap.mmap(-1, self._nbytes))
-                return self._all[-1]
-            return None
+                self._free.append(self._all[-1])
+            return self._free.pop()
 
     def give(self, slot: mmap.mmap) -> None:
         with self._changed:
             self._free.append(slot)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def wake(self) -> None:
         with self._changed:
@@ -335,7 +350,8 @@ class _OrderedHash:
 
     def __init__(self, prefix: bytes) -> None:
         self._hash = hashlib.sha256(prefix)
-        self._position = len(prefix)
+        self.position = len(prefix)
+        """Where in the file the next range begins."""
         self._waiting: dict[int, tuple[int, list[memoryview], Callable[[], None]]] = {}
         self._busy = False
         self._lock = threading.Lock()
@@ -348,7 +364,7 @@ class _OrderedHash:
             self._busy = True
         while True:
             with self._lock:
-                item = self._waiting.pop(self._position, None)
+                item = self._waiting.pop(self.position, None)
                 if item is None:
                     self._busy = False
                     return
@@ -356,8 +372,13 @@ class _OrderedHash:
             for part in parts:
                 self._hash.update(part)
             parts.clear()
-            self._position += size
+            self.position += size
             done()
+
+    def clear(self) -> None:
+        """Forget what waits: no more comes."""
+        with self._lock:
+            self._waiting.clear()
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

@@ -100,6 +100,13 @@ def parse_header(file: str, index: int, header: bytes, size: int) -> list[Tensor
 
 def parse_object(what: str, text: bytes) -> dict[str, Any]:
     """One JSON object from outside: UTF-8, no duplicate keys, no bottomless nesting. Raises InvalidCheckpoint."""
+    # A tensor is one object with two lists. Counting brackets first bounds the memory that parsing can take: 100 MB
+    # could otherwise hold 30 million empty lists. Brackets inside names count too, hence the slack.
+    brackets = text.count(b"{") + text.count(b"[")
+    if brackets > 4 * MAX_TENSORS:
+        raise InvalidCheckpoint(
+            f"{what}: {brackets} objects and lists, allowed are {4 * MAX_TENSORS} ({MAX_TENSORS} tensors)"
+        )
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except _Duplicate as error:
@@ -125,7 +132,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _Duplicate(key)
+                raise _Duplicate(key[:200])
             seen.add(key)
     return table
 
@@ -135,14 +142,6 @@ def _no_constant(constant: str) -> NoReturn:
 
 
 def _parse_json(file: str, header: bytes) -> dict[str, Any]:
-    # A tensor is one object with two lists. Counting brackets first bounds the memory that parsing can take: a header
-    # of 100 MB could otherwise hold 30 million empty lists. Brackets inside names count too, hence the slack.
-    brackets = header.count(b"{") + header.count(b"[")
-    if brackets > 4 * MAX_TENSORS:
-        raise InvalidCheckpoint(
-            f"{file}: the header holds {brackets} objects and lists, allowed are {4 * MAX_TENSORS} "
-            f"({MAX_TENSORS} tensors)"
-        )
     table = parse_object(f"{file}: header", header)
     if len(table) > MAX_TENSORS + 1:
         raise InvalidCheckpoint(f"{file}: the header holds {len(table)} tensors, allowed are {MAX_TENSORS}")
@@ -155,7 +154,7 @@ def _tensor(file: str, index: int, name: str, info: Any, data_start: int, data_s
 
     check_name(file, name)
     if type(info) is not dict or info.keys() != _FIELDS:
-        found = sorted(map(str, info))[:8] if isinstance(info, dict) else type(info).__name__
+        found = _shown(sorted(map(str, info))[:8]) if isinstance(info, dict) else type(info).__name__
         reject(f"must be an object with dtype, shape and data_offsets only (no nesting), found {found}")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     bits = _BITS.get(dtype) if type(dtype) is str else None
@@ -163,14 +162,16 @@ def _tensor(file: str, index: int, name: str, info: Any, data_start: int, data_s
         reject(f"dtype {str(dtype)[:50]!r} is unknown, known are {', '.join(_BITS)}")
     if type(shape) is not list or len(shape) > MAX_DIMENSIONS:
         reject(f"shape must be a list of at most {MAX_DIMENSIONS} sizes, found {_shown(shape)}")
+    extent = bits  # as if no size were 0: torch multiplies the strides of empty tensors too
     for size in shape:
         if type(size) is not int or size < 0:
             reject(f"shape {_shown(shape)} holds {_shown(size)}, sizes are whole numbers from 0")
         if size > MAX_TENSOR_BYTES:
             reject(f"shape holds {_shown(size)}, allowed is {MAX_TENSOR_BYTES}")
         bits *= size
-    if bits > 8 * MAX_TENSOR_BYTES:
-        reject(f"shape {_shown(shape)} with {dtype} takes {bits // 8} bytes, allowed are {MAX_TENSOR_BYTES}")
+        extent *= max(size, 1)
+    if extent > 8 * MAX_TENSOR_BYTES:
+        reject(f"shape {_shown(shape)} with {dtype} takes {extent // 8} bytes, allowed are {MAX_TENSOR_BYTES}")
     if bits % 8:
         reject(f"shape {_shown(shape)} with {dtype} takes {bits} bits, not a whole number of bytes")
     if type(offsets) is not list or len(offsets) != 2 or type(offsets[0]) is not int or type(offsets[1]) is not int:

@@ -10,6 +10,7 @@ from typing import Literal
 from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.header import TensorInfo
 from weightd.daemon.recipe import Box, Copy, Entry, Recipe, arrange, contiguous, validate
+from weightd.ipc.dtypes import DTYPES
 
 Split = int | Literal["replicate"]
 """Along which dimension a tensor is cut into equal parts, one for each rank; or every rank gets all of it."""
@@ -97,5 +98,10 @@ def _slice(tensor: TensorInfo, index: int, split: Split, tp_size: int, rank: int
     part = size // tp_size
     whole = contiguous(tensor.shape)
     shape = (*tensor.shape[:dim], part, *tensor.shape[dim + 1 :])
+    if tensor.nbytes % tp_size:
+        raise InvalidRequest(
+            f"parallel.map: tensor {tensor.name!r}: a slice of {tensor.dtype} ({DTYPES[tensor.dtype].bits} bits an "
+            f"element) along dimension {dim} cuts through a byte: slice along another dimension, or replicate it"
+        )
     entry = Entry(tensor.name, tensor.dtype, shape, 0, tensor.nbytes // tp_size)
     return entry, Copy(index, 0, source=Box(rank * part * whole.strides[dim], shape, whole.strides))

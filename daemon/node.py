@@ -265,6 +265,7 @@ class Node:
                 self._turns.give()
             if loading is not None:
                 await self._in_thread(loading.close)
+                loading = None
             if stage.state != "ready":
                 self._release(stage)
             if _refused(stage):

@@ -20,6 +20,7 @@ ALIGNMENT = 256
 """Every entry starts on a multiple of this many bytes: what CUDA's own allocators give, and vector loads want."""
 
 _MAX_RUNS = 1 << 22
+_MAX_BLOCKS = 1 << 20
 
 
 class Box(NamedTuple):
@@ -95,10 +96,15 @@ def blocks(copy: Copy, tensor: TensorInfo, entry: Entry) -> Iterator[Block]:
     target = copy.target or contiguous(entry.shape)
     if source.shape != target.shape:
         # Different factorisations of the same elements: let the finer one lead where the other is contiguous.
-        if target == contiguous(target.shape):
+        if target.strides == contiguous(target.shape).strides:
             target = contiguous(source.shape)._replace(offset=target.offset)
-        else:
+        elif source.strides == contiguous(source.shape).strides:
             source = contiguous(target.shape)._replace(offset=source.offset)
+        else:
+            raise InvalidRequest(
+                f"entry {entry.name!r}: a copy's boxes have the shapes {source.shape} and {target.shape}, "
+                "and neither is contiguous"
+            )
     if 0 in source.shape:
         return
     bits = DTYPES[entry.dtype].bits
@@ -123,6 +129,8 @@ def blocks(copy: Copy, tensor: TensorInfo, entry: Entry) -> Iterator[Block]:
         )
     run //= 8
     count, from_step, to_step = merged.pop() if merged else (1, 0, 0)
+    if prod(size for size, _, _ in merged) > _MAX_BLOCKS:
+        raise InvalidRequest(f"entry {entry.name!r}: a copy falls into more than {_MAX_BLOCKS} blocks")
     for index in product(*(range(size) for size, _, _ in merged)):
         offsets = [
             start + sum(i * dim[axis] for i, dim in zip(index, merged, strict=True))
@@ -138,6 +146,8 @@ def validate(recipe: Recipe, tensors: Sequence[TensorInfo]) -> None:
     """
     end, previous = 0, "the start"
     for entry in sorted(recipe.entries, key=lambda entry: entry.offset):
+        if entry.dtype not in DTYPES or min(entry.shape, default=0) < 0:
+            raise InvalidRequest(f"entry {entry.name!r}: {entry.dtype}{entry.shape} is no type and shape of a tensor")
         if entry.offset % ALIGNMENT:
             raise InvalidRequest(f"entry {entry.name!r}: offset {entry.offset} is no multiple of {ALIGNMENT}")
         if entry.offset < end:

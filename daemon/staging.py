@@ -134,6 +134,7 @@ class Loading:
         assert self._reader is not None
         self._reader.run(self.fill)
         self._check_cancelled()
+        self.fill.check_complete()
         on_landed()
         self._check_unchanged()
         self.tensor_digests = [self.fill.digests(index) for index in range(len(self.plan.recipes))]
@@ -158,6 +159,7 @@ class Loading:
     def close(self) -> None:
         """Return when nothing can write to the segments any more, which may take as long as a stalled request."""
         if self._reader is not None:
+            self.stop()
             self._reader.close()
 
     def _check_cancelled(self) -> None:

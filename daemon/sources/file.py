@@ -66,7 +66,7 @@ class FileSource:
     def _status(self, name: str) -> os.stat_result | None:
         try:
             return os.stat(self._root / name)
-        except FileNotFoundError:
+        except OSError:  # gone, a link to itself, a folder that may not be entered: nothing that can be read
             return None
 
     def stat(self, name: str) -> SourceFile:
@@ -82,7 +82,7 @@ class FileSource:
         try:
             # O_NONBLOCK: opening a FIFO must not wait for a writer.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise CheckpointNotFound(f"{path}: {error.strerror}") from None
         if not modes.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
@@ -175,10 +175,11 @@ class FileReader:
                     fd = self._source.open(planned.name)
                 except CheckpointNotFound as error:
                     raise CheckpointChanged(f"{planned.name} was there when planning: {error}") from None
-                self._fds[index] = fd
                 found = _source_file(planned.name, os.fstat(fd))
                 if found != planned:
+                    os.close(fd)
                     raise changed(planned, found)
+                self._fds[index] = fd
             return self._fds[index]
 
     def close(self) -> None:

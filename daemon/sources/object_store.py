@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, InvalidRequest, NotAllowed, SourceFailed
 from weightd.daemon.extents import Extent
@@ -174,6 +174,15 @@ def _reason(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:500]
 
 
+class _Due(NamedTuple):
+    """An extent to be asked for at a time (monotonic seconds), earlier ones in a file first."""
+
+    at: float
+    file: int
+    offset: int
+    extent: Extent
+
+
 class ObjectStoreReader:
     """Keeps a bounded number of bytes in flight in one native streamer, and takes ranges as they land."""
 
@@ -188,28 +197,29 @@ class ObjectStoreReader:
 
     def run(self, fill: Fill) -> None:
         in_flight: dict[int, tuple[Extent, Landing]] = {}
-        waiting: list[tuple[float, int, int, Extent]] = []  # retries, by when they are due
-        pending: Extent | None = None
+        waiting: list[_Due] = []
         nbytes = 0
         last_progress = time.monotonic()
         while not fill.stopped:
-            while nbytes < fill.in_flight_bytes:
-                if waiting and waiting[0][0] <= time.monotonic():
-                    pending = heapq.heappop(waiting)[3]
-                pending = pending or fill.next()
-                if pending is None:
+            if not in_flight:
+                last_progress = time.monotonic()
+            deferred: list[_Due] = []  # due, but with no bounce buffer to be had
+            while nbytes < fill.in_flight_bytes and len(deferred) <= len(in_flight):
+                extent = self._next(fill, waiting)
+                if extent is None:
                     break
-                landing = fill.landing(pending, wait=not in_flight)
+                landing = fill.landing(extent, wait=False)
                 if landing is None:
-                    break
-                extent, pending = pending, None
+                    deferred.append(_Due(time.monotonic(), extent.file, extent.offset, extent))
+                    continue
                 in_flight[self._submit(fill, extent, landing)] = (extent, landing)
                 nbytes += extent.nbytes
+            for due in deferred:
+                heapq.heappush(waiting, due)
             if not in_flight:
-                if not waiting and pending is None:
+                if not waiting:
                     return
-                if waiting and pending is None:
-                    fill.wait(max(0.0, waiting[0][0] - time.monotonic()))
+                fill.wait(max(0.001, waiting[0].at - time.monotonic()))
                 continue
             with fill.phase("source"):
                 response = self._streamer.response(0.1)
@@ -222,18 +232,24 @@ class ObjectStoreReader:
             if response.code == libstreamer.SUCCESS:
                 fill.landed(extent, landing)
                 continue
-            delay = self._failed(fill, extent, response.code)
-            fill.abandon(landing)
-            heapq.heappush(waiting, (time.monotonic() + delay, extent.file, extent.offset, extent))
+            at = time.monotonic() + self._failed(fill, extent, response.code)
+            again = [(extent, landing)]
             if response.code in _UNSETTLED:
                 # All that is in flight is asked for anew, once nothing of the old streamer can still write.
                 self._streamer.close()
                 self._streamer = libstreamer.Streamer()
-                for other, place in in_flight.values():
-                    fill.abandon(place)
-                    heapq.heappush(waiting, (time.monotonic() + delay, other.file, other.offset, other))
+                again += in_flight.values()
                 in_flight.clear()
                 nbytes = 0
+            for other, place in again:
+                fill.abandon(place)
+                heapq.heappush(waiting, _Due(at, other.file, other.offset, other))
+
+    def _next(self, fill: Fill, waiting: list[_Due]) -> Extent | None:
+        """What to ask for next: what failed and is due again before what is new."""
+        if waiting and waiting[0].at <= time.monotonic():
+            return heapq.heappop(waiting).extent
+        return fill.next()
 
     def _failed(self, fill: Fill, extent: Extent, code: int) -> float:
         """Seconds until the next try; raises where there is no point in one. HEAD says why, the library does not."""
