@@ -40,7 +40,8 @@ $(VENV)/base.stamp: constraints.txt pyproject.toml
 $(VENV)/test.stamp: $(VENV)/base.stamp
 	$(PIP) '.[daemon,demo,test]'
 	rm -rf build *.egg-info
-	if command -v npm >/dev/null; then npm install --silent --no-fund --no-audit --prefix $(VENV)/azurite azurite@$(AZURITE); fi
+	@# A test that needs what is missing says so; on CI that is a failure.
+	-if command -v npm >/dev/null; then npm install --silent --no-fund --no-audit --prefix $(VENV)/azurite azurite@$(AZURITE); fi
 	touch $@
 
 # Installed, not linked: what is tested is the wheel.

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ def serve(settings: Settings) -> int:
         stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    _raise_file_limit()
     devices = open_devices({name: int(size) for name, size in settings.capacity.items()})
     allow = Allow(settings.allow)
     runtime = RuntimeDir(settings.runtime_dir)
@@ -97,6 +99,13 @@ def serve(settings: Settings) -> int:
         logging.shutdown()
         os._exit(0)  # threads inside native code would keep the interpreter waiting
     return 0
+
+
+def _raise_file_limit() -> None:
+    """As many descriptors as the system lets us have: one a shard that is read, one a segment, one a lease."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Server(uvicorn.Server):

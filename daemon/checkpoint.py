@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import posixpath
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ MAX_INDEX_BYTES = 256 << 20
 _FIRST_READ = 256 << 10
 """Bytes of the first range read of a file: one round trip for all but the largest headers."""
 _PARALLEL_READS = 64
+_MAX_HEADERS_BYTES = 512 << 20
+"""Bytes of all headers of one checkpoint together: 1,000,000 tensors with names of 300 bytes fit."""
 _OTHER_WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.ckpt",
     "*.tflite", "*.npz", "*.safetensors.index.json", "*.bin.index.json",
@@ -115,24 +118,35 @@ def open_checkpoint(source: Source, listing: Listing) -> Checkpoint:
     """
     names = [file.name for file in listing.weights]
     workers = min(_PARALLEL_READS, len(names))
+    parsing = threading.Lock()  # parsing holds the GIL anyway; one at a time bounds its memory
+    nbytes = 0
+
+    def read(index: int) -> tuple[list[TensorInfo], bytes]:
+        nonlocal nbytes
+        file = listing.weights[index]
+        data = source.read(file.name, 0, min(_FIRST_READ, file.size))
+        end = 8 + header_length(file.name, data, file.size)
+        with parsing:
+            nbytes += end
+            if nbytes > _MAX_HEADERS_BYTES:
+                raise InvalidCheckpoint(
+                    f"{listing.uri}: the headers take {nbytes} bytes and more, allowed are {_MAX_HEADERS_BYTES}"
+                )
+        if end > len(data):
+            data += source.read(file.name, len(data), end - len(data))
+        if len(data) < end:
+            raise CheckpointChanged(f"{file.name}: had {file.size} bytes when listed, ends at byte {len(data)} now")
+        prefix = data[:end]
+        with parsing:
+            return parse_header(file.name, index, prefix[8:], file.size), prefix
+
     with ThreadPoolExecutor(workers, thread_name_prefix="header") as pool:
-        results = list(pool.map(lambda i: _read_header(source, i, listing.weights[i]), range(len(names))))
+        results = list(pool.map(read, range(len(names))))
     tensors = [tensor for found, _ in results for tensor in found]
     check_unique(names, tensors)
     if listing.weight_map is not None:
         _check_index(listing.weight_map, names, tensors)
     return Checkpoint(listing, tuple(tensors), tuple(prefix for _, prefix in results))
-
-
-def _read_header(source: Source, index: int, file: SourceFile) -> tuple[list[TensorInfo], bytes]:
-    data = source.read(file.name, 0, min(_FIRST_READ, file.size))
-    length = header_length(file.name, data, file.size)
-    if 8 + length > len(data):
-        data += source.read(file.name, len(data), 8 + length - len(data))
-    if len(data) < 8 + length:
-        raise CheckpointChanged(f"{file.name}: had {file.size} bytes when listed, ends at byte {len(data)} now")
-    prefix = data[: 8 + length]
-    return parse_header(file.name, index, prefix[8:], file.size), prefix
 
 
 def _check_index(weight_map: Mapping[str, str], files: Sequence[str], tensors: Sequence[TensorInfo]) -> None:

@@ -220,7 +220,7 @@ def check_unique(files: Sequence[str], tensors: Sequence[TensorInfo]) -> None:
         if first != tensor.file:
             raise InvalidCheckpoint(
                 f"tensor {tensor.name!r} is in two files, {files[first]} and {files[tensor.file]}: "
-                "add a model.safetensors.index.json, or remove the duplicate"
+                "remove one, or let a model.safetensors.index.json name one file only"
             )
 
 

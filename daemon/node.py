@@ -35,6 +35,7 @@ from weightd.daemon.request import StageRequest
 from weightd.daemon.sources import Allow, Source, canonical, open_source
 from weightd.daemon.stage import Lease, Plan, Stage
 from weightd.daemon.staging import Loading, allocated, make_plan
+from weightd.daemon.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Node:
         self._loop = asyncio.get_running_loop()
         # Threads, not a bound on work: planning blocks on storage, loading on its own readers.
         self._threads = ThreadPoolExecutor(64, thread_name_prefix="stage")
-        self._turns = _Turns(concurrent_loads)
+        self._turns = Turns(concurrent_loads)
         self._listings: dict[str, asyncio.Task[tuple[Source, Listing]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loading: dict[str, Loading] = {}
@@ -439,36 +440,3 @@ class Node:
 def _refused(stage: Stage) -> bool:
     """Whether the plan showed that the request cannot be served, and nobody has been told of the stage."""
     return isinstance(stage.error, InsufficientCapacity | InvalidRequest) and not stage.plan and not stage.announced
-
-
-class _Turns:
-    """A semaphore whose waiters go in the order of their priority, then of their coming."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-        self._waiting: list[tuple[int, Callable[[], int], Callable[[], bool], asyncio.Future[None]]] = []
-        self._order = itertools.count()
-
-    @property
-    def free(self) -> bool:
-        return self._left > 0 and not self._waiting
-
-    async def take(self, priority: Callable[[], int], given_up: Callable[[], bool]) -> None:
-        """Wait for a turn; whoever has given up gets one at once, to find out that it does not want it."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((next(self._order), priority, given_up, future))
-        self.changed()
-        await future
-
-    def give(self) -> None:
-        self._left += 1
-        self.changed()
-
-    def changed(self) -> None:
-        """Hand out what turns there are. Priorities are asked now: they may have been raised since."""
-        for waiter in sorted(self._waiting, key=lambda waiter: (not waiter[2](), -waiter[1](), waiter[0])):
-            if self._left <= 0 and not waiter[2]():
-                break
-            self._left -= 1
-            self._waiting.remove(waiter)
-            waiter[3].set_result(None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -18,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints import BITS, INDEX, Tensor, header_of, nbytes, raw_file, safetensors_bytes, write_checkpoint
-from weightd.daemon.checkpoint import Checkpoint, Listing, list_checkpoint, open_checkpoint, read_index
-from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, DaemonError, InvalidCheckpoint
+from tests.lies import DATA, FILE, SHORT, TRUE, lie, long, named, opened, shaped, twice
+from weightd.daemon.checkpoint import read_index
+from weightd.daemon.errors import InvalidCheckpoint
 from weightd.daemon.header import (
     MAX_DIMENSIONS,
     MAX_HEADER_BYTES,
@@ -31,50 +31,7 @@ from weightd.daemon.header import (
     header_length,
     parse_header,
 )
-from weightd.daemon.sources import Allow
-from weightd.daemon.sources.file import FileSource
 from weightd.ipc.dtypes import DTYPES
-
-FILE = "model-00001-of-00001.safetensors"
-SHORT = 10_000
-"""Characters that an error message may have, however long what it complains about is."""
-
-TRUE: dict[str, Tensor] = {
-    "first.weight": ("F32", (2, 3), bytes(range(24))),
-    "second.weight": ("BF16", (4,), bytes(range(8))),
-    "third.weight": ("U8", (5,), bytes(range(5))),
-}
-DATA = b"".join(data for _, _, data in TRUE.values())
-
-
-def listed(folder: Path) -> tuple[FileSource, Listing]:
-    source = FileSource(folder, Allow())
-    return source, list_checkpoint(f"file://{folder}", source)
-
-
-def opened(folder: Path) -> Checkpoint:
-    return open_checkpoint(*listed(folder))
-
-
-def lie(tensor: str = "second.weight", **fields: Any) -> bytes:
-    """The true file with fields of one tensor's entry replaced, its data as it was."""
-    header = header_of(TRUE)
-    header[tensor].update(fields)
-    return raw_file(header, DATA)
-
-
-def named(name: str) -> bytes:
-    return safetensors_bytes({name: ("U8", (1,), b"x")})
-
-
-def shaped(*shape: Any, dtype: str = "U8", data: bytes = b"") -> bytes:
-    return raw_file({"t": {"dtype": dtype, "shape": list(shape), "data_offsets": [0, len(data)]}}, data)
-
-
-def twice(text: str) -> bytes:
-    """The first half of a header repeated: JSON that dictionaries could not express."""
-    return raw_file(text.encode(), b"x")
-
 
 LIES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     # the length
@@ -276,10 +233,6 @@ def test_the_file_that_all_lies_are_made_from_is_accepted(tmp_path: Path) -> Non
     }
 
 
-def long(character: str = "k") -> str:
-    return character * (1 << 20)
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -346,247 +299,6 @@ def test_too_many_tensors_over_all_files_are_refused() -> None:
     tensor = TensorInfo("t", "U8", (1,), 0, 0, 1)
     with pytest.raises(InvalidCheckpoint, match=r"1000001.*1000000"):
         check_unique(["a", "b"], [tensor] * (MAX_TENSORS + 1))
-
-
-# ---------------------------------------------------------------------------- several files
-
-
-def test_a_tensor_in_two_shards_is_refused_with_both_names(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {"a.safetensors": TRUE, "b.safetensors": {"second.weight": ("U8", (1,), b"x")}})
-    with pytest.raises(InvalidCheckpoint, match=r"'second\.weight'.*two files.*a\.safetensors.*b\.safetensors"):
-        opened(tmp_path)
-
-
-def test_a_lie_in_the_second_shard_names_the_second_shard(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {"a.safetensors": {"a": ("U8", (1,), b"x")}})
-    (tmp_path / "b.safetensors").write_bytes(lie(dtype="F33"))
-    with pytest.raises(InvalidCheckpoint, match=r"^b\.safetensors: tensor 'second\.weight'"):
-        opened(tmp_path)
-
-
-def test_a_header_longer_than_the_first_read_is_read_whole(tmp_path: Path) -> None:
-    tensors: dict[str, Tensor] = {f"layer.{i:06}." + "x" * 100: ("U8", (1,), bytes([i % 256])) for i in range(4000)}
-    write_checkpoint(tmp_path, {FILE: tensors})
-    checkpoint = opened(tmp_path)
-    content = (tmp_path / FILE).read_bytes()
-    assert len(checkpoint.prefixes[0]) > 256 << 10
-    assert checkpoint.prefixes[0] == content[: len(checkpoint.prefixes[0])]
-    assert {tensor.name: content[tensor.start : tensor.start + 1] for tensor in checkpoint.tensors} == {
-        name: data for name, (_, _, data) in tensors.items()
-    }
-
-
-@pytest.mark.parametrize("left", [0, 4, 100])
-def test_a_file_cut_short_between_listing_and_reading_is_refused(left: int, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {FILE: TRUE})
-    source, listing = listed(tmp_path)
-    os.truncate(tmp_path / FILE, left)
-    with pytest.raises((CheckpointChanged, InvalidCheckpoint), match=FILE):
-        open_checkpoint(source, listing)
-
-
-# ---------------------------------------------------------------------------- the index
-
-
-def test_the_shards_are_those_that_the_index_names(tmp_path: Path) -> None:
-    shards: dict[str, dict[str, Tensor]] = {
-        "b.safetensors": {"x": ("U8", (1,), b"x")},
-        "a.safetensors": {"y": ("U8", (1,), b"y")},
-    }
-    write_checkpoint(tmp_path, shards, index=True)
-    write_checkpoint(tmp_path, {"unnamed.safetensors": {"x": ("U8", (1,), b"z")}})
-    checkpoint = opened(tmp_path)
-    assert [file.name for file in checkpoint.listing.weights] == ["a.safetensors", "b.safetensors"]
-    assert [(tensor.name, tensor.file) for tensor in checkpoint.tensors] == [("y", 0), ("x", 1)]
-
-
-def test_without_an_index_the_second_copy_that_some_publish_is_left_out(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {"model.safetensors": TRUE, "consolidated.safetensors": TRUE})
-    assert [file.name for file in opened(tmp_path).listing.weights] == ["model.safetensors"]
-
-
-def test_a_second_copy_alone_is_the_checkpoint(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {"consolidated.safetensors": TRUE})
-    assert [file.name for file in opened(tmp_path).listing.weights] == ["consolidated.safetensors"]
-
-
-def test_configuration_and_tokenizer_are_metadata_and_other_weights_are_not(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {FILE: TRUE}, index=True)
-    for name in ("config.json", "tokenizer.model", "pytorch_model.bin", "model.gguf", "tf_model.h5"):
-        (tmp_path / name).write_text("{}")
-    _, listing = listed(tmp_path)
-    assert {file.name for file in listing.metadata} == {"config.json", "tokenizer.model", INDEX}
-
-
-@pytest.mark.parametrize(
-    ("weight_map", "words"),
-    [
-        ({"t": "../x.safetensors"}, ("'t'", "'../x.safetensors'", "below the index's own folder")),
-        ({"t": "a/../../x.safetensors"}, ("'t'", "'a/../../x.safetensors'", "below")),
-        ({"t": "/etc/x.safetensors"}, ("'t'", "'/etc/x.safetensors'", "below")),
-        ({"t": "..\\x.safetensors"}, ("'t'", "below")),
-        ({"t": "x\0.safetensors"}, ("'t'", r"x\x00.safetensors", "below")),
-        ({"t": "/etc/passwd"}, ("'t'", "'/etc/passwd'", ".safetensors")),
-        ({"t": "pytorch_model.bin"}, ("'t'", "'pytorch_model.bin'", ".safetensors")),
-        ({"t": ""}, ("'t'", "''", ".safetensors")),
-        ({"t": 7}, ("'t'", "'7'", ".safetensors")),
-        ({"t": None}, ("'t'", "'None'", ".safetensors")),
-        ({"t": {"file": "x.safetensors"}}, ("'t'", ".safetensors")),
-        ({long(): long()}, (".safetensors",)),
-        ({}, ("weight_map", "not empty")),
-        ([["t", FILE]], ("weight_map", "object")),
-        (None, ("weight_map", "object")),
-    ],
-    ids=lambda value: repr(value)[:40] if not isinstance(value, tuple) else "",
-)
-def test_a_lying_weight_map_is_refused(weight_map: object, words: tuple[str, ...], tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {FILE: TRUE})
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(InvalidCheckpoint) as refusal:
-        opened(tmp_path)
-    message = str(refusal.value)
-    assert [word for word in (INDEX, *words) if word not in message] == [], message
-    assert len(message) < SHORT
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (b"", "JSON"),
-        (b"[]", "object, found list"),
-        (b"{}", "weight_map"),
-        (b'{"weight_map": {"t": NaN}}', "NaN"),
-        (b'{"weight_map": {"t": "a.safetensors", "t": "b.safetensors"}}', "'t' is there more than once"),
-        (b'{"weight_map": ' * 50_000, "nested too deeply"),
-        (b'{"weight_map": {"\xff": "a.safetensors"}}', "UTF-8 at byte 17"),
-    ],
-)
-def test_an_index_that_is_no_index_is_refused(text: bytes, words: str) -> None:
-    with pytest.raises(InvalidCheckpoint, match=INDEX) as refusal:
-        read_index(INDEX, text)
-    assert words in str(refusal.value)
-
-
-def test_an_index_too_large_is_refused_unread(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {FILE: TRUE})
-    with (tmp_path / INDEX).open("wb") as file:
-        file.truncate((256 << 20) + 1)
-    with pytest.raises(InvalidCheckpoint, match=rf"{INDEX}: {(256 << 20) + 1} bytes, allowed are {256 << 20}"):
-        listed(tmp_path)
-
-
-def test_a_shard_that_the_index_names_and_that_is_not_there_is_named(tmp_path: Path) -> None:
-    weight_map = {"first.weight": FILE, "a": "gone-1.safetensors", "b": "gone-2.safetensors"}
-    write_checkpoint(tmp_path, {FILE: TRUE}, index=weight_map)
-    with pytest.raises(CheckpointNotFound, match=rf"{INDEX}.*'gone-1\.safetensors'.*2 of 3 shards") as refusal:
-        listed(tmp_path)
-    assert refusal.value.details["missing"] == ["gone-1.safetensors", "gone-2.safetensors"]
-
-
-def test_a_missing_shard_whose_name_is_half_a_surrogate_pair_can_still_be_reported(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {FILE: TRUE}, index={"a": "\ud800.safetensors"})
-    with pytest.raises(DaemonError) as refusal:
-        listed(tmp_path)
-    str(refusal.value).encode()
-    json.dumps(refusal.value.details, ensure_ascii=False).encode()  # as the HTTP API sends it
-
-
-def test_a_tensor_in_another_shard_than_the_index_says_is_named_with_both(tmp_path: Path) -> None:
-    shards: dict[str, dict[str, Tensor]] = {
-        "a.safetensors": {"x": ("U8", (1,), b"x")},
-        "b.safetensors": {"y": ("U8", (1,), b"y")},
-    }
-    write_checkpoint(tmp_path, shards, index={"x": "a.safetensors", "y": "a.safetensors", "z": "b.safetensors"})
-    with pytest.raises(InvalidCheckpoint, match=rf"{INDEX}: tensor 'y'.*a\.safetensors.*b\.safetensors"):
-        opened(tmp_path)
-
-
-def test_a_tensor_that_the_index_names_and_no_shard_has_is_named(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {FILE: TRUE}, index={"first.weight": FILE, "fourth.weight": FILE})
-    with pytest.raises(InvalidCheckpoint, match=rf"{INDEX}: tensor 'fourth\.weight'.*none of the shards"):
-        opened(tmp_path)
-
-
-# ---------------------------------------------------------------------------- what is no regular file
-
-
-def in_time(action: Callable[[], object]) -> BaseException | None:
-    """What the action raises; fails where it hangs, which opening a FIFO would."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            action()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(20)
-    assert not thread.is_alive(), "it hangs"
-    return raised[0] if raised else None
-
-
-def test_a_fifo_in_place_of_a_shard_is_not_there(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / FILE)
-    assert isinstance(in_time(lambda: opened(tmp_path)), CheckpointNotFound)
-    assert isinstance(in_time(lambda: opened(tmp_path / FILE)), CheckpointNotFound)
-
-
-def test_a_fifo_that_the_index_names_is_not_there(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {}, index={"t": FILE})
-    os.mkfifo(tmp_path / FILE)
-    assert isinstance(in_time(lambda: opened(tmp_path)), CheckpointNotFound)
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
-def test_a_shard_that_becomes_something_else_after_listing_is_refused(
-    make: Callable[[Path], None], tmp_path: Path
-) -> None:
-    write_checkpoint(tmp_path, {FILE: TRUE})
-    source, listing = listed(tmp_path)
-    (tmp_path / FILE).unlink()
-    make(tmp_path / FILE)
-    error = in_time(lambda: open_checkpoint(source, listing))
-    assert isinstance(error, InvalidCheckpoint)
-    assert FILE in str(error)
-    assert "not a regular file" in str(error)
-
-
-def test_a_link_to_itself_beside_the_weights_hides_none_of_them(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {FILE: TRUE})
-    (tmp_path / "loop.json").symlink_to("loop.json")
-    (tmp_path / "dangling.json").symlink_to("nowhere.json")
-    assert len(opened(tmp_path).tensors) == len(TRUE)
-
-
-def test_a_file_name_that_is_no_text_is_refused_or_read_but_breaks_nothing(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {FILE: TRUE})
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.safetensors")).write_bytes(named("other"))
-    error = in_time(lambda: opened(tmp_path))
-    assert error is None or isinstance(error, DaemonError)
-
-
-def test_the_identity_of_a_listing_changes_with_any_of_its_files(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {"a.safetensors": TRUE})
-    (tmp_path / "config.json").write_text("{}")
-
-    def identity() -> str:
-        return listed(tmp_path)[1].identity
-
-    found = [identity()]
-    assert identity() == found[0]
-    os.utime(tmp_path / "a.safetensors", ns=(0, 1))
-    found.append(identity())
-    os.utime(tmp_path / "config.json", ns=(0, 1))
-    found.append(identity())
-    write_checkpoint(tmp_path, {"b.safetensors": {"other": ("U8", (1,), b"x")}})
-    found.append(identity())
-    (tmp_path / "tokenizer.json").write_text("{}")
-    found.append(identity())
-    (tmp_path / "config.json").unlink()
-    found.append(identity())
-    assert len(set(found)) == 6
 
 
 # ---------------------------------------------------------------------------- properties

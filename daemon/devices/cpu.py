@@ -15,6 +15,8 @@ from weightd.daemon.errors import InsufficientCapacity
 _SEALS_AT_BIRTH = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 F_SEAL_FUTURE_WRITE = 0x0010  # linux/fcntl.h; not in Python's fcntl module
 _SEALS_WHEN_READY = F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+_SEALS_THAT_COUNT = _SEALS_AT_BIRTH | F_SEAL_FUTURE_WRITE
+"""With no writable mapping left, these alone keep every byte as it is."""
 
 DEFAULT_SHARE = 0.5
 """Share of the memory that is available when the daemon starts, taken as capacity where no setting says more."""
@@ -84,14 +86,22 @@ class CpuSegment:
     def lend(self) -> int:
         with self._lock:
             if not self._sealed:
-                fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+                self._add_seals(F_SEAL_FUTURE_WRITE)
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def seal(self) -> None:
         self._unmap()  # a memfd with a writable mapping refuses the seal
         with self._lock:
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS_WHEN_READY)
+            self._add_seals(_SEALS_WHEN_READY)
             self._sealed = True
+
+    def _add_seals(self, seals: int) -> None:
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
+        except PermissionError:
+            # A borrower of the daemon's own user may have sealed the seals: a nuisance, no danger.
+            if fcntl.fcntl(self._fd, fcntl.F_GET_SEALS) & _SEALS_THAT_COUNT != _SEALS_THAT_COUNT:
+                raise
 
     def _unmap(self) -> None:
         if self._map is None:

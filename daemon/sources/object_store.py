@@ -184,7 +184,11 @@ class _Due(NamedTuple):
 
 
 class ObjectStoreReader:
-    """Keeps a bounded number of bytes in flight in one native streamer, and takes ranges as they land."""
+    """Keeps a bounded number of bytes in flight in one native streamer, and takes ranges as they land.
+
+    A streamer serves one stage, and so one set of credentials, however many files there are: closing it is the
+    library's only way to say that nothing writes to this stage's memory any more.
+    """
 
     def __init__(self, source: ObjectStoreSource, files: Sequence[SourceFile]) -> None:
         self._source = source

@@ -54,10 +54,9 @@ def main() -> int:
             console.print("interrupted: what was started is stopped, what was made is removed")
             return 130
     show_verdict(console, sections)
-    if arguments.json:
-        given = {"size": arguments.size, "repetitions": arguments.repetitions, "sections": arguments.sections}
-        arguments.json.write_text(json.dumps(as_json(facts, given, sections), indent=1) + "\n")
-        console.print(f"every sample is in {arguments.json}")
+    given = {"size": arguments.size, "repetitions": arguments.repetitions, "sections": arguments.sections}
+    arguments.json.write_text(json.dumps(as_json(facts, given, sections), indent=1) + "\n")
+    console.print(f"every sample is in {arguments.json}")
     return 0
 
 
@@ -68,7 +67,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sections", type=_sections, default=list(SECTIONS), help=f"which tables (default: {','.join(SECTIONS)})"
     )
-    parser.add_argument("--json", type=Path, help="file for every sample")
+    parser.add_argument(
+        "--json", type=Path, default=Path("bench.json"), help="file for every sample (default: bench.json)"
+    )
     parser.add_argument("--folder", type=Path, help="where checkpoints are made (default: the temporary folder)")
     return parser.parse_args()
 
