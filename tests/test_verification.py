@@ -46,8 +46,8 @@ def sha256(path: Path) -> str:
 
 
 def flip_once(request: Request, done: list[bool], least: int = MiB) -> Kind | None:
-    """Flip a bit in the first large read, and in no other."""
-    if request.method == "GET" and request.nbytes >= least and not done:
+    """Flip a bit in the first large read of the tensor ``large`` that comes, and in no other."""
+    if request.path.endswith("/a.safetensors") and request.method == "GET" and request.nbytes >= least and not done:
         done.append(True)
         return "flip"
     return None
