@@ -1,6 +1,7 @@
 # make demo    the main job, end to end, on a real model (MODEL=uri or folder: on yours)
 # make test    the whole test suite
 # make check   lint, format, types
+# make soak    kill -9 at random moments, ROUNDS times (SEED=... for the same ones again)
 # make bench   speed against its limits and rivals (ARGS="--size 4GiB")
 # Each sets up what it needs below .venv.
 
@@ -8,11 +9,13 @@ PYTHON ?= python3
 VENV ?= .venv
 MODEL ?=
 ARGS ?=
+ROUNDS ?= 200
+SEED ?= 0
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES = $(shell find api daemon ipc -name '*.py') pyproject.toml README.md
 AZURITE = 3.35.0
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check soak bench clean
 
 demo: $(VENV)/weightd.stamp
 	@$(VENV)/bin/python -m tests.demo $(if $(MODEL),"$(MODEL)")
@@ -24,6 +27,9 @@ check: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p weightd.ipc -p weightd.daemon -p weightd.api
+
+soak: $(VENV)/weightd.stamp $(VENV)/test.stamp
+	ROUNDS=$(ROUNDS) SEED=$(SEED) $(VENV)/bin/python -m pytest -s --timeout 0 tests/faults/test_killing.py $(ARGS)
 
 bench: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m tests.bench $(ARGS)

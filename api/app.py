@@ -13,14 +13,19 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from weightd.api import problems
 from weightd.api.gate import Gate
 from weightd.api.models import (
+    Change,
     DeviceRecord,
+    FitRecord,
     Health,
     LeaseList,
     LeaseRecord,
+    Move,
     NodeRecord,
     SegmentManifest,
     StageList,
     StageRecord,
+    Unadopted,
+    fit_record,
     manifest_record,
     stage_record,
 )
@@ -61,19 +66,23 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
     @app.post(
         "/v1/stage",
         status_code=202,
-        response_model=StageRecord,
+        response_model=StageRecord | FitRecord,
         responses={
-            200: {"model": StageRecord, "description": "It is there already."},
-            202: {"description": "It is on its way, or it failed on the way: see its state."},
-            **responses(413, 507),
+            200: {"model": StageRecord | FitRecord, "description": "It is there already; or what a dry run found."},
+            202: {"model": StageRecord, "description": "It is on its way, or it failed on the way: see its state."},
+            **responses(404, 409, 413, 429, 502, 507),
         },
     )
     async def stage(
         request: StageRequest,
         response: Response,
         wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS, description="Seconds to wait for its end.")] = 0,
-    ) -> StageRecord:
+        dry_run: Annotated[bool, Query(description="Only say whether it would fit, and what would go for it.")] = False,
+    ) -> StageRecord | FitRecord:
         """Stage a checkpoint, or join a stage of the same that is there or on its way. Answers once it is planned."""
+        if dry_run:
+            response.status_code = 200
+            return fit_record(await node.would_fit(request))
         found, existed = await node.stage(request)
         if wait:
             await found.wait(wait)
@@ -85,7 +94,7 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
     @app.get("/v1/stage")
     async def stages() -> StageList:
         """All stages, oldest first, with those that ended lately."""
-        return StageList(stages=[stage_record(found) for found in node.stages.values()])
+        return StageList(stages=[stage_record(found) for found in node.stages()])
 
     @app.get("/v1/stage/{stage_id}", responses=responses(404))
     async def show(stage_id: StageId) -> StageRecord:
@@ -102,7 +111,7 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
     ) -> SegmentManifest:
         """What one of its segments holds."""
         found = node.get(stage_id)
-        if found.plan is None:
+        if found.plan is None and not found.manifests:
             raise NotPlanned(f"stage {found.id} is {found.state}: it has no manifest")
         ranks = found.request.ranks
         if tp_rank is None and len(ranks) > 1:
@@ -125,9 +134,29 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
             last = record.state
 
     @app.delete("/v1/stage/{stage_id}", responses=responses(404, 409))
-    async def remove(stage_id: StageId) -> StageRecord:
-        """Cancel it while it is on its way; drop it once it has ended. Refused while anybody leases it."""
-        return stage_record(node.drop(stage_id))
+    async def remove(
+        stage_id: StageId,
+        force: Annotated[bool, Query(description="Take it away from those who lease it.")] = False,
+        grace: Annotated[
+            float | None,
+            Query(ge=0, le=86400, description="Seconds that they have to let go; null: the setting revoke_grace."),
+        ] = None,
+    ) -> StageRecord:
+        """Cancel it while it is on its way; drop it once it has ended. Refused while anybody leases it, unless forced:
+        lessees are told then, and the memory is freed once they have let go, or their time is over."""
+        return stage_record(node.drop(stage_id, force=force, grace=grace))
+
+    @app.patch("/v1/stage/{stage_id}", responses=responses(404))
+    async def change(stage_id: StageId, to: Change) -> StageRecord:
+        """Change what decides whether it stays: its pin, its priority."""
+        found = node.get(stage_id)
+        node.change(found, priority=to.priority, pin=to.pin)
+        return stage_record(found)
+
+    @app.post("/v1/stage/{stage_id}/move", responses=responses(404, 409, 507))
+    async def move(stage_id: StageId, where: Move) -> StageRecord:
+        """Move it to another device without its source. Answers once it is there."""
+        return stage_record(await node.move(stage_id, where.device))
 
     @app.get("/v1/leases")
     async def leases() -> LeaseList:
@@ -144,7 +173,7 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
                     pid=lease.pid,
                     since=lease.since,
                 )
-                for lease in node.leases()
+                for lease in node.residency.leases()
             ]
         )
 
@@ -153,7 +182,7 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
         """The daemon and its devices."""
         devices = []
         for device in node.devices.values():
-            used = node.used(device.name)
+            used = node.residency.used(device.name)
             devices.append(
                 DeviceRecord(
                     name=device.name,
@@ -167,6 +196,8 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
             started_at=node.started_at,
             default_device=node.default_device,
             devices=devices,
+            mapped_elsewhere_bytes=await node.residency.mapped_elsewhere(),
+            unadopted=[Unadopted(**left) for left in node.residency.unadopted],
             versions={name: _version(name) for name in _VERSIONS},
         )
 

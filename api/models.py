@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from weightd.daemon.manifests import segment_manifest
+from weightd.daemon.manifests import entry_files, segment_leaves, segment_manifest
+from weightd.daemon.node import Fit
 from weightd.daemon.request import StageRequest
+from weightd.daemon.residency import summary
 from weightd.daemon.stage import Stage
 
 State = Literal["queued", "planning", "loading", "verifying", "ready", "failed", "cancelled", "evicted"]
@@ -72,6 +74,55 @@ class StageRecord(BaseModel):
     priority: int = Field(description="Priority, the highest that anybody asked for.")
     pin: bool = Field(description="Whether anybody asked for it never to be evicted.")
     leases: int = Field(description="Leases held on it.")
+    revoked_until: float | None = Field(
+        description="By when its lessees have to let go, once it was dropped by force: seconds since the epoch."
+    )
+
+
+class ResidentRecord(BaseModel):
+    """A stage that takes memory, in short."""
+
+    id: str = Field(description="The stage's id.")
+    model: str = Field(description="Canonical URI of the checkpoint.")
+    state: str = Field(description="Its state.")
+    bytes: int = Field(description="Bytes of the device's capacity that it takes.")
+    leases: int = Field(description="Leases held on it.")
+    pin: bool = Field(description="Whether it is never evicted.")
+    priority: int = Field(description="Its priority.")
+
+
+class FitRecord(BaseModel):
+    """What a dry run found. Nothing has changed by it."""
+
+    fits: bool = Field(description="Whether it would fit.")
+    needed_bytes: int = Field(description="Bytes of the device's capacity that it would take.")
+    stage: str | None = Field(description="The stage that is there already, or on its way.")
+    evicts: list[ResidentRecord] = Field(description="What would go for it, in this order.")
+
+
+class Change(BaseModel):
+    """What to change of a stage; null: as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pin: bool | None = Field(None, description="Whether never to evict it.")
+    priority: int | None = Field(None, ge=-1000, le=1000, description="Lower goes first where room is made.")
+
+
+class Move(BaseModel):
+    """Where to move a stage."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    device: str = Field(min_length=1, max_length=64, description="Device that its segments move to.")
+
+
+class Unadopted(BaseModel):
+    """What the keeper holds and this version of weightd does not understand; it is left alone."""
+
+    name: str = Field(description="The stage's id.")
+    nbytes: int = Field(description="Bytes of its segments.")
+    reason: str = Field(description="Why it was not adopted.")
 
 
 class StageList(BaseModel):
@@ -151,6 +202,10 @@ class NodeRecord(BaseModel):
     started_at: float = Field(description="When it started, in seconds since the epoch.")
     default_device: str = Field(description="Device of requests that name none.")
     devices: list[DeviceRecord] = Field(description="Where segments can live.")
+    mapped_elsewhere_bytes: int = Field(
+        description="Bytes of segments that were freed here and that other processes still map, as far as can be seen."
+    )
+    unadopted: list[Unadopted] = Field(description="What the keeper holds that this version does not understand.")
     versions: dict[str, str | None] = Field(description="Versions of weightd and of what moves its bytes.")
 
 
@@ -187,36 +242,42 @@ def stage_record(stage: Stage) -> StageRecord:
         footprint_bytes=stage.footprint,
         segments=[
             SegmentRecord(
-                tp_rank=recipe.rank,
-                nbytes=recipe.nbytes,
-                tensors=len(recipe.entries),
+                tp_rank=info.rank,
+                nbytes=info.nbytes,
+                tensors=info.tensors,
                 handle="fd",
                 digest=stage.segment_digests[index] if stage.segment_digests else None,
             )
-            for index, recipe in enumerate(stage.plan.recipes if stage.plan else ())
+            for index, info in enumerate(stage.infos)
         ],
         checkpoint_digest=stage.checkpoint_digest,
-        metadata=stage.plan.metadata_folder if stage.plan else None,
+        metadata=stage.metadata,
         priority=stage.priority,
         pin=stage.pin,
         leases=len(stage.leases),
+        revoked_until=stage.revoked_until,
+    )
+
+
+def fit_record(fit: Fit) -> FitRecord:
+    """A dry run as the API shows it."""
+    return FitRecord(
+        fits=fit.fits,
+        needed_bytes=fit.needed,
+        stage=fit.stage.id if fit.stage else None,
+        evicts=[ResidentRecord.model_validate(summary(stage)) for stage in fit.evicts],
     )
 
 
 def manifest_record(stage: Stage, index: int, leaves: bool) -> SegmentManifest:
-    """A planned stage's segment as the API shows it."""
-    assert stage.plan is not None
-    ready = stage.state == "ready"
-    checkpoint, recipe = stage.plan.checkpoint, stage.plan.recipes[index]
-    files = checkpoint.listing.weights
-    source = {copy.entry: files[checkpoint.tensors[copy.tensor].file].name for copy in recipe.copies}
-    manifest = segment_manifest(
-        stage,
-        index,
-        stage.digests[index] if ready else None,
-        stage.segment_digests[index] if ready else None,
-        stage.checkpoint_digest,
-    )
+    """A planned stage's segment as the API shows it; ``leaves`` once it is ready."""
+    assert stage.listing is not None
+    if stage.manifests:
+        manifest, sources = stage.manifests[index].read()
+    else:
+        manifest, sources = segment_manifest(stage, index), entry_files(stage, index)
+    files = stage.listing.weights
+    digests = segment_leaves(stage, index) if leaves and stage.manifests else None
     return SegmentManifest(
         stage=manifest.stage,
         model=manifest.model,
@@ -234,9 +295,9 @@ def manifest_record(stage: Stage, index: int, leaves: bool) -> SegmentManifest:
                 shape=list(entry.shape),
                 offset=entry.offset,
                 nbytes=entry.nbytes,
-                file=source[i],
+                file=files[sources[i]].name,
                 digest=manifest.digests[i] if manifest.digests else None,
-                leaves=[f"{leaf:016x}" for leaf in stage.leaves[index][i]] if leaves and ready else None,
+                leaves=[f"{leaf:016x}" for leaf in digests[i]] if digests else None,
             )
             for i, entry in enumerate(manifest)
         ],

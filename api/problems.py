@@ -21,8 +21,15 @@ STATUS = {
     "peer_not_allowed": 403,
     "insufficient_capacity": 507,
     "unknown_stage": 404,
+    "checkpoint_not_found": 404,
+    "checkpoint_changed": 409,
+    "invalid_checkpoint": 422,
+    "source_failed": 502,
     "stage_leased": 409,
     "not_planned": 409,
+    "not_movable": 409,
+    "stage_revoked": 409,
+    "queue_full": 429,
 }
 """HTTP status of each error code that a request can be refused with; all others are 500."""
 
@@ -62,7 +69,9 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(DaemonError)
     async def _daemon(request: Request, error: DaemonError) -> JSONResponse:
         metrics.errors.labels(error.code).inc()
-        return problem(STATUS.get(error.code, 500), error.code, str(error), **error.details)
+        wait = error.details.get("retry_after_seconds")
+        headers = {"Retry-After": str(wait)} if wait else None
+        return problem(STATUS.get(error.code, 500), error.code, str(error), headers, **error.details)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -15,14 +15,18 @@ import uvicorn
 
 from weightd.api.app import create_app
 from weightd.api.gate import PeerProtocol
+from weightd.daemon import keeper
 from weightd.daemon.cache import Cache
 from weightd.daemon.credentials import AllowedPeers
+from weightd.daemon.deposits import Deposits
 from weightd.daemon.devices import open_devices
+from weightd.daemon.keeper import LISTEN, LOCK
 from weightd.daemon.lending import LeaseServer
 from weightd.daemon.metrics import Metrics
 from weightd.daemon.node import Node
+from weightd.daemon.residency import Residency
 from weightd.daemon.settings import Settings
-from weightd.daemon.sockets import RuntimeDir, bind_tcp
+from weightd.daemon.sockets import Listeners
 from weightd.daemon.sources import Allow
 from weightd.ipc.runtime_dir import API_SOCKET, LEASE_SOCKET
 
@@ -33,7 +37,7 @@ _STOP_DEADLINE = 10.0
 
 
 def serve(settings: Settings) -> int:
-    """Run the daemon. Returns the exit code. Raises RuntimeDirInUse, OSError and ValueError before it listens."""
+    """Run the daemon. Returns the exit code. Raises OSError and ValueError before it listens."""
     logging.basicConfig(
         stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -41,64 +45,132 @@ def serve(settings: Settings) -> int:
     _raise_file_limit()
     devices = open_devices({name: int(size) for name, size in settings.capacity.items()})
     allow = Allow(settings.allow)
-    runtime = RuntimeDir(settings.runtime_dir)
+    deposits = Deposits.inherited()
+    held = deposits.collect()
+    # Without a keeper, which has locked it, the directory is this process's own to lock.
+    lock = held.pop(LOCK, None) or keeper.lock(str(settings.runtime_dir))
+    sockets = {name: held.pop(name) for name in list(held) if name.startswith(LISTEN)}
+    listeners = Listeners(settings.runtime_dir, deposits, sockets)
     try:
-        listeners = [runtime.bind(API_SOCKET)]
+        over_http = [listeners.unix(API_SOCKET)]
         if settings.listen:
-            listeners.append(bind_tcp(settings.listen))
-        lease_listener = runtime.bind(LEASE_SOCKET)
-        peers = AllowedPeers(frozenset(settings.peer_uids), frozenset(settings.peer_gids))
+            over_http.append(listeners.tcp(settings.listen))
+        lease_listener = listeners.unix(LEASE_SOCKET)
+    except OSError:
+        listeners.close()
+        raise
+    listeners.drop_others()
+    peers = AllowedPeers(frozenset(settings.peer_uids), frozenset(settings.peer_gids))
 
-        async def run() -> bool:
-            metrics = Metrics()
-            node = Node(
-                devices,
-                allow=allow,
-                cache=Cache(settings.cache_dir),
-                limits=settings.fill_limits,
-                concurrent_loads=settings.concurrent_loads,
-                metrics=metrics,
+    async def run() -> bool:
+        loop = asyncio.get_running_loop()
+        metrics = Metrics()
+        residency = Residency(
+            devices,
+            deposits,
+            metrics,
+            lease_grace=settings.lease_grace,
+            max_leases_per_user=settings.max_leases_per_user,
+        )
+        node = Node(
+            devices,
+            residency=residency,
+            deposits=deposits,
+            allow=allow,
+            cache=Cache(settings.cache_dir),
+            fill_limits=settings.fill_limits,
+            limits=settings.node_limits,
+            metrics=metrics,
+        )
+        node.adopt(held)
+        expiry = asyncio.create_task(residency.expire())
+        leases = LeaseServer(node, lease_listener, peers, settings.max_leases)
+        app = create_app(
+            node,
+            peers=peers,
+            token=settings.token.get_secret_value() if settings.token else None,
+            listen_host=settings.listen.rpartition(":")[0],
+        )
+        server = _Server(
+            uvicorn.Config(
+                app,
+                http=PeerProtocol,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,  # the tick would keep it up to date
+                timeout_graceful_shutdown=2,
             )
-            leases = LeaseServer(node, lease_listener, peers, settings.max_leases)
-            app = create_app(
-                node,
-                peers=peers,
-                token=settings.token.get_secret_value() if settings.token else None,
-                listen_host=settings.listen.rpartition(":")[0],
-            )
-            server = _Server(
-                uvicorn.Config(
-                    app,
-                    http=PeerProtocol,
-                    lifespan="off",
-                    log_config=None,
-                    access_log=False,
-                    server_header=False,
-                    timeout_graceful_shutdown=2,
-                )
-            )
-            for number in (signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().add_signal_handler(number, server.stop)
-            log.info(
-                "weightd listens on %s%s", settings.runtime_dir, f" and {settings.listen}" if settings.listen else ""
-            )
-            await server.serve(sockets=listeners)
-            await leases.close()
-            try:
-                await asyncio.wait_for(node.close(), _STOP_DEADLINE)
-            except TimeoutError:
-                log.warning("native reads have not ended within %.0f s: leaving them to the kernel", _STOP_DEADLINE)
-                return False
-            return True
+        )
+        stop = _Stop(server, node, deposits, settings.on_stop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.signalled)
+        if deposits.kept:
+            loop.add_reader(deposits.fileno(), stop.said)
+        if deposits.stop_ordered:
+            stop.ordered()
+        log.info("weightd listens on %s%s", settings.runtime_dir, f" and {settings.listen}" if settings.listen else "")
+        deposits.up()
+        await server.serve(sockets=over_http)
+        if not stop.drops:
+            log.info("making room for the next daemon")
+            logging.shutdown()
+            os._exit(0)  # whatever threads still write, the keeper holds
+        expiry.cancel()
+        await leases.close()
+        listeners.close()
+        try:
+            await asyncio.wait_for(node.close(), _STOP_DEADLINE)
+        except TimeoutError:
+            log.warning("native reads have not ended within %.0f s: leaving them to the kernel", _STOP_DEADLINE)
+            return False
+        return True
 
-        clean = asyncio.run(run())
-    finally:
-        runtime.close()
+    clean = asyncio.run(run())
+    os.close(lock)
     log.info("weightd has stopped")
     if not clean:
         logging.shutdown()
         os._exit(0)  # threads inside native code would keep the interpreter waiting
     return 0
+
+
+class _Stop:
+    """What ends the daemon: the keeper's order, or a signal.
+
+    A signal to a daemon that has a keeper makes room for the next one, which adopts everything; without a keeper it is
+    an order as well.
+    """
+
+    def __init__(self, server: _Server, node: Node, deposits: Deposits, on_stop: str) -> None:
+        self._server = server
+        self._node = node
+        self._deposits = deposits
+        self._on_stop = on_stop
+        self.drops = False
+        """Whether the weights go with it."""
+
+    def signalled(self) -> None:
+        if self._deposits.kept:
+            self._server.end()
+        else:
+            self.ordered()
+
+    def said(self) -> None:
+        if not self._deposits.listen():
+            asyncio.get_running_loop().remove_reader(self._deposits.fileno())
+        if self._deposits.stop_ordered:
+            self.ordered()
+
+    def ordered(self) -> None:
+        holders = self._node.residency.lessees()
+        if holders and self._on_stop == "refuse":
+            log.warning("not stopping while weights are leased, by %s (WEIGHTD_ON_STOP=refuse)", ", ".join(holders))
+            self._deposits.refuse_stop()
+            return
+        self.drops = True
+        self._server.end()
 
 
 def _raise_file_limit() -> None:
@@ -109,11 +181,22 @@ def _raise_file_limit() -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its own signal handling, which ends the process by the signal even after a clean stop."""
+    """uvicorn without its own signal handling, which ends the process by the signal even after a clean stop.
+
+    And without the tick by which it looks ten times a second whether to stop: an idle daemon sleeps.
+    """
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._ending = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        await self._ending.wait()
+
+    def end(self) -> None:
+        self.should_exit = True
+        self._ending.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-    def stop(self) -> None:
-        self.should_exit = True

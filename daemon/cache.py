@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import posixpath
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from weightd.daemon.checkpoint import Listing
+from weightd.daemon.digests import Leaves
 from weightd.daemon.sources import Source, SourceFile
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Cache:
             return None
         return folder
 
-    def save_leaves(self, digest: str, leaves: Mapping[str, array[int]]) -> None:
+    def save_leaves(self, digest: str, leaves: Mapping[str, Leaves]) -> None:
         """Remember the leaf digests (by tensor name) of what has a digest (``xxh3:...`` or ``sha256:...``)."""
         path = self._digest_path(digest)
         if path.exists():
@@ -80,8 +80,14 @@ class Cache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".partial-", delete=False) as file:
-                json.dump({name: [f"{leaf:x}" for leaf in of] for name, of in leaves.items()}, file)
-            os.replace(file.name, path)
+                partial = Path(file.name)
+                try:
+                    json.dump({name: [f"{leaf:x}" for leaf in of] for name, of in leaves.items()}, file)
+                    file.close()
+                    partial.replace(path)
+                except OSError:
+                    partial.unlink(missing_ok=True)
+                    raise
         except OSError as error:
             log.warning("cannot keep digests in %s: %s", path.parent, error)
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 try:
@@ -21,6 +22,7 @@ except ImportError as missing:
 from weightd.daemon.request import describe_errors
 from weightd.daemon.settings import Settings
 from weightd.ipc import Client, WeightdError
+from weightd.ipc import runtime_dir as default_runtime_dir
 
 app = typer.Typer(
     name="weightd",
@@ -91,15 +93,17 @@ def serve(**options: Any) -> None:
             raise typer.BadParameter("--no-listen and --listen contradict each other")
         given["listen"] = ""
     try:
-        Settings(**given)
+        settings = Settings(**given)
     except ValidationError as error:
         for line in describe_errors(list(error.errors())):
             err.print(f"weightd: setting {line}", style="red", markup=False)
         sys.exit(2)
     for name, value in given.items():
         os.environ[f"WEIGHTD_{name.upper()}"] = ",".join(value) if isinstance(value, list) else value
-    # The process becomes the daemon: the command's own packages are not for it to carry.
-    os.execv(sys.executable, [sys.executable, "-m", "weightd.api"])
+    os.environ["WEIGHTD_RUNTIME_DIR"] = str(settings.runtime_dir)
+    # The process becomes the keeper: the command's own packages are not for it to carry.
+    daemon = [sys.executable, "-m", "weightd.api"]
+    os.execv(sys.executable, [sys.executable, "-m", "weightd.daemon.keeper", *daemon])
 
 
 # ---------------------------------------------------------------------- stages
@@ -199,10 +203,56 @@ def show(stage_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json =
 
 
 @app.command("rm")
-def remove(stage_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = False) -> None:
+def remove(
+    stage_id: Annotated[str, typer.Argument(metavar="ID")],
+    force: Annotated[bool, typer.Option("--force", help="Take it away from those who lease it.")] = False,
+    grace: Annotated[
+        float | None, typer.Option(help="Seconds that they have to let go; default: the daemon's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Cancel a stage that is on its way, or drop one that nobody leases."""
     with Client() as client:
-        _print(client.remove(stage_id), as_json, _show)
+        _print(client.remove(stage_id, force=force, grace=grace), as_json, _show)
+
+
+@app.command("set")
+def change(
+    stage_id: Annotated[str, typer.Argument(metavar="ID")],
+    pin: Annotated[bool | None, typer.Option("--pin/--unpin", help="Whether never to evict it.")] = None,
+    priority: Annotated[int | None, typer.Option(help="Lower goes first where room is made.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Pin a stage, or unpin it, or change its priority."""
+    with Client() as client:
+        _print(client.change(stage_id, pin=pin, priority=priority), as_json, _show)
+
+
+@app.command("mv")
+def move(
+    stage_id: Annotated[str, typer.Argument(metavar="ID")],
+    device: Annotated[str, typer.Argument(help="Device to move it to.")],
+    as_json: Json = False,
+) -> None:
+    """Move a ready stage that nobody leases to another device, without its source."""
+    with Client() as client:
+        _print(client.move(stage_id, device), as_json, _show)
+
+
+@app.command(rich_help_panel="Daemon")
+def reload(
+    runtime_dir: Annotated[Path | None, typer.Option(help="The daemon's runtime directory.")] = None,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the new daemon.")] = 30.0,
+) -> None:
+    """Replace the daemon by a new one, of the version that is installed now, without moving a byte of weights."""
+    from weightd.daemon.reload import NoKeeper, reload_daemon
+
+    try:
+        before, after = reload_daemon(runtime_dir or default_runtime_dir(), wait)
+    except (NoKeeper, TimeoutError) as error:
+        err.print(f"weightd: {error}", style="red", markup=False)
+        sys.exit(1)
+    out.print(f"daemon {before} was replaced by {after}" if before else f"daemon {after} was started")
 
 
 @app.command()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import xxhash
 
@@ -28,8 +29,12 @@ def leaf_count(nbytes: int) -> int:
     return -(-nbytes // LEAF)
 
 
-def tensor_digest(dtype: str, shape: tuple[int, ...], nbytes: int, leaves: array[int]) -> str:
-    """Digest of one tensor from its leaf digests (an ``array('Q')``)."""
+Leaves: TypeAlias = "array[int] | memoryview"
+"""Leaf digests, as uint64 each: ``array('Q')``, or a view of format Q."""
+
+
+def tensor_digest(dtype: str, shape: tuple[int, ...], nbytes: int, leaves: Leaves) -> str:
+    """Digest of one tensor from its leaf digests."""
     if sys.byteorder == "big":
         leaves = array("Q", leaves)
         leaves.byteswap()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from weightd.daemon.devices.cpu import available_memory
+from weightd.daemon.reload import NoKeeper, keeper_status
 from weightd.daemon.settings import Settings
 from weightd.daemon.sources import libstreamer
 from weightd.ipc import Client, WeightdError
@@ -28,12 +29,27 @@ class Finding(NamedTuple):
 def examine() -> list[Finding]:
     """Look at everything. Raises nothing: what cannot be looked at is a finding."""
     findings: list[Finding] = []
-    for check in (_daemon, _sockets, _memory, _memlock, _huge_pages, _files, _streamer, _credentials, _cache):
+    for check in (_keeper, _daemon, _sockets, _memory, _memlock, _huge_pages, _files, _streamer, _credentials, _cache):
         try:
             findings += check()
         except Exception as error:
             findings.append(Finding(check.__name__.strip("_"), "error", f"{type(error).__name__}: {error}"))
     return findings
+
+
+def _keeper() -> Iterator[Finding]:
+    folder = Settings().runtime_dir
+    try:
+        status = keeper_status(folder)
+    except NoKeeper as error:
+        yield Finding("keeper", "warning", str(error), "weightd serve: without it weights die with the daemon")
+        return
+    found = f"pid {status['pid']}: {status['state']}, {status['restarts']} restarts, {status['held']} descriptors held"
+    if status["state"] == "crash loop":
+        yield Finding("keeper", "error", f"{found}; the daemon died last by {status['last_exit']}",
+                      "look at the daemon's log, mend the cause, then: weightd reload")  # fmt: skip
+    else:
+        yield Finding("keeper", "ok", found)
 
 
 def _daemon() -> Iterator[Finding]:

@@ -72,6 +72,24 @@ class Cancelled(DaemonError):
     code = "cancelled"
 
 
+class QueueFull(DaemonError):
+    """Too many stages wait for their turn: try again later. The details say when."""
+
+    code = "queue_full"
+
+
+class StageRevoked(DaemonError):
+    """The stage is being taken away from its lessees: stage the model again once it has gone."""
+
+    code = "stage_revoked"
+
+
+class NotMovable(DaemonError):
+    """The stage is not ready, in use, or being moved already."""
+
+    code = "not_movable"
+
+
 class UnknownStage(DaemonError):
     """No stage has that id (any more)."""
 

@@ -58,6 +58,8 @@ class Extent:
     pieces: list[Piece] = field(default_factory=list)
     tensor: tuple[int, int] | None = None
     """(tensor, leaf): a bounced extent that holds whole leaves of a checkpoint tensor, to be hashed as such."""
+    index: int = 0
+    """Its place in the plan."""
     attempts: int = 0
     first_failure: float = 0.0
 

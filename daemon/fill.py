@@ -16,14 +16,15 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from weightd.daemon.digests import LEAF, leaf_count, leaf_digest, tensor_digest
 from weightd.daemon.errors import DigestMismatch, SourceFailed
 from weightd.daemon.extents import Extent, Scatter
 from weightd.daemon.header import TensorInfo
+from weightd.daemon.ledger import Ledger, fingerprint, leaf_counts
+from weightd.daemon.limits import FillLimits
 from weightd.daemon.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -36,22 +37,6 @@ log = logging.getLogger(__name__)
 
 PHASES = ("source", "buffers", "copying", "verifying")
 """Where a loading thread's time goes: waiting on the source, waiting for a bounce buffer, scattering, hashing."""
-
-
-@dataclass(frozen=True)
-class FillLimits:
-    """Bounds on what one stage may use at once."""
-
-    threads: int
-    """Reading threads, for sources that read in threads."""
-    in_flight_bytes: int
-    """Bytes asked of an object store and not yet landed."""
-    extent_bytes: int
-    """Size that extents grow to, and of a bounce buffer."""
-    bounce_buffers: int
-    """Bounce buffers of that size."""
-    retry_deadline: float
-    """Seconds from the first failure of an extent after which it is given up, and without any progress at all."""
 
 
 class Landing:
@@ -68,10 +53,11 @@ class Landing:
 class Fill:
     """One filling of segments by ``extents``. Counters are for watching: they only grow, and are read unlocked.
 
-    ``segments`` and ``recipes`` are parallel. ``expected_leaves`` maps a tensor's name to the leaf digests that are
-    known of it: a leaf that differs fails the fill at once. ``sha256_prefixes`` maps a file's index to the bytes in
-    front of its tensors, for files whose SHA-256 is wanted. ``on_verified(segment, entries)`` is told of entries (their
-    indices) all of whose leaves are hashed.
+    ``segments`` and ``recipes`` are parallel. ``ledger`` is where marks and digests go, as ``ledger_for`` makes it;
+    what it says has landed already is not read again. Without one, they go with this object. ``expected_leaves`` maps a
+    tensor's name to the leaf digests that are known of it: a leaf that differs fails the fill at once.
+    ``sha256_prefixes`` maps a file's index to the bytes in front of its tensors, for files whose SHA-256 is wanted.
+    ``on_verified(segment, entries)`` is told of entries (their indices) all of whose leaves are hashed.
     """
 
     def __init__(
@@ -79,23 +65,29 @@ class Fill:
         tensors: Sequence[TensorInfo],
         recipes: Sequence[Recipe],
         segments: Sequence[Segment],
-        extents: Iterable[Extent],
+        extents: Sequence[Extent],
         limits: FillLimits,
         *,
+        ledger: Ledger | None = None,
+        buffered: bool = False,
         expected_leaves: Mapping[str, array[int]] | None = None,
         sha256_prefixes: Mapping[int, bytes] | None = None,
         on_verified: Callable[[int, list[int]], None] = lambda segment, entries: None,
     ) -> None:
         self.threads = limits.threads
         self.in_flight_bytes = limits.in_flight_bytes
+        self.extent_bytes = limits.extent_bytes
         self.bytes_read = 0
         self.retries = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.leaves = [
-            [array("Q", bytes(8 * leaf_count(entry.nbytes))) for entry in recipe.entries] for recipe in recipes
-        ]
-        self.tensor_leaves: dict[int, array[int]] = {}
-        """Checkpoint tensors (by index) that were hashed in a bounce buffer, whole, as the checkpoint has them."""
+        hashed = _hashed_tensors(extents)
+        counts = leaf_counts(recipes) + [leaf_count(tensors[index].nbytes) for index in hashed]
+        ledger = ledger or Ledger.private(len(extents), sum(counts))
+        self._landed = ledger.landed
+        found = iter(ledger.leaves(counts))
+        self.leaves = [[next(found) for _ in recipe.entries] for recipe in recipes]
+        self.tensor_leaves = dict(zip(hashed, found, strict=True))
+        """Checkpoint tensors (by index) that are hashed in a bounce buffer, whole, as the checkpoint has them."""
         self.sha256 = {file: _OrderedHash(prefix) for file, prefix in (sha256_prefixes or {}).items()}
         self._tensors = tensors
         self._recipes = recipes
@@ -103,17 +95,26 @@ class Fill:
         self._limits = limits
         self._expected = expected_leaves or {}
         self._on_verified = on_verified
-        self._queue = deque(extents)
+        self._queue = deque(extent for extent, landed in zip(extents, self._landed, strict=True) if not landed)
         self._pending = [[entry.nbytes for entry in recipe.entries] for recipe in recipes]
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._bytes_counter: Counter | None = None
         self._retry_counter: Counter | None = None
         self._phase_counters: dict[str, Counter] = {}
-        self._slots = _Slots(limits.bounce_buffers, limits.extent_bytes)
-        for segment, recipe in enumerate(recipes):
-            if empty := [index for index, entry in enumerate(recipe.entries) if not entry.nbytes]:
-                on_verified(segment, empty)
+        self._buffered = buffered and all(segment.buffered for segment in segments)
+        # Each reading thread has one at a time, and the last one is kept for the urgent.
+        count = max(limits.bounce_buffers, limits.threads + 1) if self._buffered else limits.bounce_buffers
+        self._slots = _Slots(count, max((extent.nbytes for extent in extents), default=0))
+        for index, extent in enumerate(extents):
+            extent.index = index
+            if self._landed[index]:
+                self.bytes_read += extent.nbytes
+                for piece in extent.pieces:
+                    self._pending[piece.segment][piece.entry] -= piece.nbytes
+        for segment, pending in enumerate(self._pending):
+            if there := [index for index, nbytes in enumerate(pending) if not nbytes]:
+                on_verified(segment, there)
 
     def count_with(self, metrics: Metrics, source: str) -> None:
         """Add to a daemon's counters from now on, under the source's kind."""
@@ -132,6 +133,12 @@ class Fill:
         self._slots.wake()
         for ordered in self.sha256.values():
             ordered.clear()
+
+    def close(self) -> None:
+        """Let go of bounce buffers and of the ledger. Only once nothing reads any more."""
+        self._slots.close()
+        # Views, which would keep the ledger's memory and descriptor until the garbage collector comes by.
+        self.leaves, self.tensor_leaves, self._landed = [], {}, memoryview(b"")
 
     def check_complete(self) -> None:
         """Raise where a reader has returned before every byte has landed: nothing may be sealed then."""
@@ -153,7 +160,7 @@ class Fill:
 
     def landing(self, extent: Extent, *, wait: bool = True) -> Landing | None:
         """Where the extent's bytes go; None where no bounce buffer is free and waiting is not wanted (any more)."""
-        if extent.scatters is None:
+        if extent.scatters is None and not self._buffered:
             first = extent.runs[0]
             views = [self._segments[run.segment].view[run.offset : run.offset + run.nbytes] for run in extent.runs]
             return Landing(views, self._segments[first.segment].address + first.offset)
@@ -172,6 +179,7 @@ class Fill:
 
     def landed(self, extent: Extent, landing: Landing) -> None:
         """All bytes of the extent are where ``landing`` said. Raises DigestMismatch."""
+        through = extent.scatters is None and landing.slot is not None
         if extent.scatters is not None:
             with self.phase("copying"):
                 for scatter in extent.scatters:
@@ -181,17 +189,26 @@ class Fill:
         with self.phase("verifying"):
             if extent.tensor is not None:
                 tensor, leaf = extent.tensor
-                with self._lock:
-                    leaves = self.tensor_leaves.setdefault(
-                        tensor, array("Q", bytes(8 * leaf_count(self._tensors[tensor].nbytes)))
-                    )
+                leaves = self.tensor_leaves[tensor]
                 self._hash(leaves, leaf, landing.views[0], 0, extent.nbytes)
                 self._compare(self._tensors[tensor].name, leaves, leaf, leaf_count(extent.nbytes))
+            position = 0
             for piece in extent.pieces:
                 if piece.leaf >= 0:
-                    leaves = self.leaves[piece.segment][piece.entry]
-                    self._hash(leaves, piece.leaf, self._segments[piece.segment].view, piece.offset, piece.nbytes)
+                    if through:
+                        view, offset = landing.views[0], position
+                    else:
+                        view, offset = self._segments[piece.segment].view, piece.offset
+                    self._hash(self.leaves[piece.segment][piece.entry], piece.leaf, view, offset, piece.nbytes)
                     self._compare_entry(piece.segment, piece.entry, piece.leaf, leaf_count(piece.nbytes))
+                position += piece.nbytes
+        if through:
+            with self.phase("copying"):
+                position = 0
+                for run in extent.runs:
+                    self._segments[run.segment].write(run.offset, landing.views[0][position : position + run.nbytes])
+                    position += run.nbytes
+        with self.phase("verifying"):
             with self._lock:
                 self.bytes_read += extent.nbytes
                 for piece in extent.pieces:
@@ -206,6 +223,7 @@ class Fill:
             for segment, index in deferred:
                 entry = self._recipes[segment].entries[index]
                 self._hash(self.leaves[segment][index], 0, self._segments[segment].view, entry.offset, entry.nbytes)
+            self._landed[extent.index] = 1
             if ordered := self.sha256.get(extent.file):
                 # The landing is given back when its turn in the file has come.
                 ordered.add(extent.offset, extent.nbytes, landing.views[:], lambda: self.abandon(landing))
@@ -264,7 +282,7 @@ class Fill:
             for entry, leaves in zip(self._recipes[segment].entries, self.leaves[segment], strict=True)
         ]
 
-    def _hash(self, leaves: array[int], first: int, view: memoryview, offset: int, nbytes: int) -> None:
+    def _hash(self, leaves: memoryview, first: int, view: memoryview, offset: int, nbytes: int) -> None:
         end = offset + nbytes
         for start in range(offset, end, LEAF):
             leaves[first] = leaf_digest(view[start : min(start + LEAF, end)])
@@ -276,7 +294,7 @@ class Fill:
             name = self._recipes[segment].entries[index].name
             self._compare(name, self.leaves[segment][index], first, count)
 
-    def _compare(self, name: str, leaves: array[int], first: int, count: int) -> None:
+    def _compare(self, name: str, leaves: memoryview, first: int, count: int) -> None:
         expected = self._expected.get(name)
         if expected is None:
             return
@@ -293,7 +311,7 @@ class Fill:
         segment = self._segments[scatter.segment]
         block = scatter.block
         if block.rows == 1:
-            ctypes.memmove(segment.address + block.target, landing.address + block.source, block.run)
+            segment.write(block.target, landing.views[0][block.source : block.source + block.run])
             return
         # numpy's strided copy drops the GIL. Imported here: most stages never need it.
         import numpy
@@ -307,6 +325,17 @@ class Fill:
             rows(segment.view, block.target, block.target_stride),
             rows(landing.views[0], block.source, block.source_stride),
         )
+
+
+def ledger_for(tensors: Sequence[TensorInfo], recipes: Sequence[Recipe], extents: Sequence[Extent]) -> Ledger:
+    """An empty ledger for filling these."""
+    leaves = sum(leaf_counts(recipes)) + sum(leaf_count(tensors[index].nbytes) for index in _hashed_tensors(extents))
+    return Ledger.new(len(extents), leaves, fingerprint(recipes, extents))
+
+
+def _hashed_tensors(extents: Sequence[Extent]) -> list[int]:
+    """Checkpoint tensors that are hashed as such, by index."""
+    return sorted({extent.tensor[0] for extent in extents if extent.tensor is not None})
 
 
 class _Slots:
@@ -331,7 +360,7 @@ class _Slots:
                 self._changed.wait()
             if not self._free:
                 self._left -= 1
-                self._all.append(mmap.mmap(-1, self._nbytes))
+                self._all.append(mmap.mmap(-1, self._nbytes, mmap.MAP_PRIVATE))
                 self._free.append(self._all[-1])
             return self._free.pop()
 
@@ -343,6 +372,11 @@ class _Slots:
     def wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._all.clear()
+            self._free.clear()
 
 
 class _OrderedHash:

@@ -7,15 +7,17 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import socket
 import time
 from typing import Any
 
 from weightd.daemon.credentials import AllowedPeers, Peer, peer_of
-from weightd.daemon.errors import DaemonError, InvalidRequest, LeaseLimit, PeerNotAllowed
-from weightd.daemon.manifests import manifest_fd, segment_manifest
+from weightd.daemon.errors import DaemonError, DigestMismatch, InvalidRequest, LeaseLimit, PeerNotAllowed
+from weightd.daemon.manifests import SealedManifest, segment_manifest
 from weightd.daemon.node import Node
 from weightd.daemon.request import parse_request
+from weightd.daemon.residency import now
 from weightd.daemon.stage import Stage
 from weightd.ipc import wire
 
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 _REQUEST_TIMEOUT = 30.0
 """Seconds that a connection may take to say what it wants."""
 _PROGRESS_INTERVAL = 1.0
+_LEASE_ID = re.compile(r"le-[0-9a-f]{12}")
 
 
 class LeaseServer:
@@ -99,7 +102,7 @@ class LeaseServer:
         streaming = bool(message.get("stream"))
         was_ready = stage.state == "ready"
         last = 0.0
-        while stage.state != "ready" and not (streaming and len(stage.segments) == len(stage.request.ranks)):
+        while stage.state != "ready" and not (streaming and stage.fill is not None):
             if stage.error is not None:
                 raise stage.error
             if stage.finished:
@@ -108,9 +111,10 @@ class LeaseServer:
                 last = time.monotonic()
                 await self._send(connection, _progress(stage))
             await stage.changed(_PROGRESS_INTERVAL)
-        lease = self._node.lease(stage, rank, uid=peer.uid, gid=peer.gid, pid=peer.pid)
+        index = stage.request.ranks.index(rank)
+        renews = _renewed(message, stage, index)
+        lease = self._node.residency.lease(stage, rank, uid=peer.uid, gid=peer.gid, pid=peer.pid, renews=renews)
         try:
-            index = stage.request.ranks.index(rank)
             if was_ready:
                 self._node.metrics.attach_seconds.observe(time.perf_counter() - started)
             ready = await self._hand_over(connection, stage, index, lease.id)
@@ -133,9 +137,17 @@ class LeaseServer:
                         "checkpoint_digest": stage.checkpoint_digest,
                     },
                 )
-            await asyncio.Event().wait()  # until the client hangs up, which cancels this
+            # Until the client hangs up, which cancels this, or has to let go.
+            while stage.revoked_until is None:
+                await stage.changed(None)
+            told: float | None = None
+            while stage.state == "ready":
+                if told != stage.revoke_deadline:
+                    told = stage.revoke_deadline
+                    await self._send(connection, {"type": "revoked", "seconds": max(0.0, told - now())})
+                await stage.changed(None)
         finally:
-            self._node.end_lease(lease)
+            self._node.residency.end_lease(lease)
 
     async def _resolve(self, message: dict[str, Any]) -> tuple[Stage, int]:
         """Which segment the client means. Raises what ``Node.stage`` raises, and InvalidRequest."""
@@ -163,24 +175,30 @@ class LeaseServer:
         segment = stage.segments[index]
         ready = stage.state == "ready"
         if ready:
-            manifest = os.dup(stage.manifests[index])
+            manifest = stage.manifests[index]
         else:
-            manifest = await self._loop.run_in_executor(None, lambda: manifest_fd(segment_manifest(stage, index)))
-        fds = [manifest]
+            manifest = await self._loop.run_in_executor(
+                None, lambda: SealedManifest.seal(segment_manifest(stage, index))
+            )
         try:
-            fds.insert(0, segment.lend())
+            lent = segment.lend()
+        except OSError as error:
+            raise LeaseLimit(f"no descriptor is left to lend: {error.strerror} (ulimit -n of the daemon)") from None
+        try:
             reply = {
                 "type": "lease",
                 "lease": lease,
                 "stage": stage.id,
                 "nbytes": segment.nbytes,
-                "manifest_nbytes": os.fstat(manifest).st_size,
+                "manifest_nbytes": manifest.nbytes,
                 "ready": ready,
             }
-            await self._send(connection, reply, fds)
+            await self._send(connection, reply, [lent, manifest.fd])
             return ready
         finally:
-            wire.close_all(fds)
+            os.close(lent)
+            if not ready:
+                manifest.close()
 
     async def _receive(self, connection: socket.socket) -> dict[str, Any]:
         (length,) = wire.LENGTH.unpack(await self._receive_exactly(connection, wire.LENGTH.size))
@@ -225,6 +243,21 @@ class LeaseServer:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._listener.close()
+
+
+def _renewed(message: dict[str, Any], stage: Stage, index: int) -> str | None:
+    """The lease that a client had before the daemon was restarted. Raises DigestMismatch, InvalidRequest."""
+    renews = message.get("renews")
+    if renews is None:
+        return None
+    if not isinstance(renews, dict) or not _LEASE_ID.fullmatch(str(renews.get("lease"))):
+        raise InvalidRequest("renews must be an object with the lease's id and the segment's digest")
+    found = stage.segment_digests[index] if stage.segment_digests else None
+    if renews.get("digest") != found:
+        raise DigestMismatch(
+            f"stage {stage.id}: the segment's digest is {found}, the lease was on {str(renews.get('digest'))[:50]}"
+        )
+    return str(renews["lease"])
 
 
 def _progress(stage: Stage) -> dict[str, Any]:

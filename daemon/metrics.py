@@ -36,6 +36,14 @@ class Metrics:
             "source", "phase",
         )  # fmt: skip
         self.finished = counter("weightd_stages_finished_total", "Stages that ended, by state.", "state")
+        self.evictions = counter(
+            "weightd_evictions_total",
+            "Ready stages that were freed, by reason: capacity, ttl, request, revoked.",
+            "reason",
+        )
+        self.adopted = counter(
+            "weightd_stages_adopted_total", "Stages taken over from the daemon before, by what they were.", "state"
+        )
         self.errors = counter(
             "weightd_errors_total", "Failed stages and refused requests, by code of the error.", "code"
         )
@@ -79,7 +87,7 @@ class _NodeCollector:
         stages = GaugeMetricFamily("weightd_stages", "Stages known, by state.", labels=["state"])
         counts = dict.fromkeys(STAGE_STATES, 0)
         resident: dict[tuple[str, str], int] = {}
-        for stage in node.stages.values():
+        for stage in node.stages():
             counts[stage.state] += 1
             if stage.footprint:
                 key = (stage.device, stage.uri)
@@ -97,6 +105,4 @@ class _NodeCollector:
         for name, device_ in node.devices.items():
             capacity.add_metric([name], device_.capacity)
         yield capacity
-        yield GaugeMetricFamily(
-            "weightd_leases", "Leases held.", value=sum(len(s.leases) for s in node.stages.values())
-        )
+        yield GaugeMetricFamily("weightd_leases", "Leases held.", value=sum(len(s.leases) for s in node.stages()))

@@ -7,77 +7,81 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
-import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass
 
+from weightd.daemon import record
 from weightd.daemon.cache import Cache
 from weightd.daemon.checkpoint import Listing, list_checkpoint
+from weightd.daemon.deposits import Deposits
 from weightd.daemon.devices import Device
 from weightd.daemon.errors import (
-    Cancelled,
     DaemonError,
-    InsufficientCapacity,
     InvalidRequest,
+    NotMovable,
     SourceFailed,
-    StageLeased,
     UnknownStage,
 )
-from weightd.daemon.fill import FillLimits
-from weightd.daemon.manifests import manifest_fd, segment_manifest
+from weightd.daemon.limits import FillLimits, NodeLimits
+from weightd.daemon.loader import Loader, refused
 from weightd.daemon.metrics import Metrics
+from weightd.daemon.moving import move_segments
 from weightd.daemon.request import StageRequest
+from weightd.daemon.residency import Residency
 from weightd.daemon.sources import Allow, Source, canonical, open_source
-from weightd.daemon.stage import Lease, Plan, Stage
-from weightd.daemon.staging import Loading, allocated, make_plan
-from weightd.daemon.turns import Turns
+from weightd.daemon.stage import Stage
+from weightd.daemon.staging import allocated, make_plan
 
 log = logging.getLogger(__name__)
-
-MAX_ENDED = 200
-"""Records of failed and cancelled stages that are kept for looking at."""
 
 _RELIST_DEADLINE = 5.0
 """Seconds that a source may take to say whether what is resident is still what it holds."""
 _PLAN_DEADLINE = 30.0
 """Seconds that a request waits for its plan; then it is answered with the stage as it is."""
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a request would fit, and what would go for it."""
+
+    stage: Stage | None
+    """The stage that is there already, or on its way."""
+    needed: int
+    """Bytes that it would take."""
+    fits: bool
+    evicts: list[Stage]
 
 
 class Node:
-    """All stages of this daemon. Make it on the event loop that it is used on."""
+    """What this daemon does for whoever asks. Make it on the event loop that it is used on."""
 
     def __init__(
         self,
         devices: dict[str, Device],
         *,
+        residency: Residency,
+        deposits: Deposits,
         allow: Allow,
         cache: Cache,
-        limits: FillLimits,
-        concurrent_loads: int,
+        fill_limits: FillLimits,
+        limits: NodeLimits,
         metrics: Metrics,
     ) -> None:
         self.devices = devices
-        self.default_device = next(reversed(devices))
-        self.stages: dict[str, Stage] = {}
+        self.default_device = "cpu"
+        self.residency = residency
         self.metrics = metrics
         self.started_at = time.time()
+        self._deposits = deposits
         self._allow = allow
         self._cache = cache
+        self._fill_limits = fill_limits
         self._limits = limits
-        self._loop = asyncio.get_running_loop()
-        # Threads, not a bound on work: planning blocks on storage, loading on its own readers.
-        self._threads = ThreadPoolExecutor(64, thread_name_prefix="stage")
-        self._turns = Turns(concurrent_loads)
+        self._loader = Loader(devices, residency, deposits, cache, metrics, fill_limits, limits)
         self._listings: dict[str, asyncio.Task[tuple[Source, Listing]]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._loading: dict[str, Loading] = {}
         metrics.watch(self)
 
     # ------------------------------------------------------------------ asking for stages
@@ -89,7 +93,48 @@ class Node:
         listed anew every time, so that a replaced checkpoint is never taken for the one that is resident; where the
         source cannot be reached, what is resident counts.
 
-        Raises InvalidRequest, NotAllowed, InsufficientCapacity. All else that goes wrong is in the stage's record.
+        Raises InvalidRequest, NotAllowed, InsufficientCapacity, QueueFull. All else is in the stage's record.
+        """
+        try:
+            found, source, listing = await self._resolve(request)
+        except _Unlisted as unlisted:
+            return self._failed(unlisted), False
+        if found is not None:
+            self.change(found, priority=max(found.priority, request.priority), pin=found.pin or request.pin)
+            created = False
+        else:
+            assert source is not None
+            uri, device = canonical(request.model), request.device or self.default_device
+            found = Stage(uri, device, request, listing)
+            self._loader.start(found, source)
+            created = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(found.planned.wait(), _PLAN_DEADLINE)
+        if refused(found):
+            assert found.error is not None
+            raise found.error
+        found.announced = True
+        return found, not created
+
+    async def would_fit(self, request: StageRequest) -> Fit:
+        """What ``stage`` would do, changing nothing. Raises what planning raises."""
+        try:
+            found, source, listing = await self._resolve(request)
+        except _Unlisted as unlisted:
+            raise unlisted.error from None
+        if found is not None:
+            return Fit(found, found.footprint, True, [])
+        assert source is not None
+        device = request.device or self.default_device
+        plan = await self._loader.in_thread(make_plan, source, listing, request, self._cache)
+        needed = allocated(plan.recipes, self.devices[device].footprint)
+        evicts = self.residency.victims(device, needed)
+        return Fit(None, needed, evicts is not None, evicts or [])
+
+    async def _resolve(self, request: StageRequest) -> tuple[Stage | None, Source | None, Listing]:
+        """The stage that a request means, or else what is at its URI.
+
+        Raises InvalidRequest, NotAllowed, and _Unlisted where the URI cannot be listed.
         """
         uri = canonical(request.model)
         if not uri.startswith("file:"):
@@ -97,42 +142,24 @@ class Node:
         device = request.device or self.default_device
         if device not in self.devices:
             raise InvalidRequest(f"device {device!r} is not on this node, it has {', '.join(self.devices)}")
-        listing: Listing | None
+        resident = self._find(request, uri, device, None)
+        if resident is not None and resident.state != "ready":
+            resident = None
         try:
-            resident = self._find(request, uri, device, None)
-            if resident is not None and resident.state != "ready":
-                resident = None
             source, listing = await asyncio.wait_for(self._list(uri), _RELIST_DEADLINE if resident else None)
         except InvalidRequest:
             raise
-        except TimeoutError:
-            assert resident is not None  # only then is there a deadline
-            log.warning("%s: serving what is resident, its source does not answer", uri)
-            return resident, True
+        except (TimeoutError, SourceFailed) as error:
+            if resident is None:  # no deadline then, so that the source has failed
+                raise _Unlisted(uri, device, request, SourceFailed(str(error))) from None
+            assert resident.listing is not None
+            log.warning("%s: serving what is resident, its source cannot be asked: %s", uri, error or "no answer")
+            return resident, None, resident.listing
         except DaemonError as error:
-            if resident is not None and isinstance(error, SourceFailed):
-                log.warning("%s: serving what is resident, its source cannot be asked: %s", uri, error)
-                return resident, True
             if error.code == "not_allowed" and "setting" in error.details:
                 raise
-            return self._failed(Stage(uri, device, request, None), error), False
-        found = self._find(request, uri, device, listing)
-        created = found is None
-        if found is None:
-            found = Stage(uri, device, request, listing)
-            found.source_kind = source.kind
-            self._keep(found)
-            self._spawn(self._run(found, source), found.id)
-        else:
-            found.priority = max(found.priority, request.priority)
-            found.pin = found.pin or request.pin
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(found.planned.wait(), _PLAN_DEADLINE)
-        if _refused(found):
-            assert found.error is not None
-            raise found.error
-        found.announced = True
-        return found, not created
+            raise _Unlisted(uri, device, request, error) from None
+        return self._find(request, uri, device, listing), source, listing
 
     def find_rank(self, model: str, rank: int) -> Stage:
         """The live stage of a model that has a segment for a tensor-parallel rank, for callers who know no more.
@@ -142,11 +169,8 @@ class Node:
         uri = canonical(model)
         found = [
             stage
-            for stage in self.stages.values()
-            if stage.uri == uri
-            and stage.state not in ("failed", "cancelled", "evicted")
-            and stage.request.parallel is not None
-            and rank in stage.request.ranks
+            for stage in self.stages()
+            if stage.uri == uri and _live(stage) and stage.request.parallel is not None and rank in stage.request.ranks
         ]
         if not found:
             raise UnknownStage(f"no stage of {uri} has a segment for tp_rank {rank}: stage it, or say tp_size and map")
@@ -157,25 +181,22 @@ class Node:
             )
         return found[0]
 
+    def stages(self) -> Iterable[Stage]:
+        """All stages, oldest first, with those that ended lately."""
+        return self.residency.stages.values()
+
     def get(self, stage_id: str) -> Stage:
         """A stage by its id. Raises UnknownStage."""
-        try:
-            return self.stages[stage_id]
-        except KeyError:
-            raise UnknownStage(f"no stage has the id {stage_id[:100]!r}") from None
-
-    def used(self, device: str) -> int:
-        """Bytes of a device's capacity that are taken or promised."""
-        return sum(stage.footprint for stage in self.stages.values() if stage.device == device)
+        return self.residency.get(stage_id)
 
     def _find(self, request: StageRequest, uri: str, device: str, listing: Listing | None) -> Stage | None:
         """A stage whose bytes are, or will be, those that the request wants; ready ones first. None: any identity."""
         key = request.layout_key()
         joinable = [
             stage
-            for stage in self.stages.values()
+            for stage in self.stages()
             if (stage.uri, stage.device, stage.request.layout_key()) == (uri, device, key)
-            and stage.state not in ("failed", "cancelled", "evicted")
+            and _live(stage)
             and stage.listing is not None
             and (listing is None or stage.listing.identity == listing.identity)
             and self._meets(stage, request)
@@ -202,241 +223,119 @@ class Node:
                 source = open_source(uri, self._allow)
                 return source, list_checkpoint(uri, source)
 
-            task = asyncio.ensure_future(self._in_thread(listed))
+            task = asyncio.ensure_future(self._loader.in_thread(listed))
             self._listings[uri] = task
             task.add_done_callback(lambda _: self._listings.pop(uri, None))
         return await asyncio.shield(task)
 
-    def _keep(self, stage: Stage) -> None:
-        self.stages[stage.id] = stage
-        ended = [s for s in self.stages.values() if s.finished and s.state != "ready" and not s.footprint]
-        for old in ended[: max(0, len(ended) - MAX_ENDED)]:
-            del self.stages[old.id]
-
-    def _failed(self, stage: Stage, error: DaemonError) -> Stage:
-        self._keep(stage)
-        self._end(stage, "failed", error)
+    def _failed(self, unlisted: _Unlisted) -> Stage:
+        stage = Stage(unlisted.uri, unlisted.device, unlisted.request, None)
+        self.residency.keep(stage)
+        self._loader.end(stage, "failed", unlisted.error)
         stage.released.set()
         return stage
 
-    # ------------------------------------------------------------------ running a stage
+    # ------------------------------------------------------------------ adopting
 
-    async def _run(self, stage: Stage, source: Source) -> None:
-        loading: Loading | None = None
-        turn = False
-        try:
-            stage.enter("planning")
-            assert stage.listing is not None
-            plan = await self._in_thread(make_plan, source, stage.listing, stage.request, self._cache)
-            if stage.finished:
-                return
-            self._admit(stage, plan)
-            stage.plan = plan
-            stage.planned.set()
-            if not self._turns.free:
-                stage.enter("queued")
-            await self._turns.take(lambda: stage.priority, stage.cancelled.is_set)
-            turn = True
-            if stage.finished:
-                return
-            stage.enter("loading")
-            loading = Loading(source, plan, stage.request, self._cache, self._limits)
-            manifests = await self._in_thread(self._load, stage, loading)
-            if stage.finished:
-                return
-            stage.digests = loading.tensor_digests
-            stage.leaves = loading.leaves
-            stage.manifests = manifests
-            stage.segment_digests = loading.segment_digests
-            stage.checkpoint_digest = loading.checkpoint_digest
-            stage.satisfied = loading.satisfied
-            stage.verified = [list(range(len(recipe.entries))) for recipe in plan.recipes]
-            self._end(stage, "ready", None)
-        except Cancelled as error:
-            self._end(stage, "cancelled", error)
-        except DaemonError as error:
-            self._end(stage, "failed", error)
-        except Exception as error:
-            log.exception("stage %s", stage.id)
-            self._end(stage, "failed", DaemonError(f"{type(error).__name__}: {error}"))
-        finally:
-            self._loading.pop(stage.id, None)
-            stage.settle()
-            if turn:
-                self._turns.give()
-            if loading is not None:
-                await self._in_thread(loading.close)
-                loading = None
-            if stage.state != "ready":
-                self._release(stage)
-            if _refused(stage):
-                self.stages.pop(stage.id, None)  # the request is refused, as if it had never been
+    def adopt(self, held: dict[str, int]) -> None:
+        """Take over what the daemon before this one has deposited; owns the descriptors.
 
-    def _admit(self, stage: Stage, plan: Plan) -> None:
-        """Promise the stage its bytes, or raise InsufficientCapacity with the numbers."""
-        device = self.devices[stage.device]
-        needed = allocated(plan.recipes, device.footprint)
-        used = self.used(stage.device)
-        if used + needed > device.capacity:
-            raise InsufficientCapacity(
-                f"{stage.uri} needs {needed} bytes on {stage.device}; {used} of {device.capacity} are taken, "
-                f"{used + needed - device.capacity} are missing: drop a stage, or raise WEIGHTD_CAPACITY",
-                device=stage.device,
-                needed_bytes=needed,
-                used_bytes=used,
-                capacity_bytes=device.capacity,
-                missing_bytes=used + needed - device.capacity,
-                resident=[
-                    {"id": s.id, "model": s.uri, "bytes": s.footprint, "state": s.state, "leases": len(s.leases)}
-                    for s in self.stages.values()
-                    if s.device == stage.device and s.footprint
-                ],
-            )
-        stage.footprint = needed
+        Ready stages are ready at once; others go on loading. What cannot be understood stays with the keeper as it is.
+        """
+        by_stage: dict[str, dict[str, int]] = {}
+        for name, fd in held.items():
+            stage_id, _, part = name.partition("/")
+            by_stage.setdefault(stage_id, {})[part] = fd
+        for stage_id, parts in by_stage.items():
+            if "record" not in parts:
+                self._deposits.drop(stage_id)  # its daemon died before it was complete
+            else:
+                try:
+                    self._adopted(record.restore(parts, self.devices))
+                except (ValueError, OSError) as error:
+                    nbytes = sum(os.fstat(fd).st_size for part, fd in parts.items() if part.startswith("segment/"))
+                    log.error("%s: its %d bytes are left alone: %s", stage_id, nbytes, error)
+                    self.residency.unadopted.append({"name": stage_id, "nbytes": nbytes, "reason": str(error)})
+            for fd in parts.values():
+                os.close(fd)
+        if self.residency.stages:
+            log.info("adopted %d stages", len(self.residency.stages))
 
-    def _load(self, stage: Stage, loading: Loading) -> list[int]:
-        """In a thread: allocate, fill, verify, seal. Returns descriptors of the segments' manifests."""
-        assert stage.plan is not None
-        device = self.devices[stage.device]
-        for recipe in stage.plan.recipes:
-            if stage.cancelled.is_set():
-                raise Cancelled("the stage was cancelled")
-            label = f"{stage.id}/{recipe.rank}"
-            stage.segments.append(device.allocate(recipe.nbytes, label))
-        stage.verified = [[] for _ in stage.plan.recipes]
+    def _adopted(self, stage: Stage) -> None:
+        self.residency.keep(stage)
+        self.residency.await_lessees(stage)
+        self.metrics.adopted.labels("ready" if stage.state == "ready" else "interrupted").inc()
+        if stage.state != "ready":
+            self._loader.spawn(self._loader.resume(stage, self._list(stage.uri)), stage.id)
+        elif stage.revoked_until is not None:
+            self._loader.spawn(self.residency.revoked(stage), stage.id)
 
-        def verified(segment: int, entries: list[int]) -> None:
-            stage.verified[segment].extend(entries)
-            self._on_loop(stage.notify)
+    # ------------------------------------------------------------------ ending and moving stages
 
-        fill = loading.prepare(stage.segments, verified)
-        stage.bytes_total = loading.bytes_total
-        stage.fill = fill
-        fill.count_with(self.metrics, stage.source_kind)
-        self._loading[stage.id] = loading
-        if stage.cancelled.is_set():
-            loading.stop()
-        self._on_loop(stage.notify)
-        loading.run(lambda: self._on_loop(stage.enter, "verifying"))
-        return [
-            manifest_fd(
-                segment_manifest(
-                    stage,
-                    index,
-                    loading.tensor_digests[index],
-                    loading.segment_digests[index],
-                    loading.checkpoint_digest,
-                )
-            )
-            for index in range(len(stage.segments))
-        ]
-
-    def _end(self, stage: Stage, state: str, error: DaemonError | None) -> None:
-        if stage.finished:
-            return
-        if error is not None:
-            # Frames of the traceback hold views of segments, which could then never be unmapped.
-            error = error.with_traceback(None)
-            error.__cause__ = error.__context__ = None
-        stage.enter(state, error)
-        self.metrics.finished.labels(state).inc()
-        if state == "ready":
-            seconds = time.time() - stage.created_at
-            self.metrics.stage_seconds.observe(seconds)
-            log.info("%s %s ready: %d bytes in %.2f s", stage.id, stage.uri, stage.bytes_total, seconds)
-        else:
-            if error is not None and state == "failed":
-                self.metrics.errors.labels(error.code).inc()
-            log.warning("%s %s %s: %s", stage.id, stage.uri, state, error)
-
-    def _release(self, stage: Stage) -> None:
-        for segment in stage.segments:
-            segment.close()
-        for fd in stage.manifests:
-            os.close(fd)
-        stage.segments, stage.manifests = [], []
-        stage.footprint = 0
-        stage.released.set()
-        stage.notify()
-
-    # ------------------------------------------------------------------ ending stages
-
-    def cancel(self, stage: Stage, reason: str) -> None:
-        """End a stage that is not ready. Its state says so at once; its memory goes when nothing writes to it."""
-        if stage.finished:
-            return
-        stage.cancelled.set()
-        if loading := self._loading.get(stage.id):
-            loading.stop()
-        self._turns.changed()
-        self._end(stage, "cancelled", Cancelled(reason))
-
-    def drop(self, stage_id: str) -> Stage:
+    def drop(self, stage_id: str, *, force: bool = False, grace: float | None = None) -> Stage:
         """Cancel a stage that is on its way; forget one that has ended; free one that is ready.
 
-        Raises UnknownStage, and StageLeased where processes use it.
+        Where processes use it, ``force`` tells them to let go within ``grace`` seconds, and frees it then. Raises
+        UnknownStage, NotMovable while it is being moved, and StageLeased without ``force``.
         """
         stage = self.get(stage_id)
-        if stage.leases:
-            raise StageLeased(
-                f"stage {stage.id} has {len(stage.leases)} leases, held by "
-                + ", ".join(f"pid {lease.pid} (uid {lease.uid})" for lease in list(stage.leases.values())[:10]),
-                leases=[lease.__dict__ for lease in stage.leases.values()],
-            )
+        if stage.moving:
+            raise NotMovable(f"stage {stage.id} is being moved to {stage.moving}: wait for its end")
+        if not force:
+            self.residency.check_unleased(stage)
         if not stage.finished:
-            self.cancel(stage, "cancelled by request")
-            return stage
-        if stage.state == "ready":
-            stage.enter("evicted")
-            self._release(stage)
-        if not stage.footprint:
-            self.stages.pop(stage.id, None)
+            self._loader.cancel(stage, "cancelled by request")
+        elif stage.state == "ready" and stage.leases:
+            first = stage.revoked_until is None
+            self.residency.revoke(stage, self._limits.revoke_grace if grace is None else grace)
+            if first:
+                self._loader.spawn(self.residency.revoked(stage), stage.id)
+        else:
+            if stage.state == "ready":
+                self.residency.evict(stage, "request")
+            if not stage.footprint:
+                self.residency.stages.pop(stage.id, None)
+        return stage
+
+    def change(self, stage: Stage, *, priority: int | None = None, pin: bool | None = None) -> None:
+        """Change what decides whether it stays; None: as it is."""
+        before = stage.priority, stage.pin
+        stage.priority = stage.priority if priority is None else priority
+        stage.pin = stage.pin if pin is None else pin
+        if before != (stage.priority, stage.pin):
+            record.update(self._deposits, stage)
+            self.residency.changed()
+            stage.notify()
+
+    async def move(self, stage_id: str, device: str) -> Stage:
+        """Move a ready stage that nobody leases to another device, without its source.
+
+        Raises UnknownStage, InvalidRequest, StageLeased, NotMovable, InsufficientCapacity.
+        """
+        stage = self.get(stage_id)
+        if device not in self.devices:
+            raise InvalidRequest(f"device {device!r} is not on this node, it has {', '.join(self.devices)}")
+        await move_segments(
+            self.residency, self._deposits, stage, device, self._fill_limits.threads, self._loader.in_thread
+        )
         return stage
 
     async def close(self) -> None:
         """Cancel what runs and free everything; waits for threads that may still write."""
-        for stage in list(self.stages.values()):
-            self.cancel(stage, "the daemon is stopping")
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        for stage in self.stages.values():
-            self._release(stage)
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    # ------------------------------------------------------------------ leases
-
-    def lease(self, stage: Stage, rank: int, *, uid: int, gid: int, pid: int) -> Lease:
-        """Record a lease on one rank's segment. Raises InvalidRequest where the stage has no such rank."""
-        if rank not in stage.request.ranks:
-            raise InvalidRequest(f"stage {stage.id} has no tp_rank {rank}, it has {list(stage.request.ranks)}")
-        lease = Lease("le-" + secrets.token_hex(6), stage.id, rank, uid, gid, pid, time.time())
-        stage.leases[lease.id] = lease
-        return lease
-
-    def end_lease(self, lease: Lease) -> None:
-        """Its connection is closed."""
-        if stage := self.stages.get(lease.stage):
-            stage.leases.pop(lease.id, None)
-
-    def leases(self) -> Iterable[Lease]:
-        """All leases there are."""
-        return itertools.chain.from_iterable(stage.leases.values() for stage in self.stages.values())
-
-    # ------------------------------------------------------------------ threads
-
-    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
-        return await self._loop.run_in_executor(self._threads, function, *arguments)
-
-    def _on_loop(self, function: Callable[..., None], *arguments: object) -> None:
-        """From a thread: the one way by which what happens there reaches what happens here."""
-        self._loop.call_soon_threadsafe(function, *arguments)
-
-    def _spawn(self, coroutine: Coroutine[None, None, None], name: str) -> None:
-        task = asyncio.create_task(coroutine, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        for stage in list(self.stages()):
+            self._loader.cancel(stage, "the daemon is stopping")
+        await self._loader.close()
+        for stage in self.stages():
+            self.residency.release(stage)
 
 
-def _refused(stage: Stage) -> bool:
-    """Whether the plan showed that the request cannot be served, and nobody has been told of the stage."""
-    return isinstance(stage.error, InsufficientCapacity | InvalidRequest) and not stage.plan and not stage.announced
+class _Unlisted(Exception):
+    """What is at a URI cannot be told: the request becomes the record of a stage that failed."""
+
+    def __init__(self, uri: str, device: str, request: StageRequest, error: DaemonError) -> None:
+        self.uri, self.device, self.request, self.error = uri, device, request, error
+
+
+def _live(stage: Stage) -> bool:
+    """Whether a request may join it."""
+    return stage.state not in ("failed", "cancelled", "evicted") and stage.revoked_until is None

@@ -86,10 +86,10 @@ class StageRequest(BaseModel):
         ),
     )
     priority: int = Field(0, ge=-1000, le=1000, description="Higher loads first where stages wait for their turn.")
-    pin: bool = Field(False, description="Never evict it. Kept in the record; this version does not evict at all.")
+    pin: bool = Field(False, description="Never evict it, whatever else wants its memory.")
     ttl_seconds: float | None = Field(
         None, gt=0, le=10 * 365 * 86400,
-        description="Seconds without a lease after which it may go. Kept in the record; this version does not evict.",
+        description="Seconds without a lease after which it is evicted; null: only where room is needed.",
     )  # fmt: skip
 
     @field_validator("expect_digest")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, SecretStr, TypeAdapter, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from weightd.daemon.digests import LEAF
 from weightd.daemon.errors import InvalidRequest
-from weightd.daemon.fill import FillLimits
+from weightd.daemon.limits import FillLimits, NodeLimits
 from weightd.daemon.sources import Allow
 from weightd.ipc.runtime_dir import runtime_dir
 
@@ -55,13 +55,19 @@ class Settings(BaseSettings):
     peer_gids: Annotated[list[int], NoDecode] = Field(
         default_factory=_own_gids, description="Groups, by number, that may use the sockets; default: the daemon's own."
     )
-    concurrent_loads: int = Field(2, ge=1, le=64, description="Stages that load at the same time; others queue.")
+    concurrent_loads: int = Field(
+        2, ge=1, le=64,
+        description="Stages that load at the same time, for each kind of source and device; others queue.",
+    )  # fmt: skip
+    max_queued: int = Field(256, ge=1, le=100_000, description="Stages that wait for their turn; more are refused.")
     read_threads: int = Field(
         default_factory=lambda: min(16, max(2, os.cpu_count() or 1)),
         ge=1, le=256, description="Threads that read files, for each stage that loads; default: one a core, 2 to 16.",
     )  # fmt: skip
     in_flight: ByteSize = Field(
-        ByteSize(256 << 20), ge=1 << 20, description="Bytes asked of an object store and not yet here, for each stage."
+        ByteSize(1 << 30),
+        ge=1 << 20,
+        description="Bytes asked of an object store and not yet here, at most, for each stage: as many as help.",
     )
     extent: ByteSize = Field(
         ByteSize(8 << 20), ge=LEAF, le=1 << 30, description="Bytes of one read, and of a bounce buffer."
@@ -74,6 +80,22 @@ class Settings(BaseSettings):
         description="Seconds after which a failing read or a stalled source is given up.",
     )
     max_leases: int = Field(1024, ge=1, le=1_000_000, description="Lease connections at most.")
+    max_leases_per_user: int = Field(1024, ge=1, le=1_000_000, description="Leases that one user may hold.")
+    lease_grace: float = Field(
+        30.0, ge=0, le=86400,
+        description="Seconds that lessees have to come back after a restart of the daemon, before their stage may go.",
+    )  # fmt: skip
+    revoke_grace: float = Field(
+        30.0, ge=0, le=86400, description="Seconds that lessees have to let go where their stage is dropped by force."
+    )
+    on_stop: Literal["drop", "refuse"] = Field(
+        "drop",
+        description="What an ordered stop (SIGTERM, Ctrl-C) does: drop the weights, or refuse while any are leased.",
+    )
+    restart_limit: int = Field(
+        10, ge=0, description="Crashes of the daemon within restart_window after which it stays down; 0: never."
+    )
+    restart_window: float = Field(60.0, gt=0, description="Seconds over which crashes of the daemon are counted.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
 
     @field_validator("allow", "peer_uids", "peer_gids", mode="before")
@@ -130,4 +152,11 @@ class Settings(BaseSettings):
             extent_bytes=int(self.extent),
             bounce_buffers=self.bounce_buffers,
             retry_deadline=self.retry_deadline,
+        )
+
+    @property
+    def node_limits(self) -> NodeLimits:
+        """The part of the settings that bounds what the node does at once."""
+        return NodeLimits(
+            concurrent_loads=self.concurrent_loads, max_queued=self.max_queued, revoke_grace=self.revoke_grace
         )

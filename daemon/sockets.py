@@ -1,67 +1,75 @@
-"""The daemon's listening sockets, and the lock that keeps a second daemon out of its runtime directory."""
+"""The daemon's listening sockets."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from pathlib import Path
 
+from weightd.daemon.deposits import Deposits
+from weightd.daemon.keeper import LISTEN
+
 SOCKET_MODE = 0o660
 
 
-class RuntimeDirInUse(RuntimeError):
-    """Another daemon lives there."""
+class Listeners:
+    """The sockets of a runtime directory. Under a keeper they outlive the daemon: who connects while there is none
+    waits in their backlog for the next one."""
 
+    def __init__(self, folder: Path, deposits: Deposits, held: dict[str, int]) -> None:
+        """``held`` are sockets that the daemon before this one has deposited, by ``listen:<address>``."""
+        self._folder = folder
+        self._deposits = deposits
+        self._held = held
+        self._paths: list[Path] = []
 
-class RuntimeDir:
-    """A runtime directory that this process owns until ``close``: nobody else listens in it meanwhile."""
+    def unix(self, name: str) -> socket.socket:
+        """A listening Unix socket in the directory, mode 0660. A socket file that a dead daemon left is replaced."""
+        path = self._folder / name
+        self._paths.append(path)
+        return self._adopted(name) or self._deposited(name, _bind_unix(path))
 
-    def __init__(self, path: Path) -> None:
-        """Create it (mode 0750) where it is missing, and lock it. Raises RuntimeDirInUse, OSError."""
-        self.path = path
-        path.mkdir(mode=0o750, parents=True, exist_ok=True)
-        self._lock = os.open(path / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(self._lock, 32).decode(errors="replace").strip()
-            os.close(self._lock)
-            raise RuntimeDirInUse(
-                f"{path} is in use by another weightd, pid {holder or 'unknown'}: "
-                "stop it, or choose another --runtime-dir"
-            ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-        self._bound: list[Path] = []
+    def tcp(self, address: str) -> socket.socket:
+        """A listening TCP socket at HOST:PORT. Raises OSError."""
+        return self._adopted(address) or self._deposited(address, _bind_tcp(address))
 
-    def bind(self, name: str) -> socket.socket:
-        """A listening Unix socket in it, mode 0660. A socket file that a dead daemon left is replaced."""
-        path = self.path / name
-        path.unlink(missing_ok=True)  # the lock says that nobody listens there
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        previous = os.umask(0o777 & ~SOCKET_MODE)  # never, not even for a moment, open to more
-        try:
-            listener.bind(str(path))
-        except OSError as error:
-            listener.close()
-            raise OSError(error.errno, f"{error.strerror} (a socket's path has at most 107 bytes)", str(path)) from None
-        finally:
-            os.umask(previous)
-        os.chmod(path, SOCKET_MODE)
-        listener.listen(1024)
-        self._bound.append(path)
+    def _adopted(self, address: str) -> socket.socket | None:
+        fd = self._held.pop(LISTEN + address, None)
+        return None if fd is None else socket.socket(fileno=fd)
+
+    def _deposited(self, address: str, listener: socket.socket) -> socket.socket:
+        self._deposits.put(LISTEN + address, listener.fileno())
         return listener
 
+    def drop_others(self) -> None:
+        """Close what was adopted and nobody asked for: the settings have changed."""
+        for name, fd in self._held.items():
+            self._deposits.drop(name)
+            os.close(fd)
+
     def close(self) -> None:
-        """Remove the sockets and let the directory go."""
-        for path in self._bound:
+        """Remove the sockets' files."""
+        for path in self._paths:
             path.unlink(missing_ok=True)
-        os.close(self._lock)
 
 
-def bind_tcp(address: str) -> socket.socket:
-    """A listening TCP socket at HOST:PORT. Raises OSError."""
+def _bind_unix(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)  # the lock on the directory says that nobody listens there
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    previous = os.umask(0o777 & ~SOCKET_MODE)  # never, not even for a moment, open to more
+    try:
+        listener.bind(str(path))
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"{error.strerror} (a socket's path has at most 107 bytes)", str(path)) from None
+    finally:
+        os.umask(previous)
+    os.chmod(path, SOCKET_MODE)
+    listener.listen(1024)
+    return listener
+
+
+def _bind_tcp(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     try:

@@ -6,17 +6,20 @@ import asyncio
 import secrets
 import threading
 import time
-from array import array
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightd.daemon.checkpoint import Checkpoint, Listing
 from weightd.daemon.devices import Segment
 from weightd.daemon.errors import DaemonError
 from weightd.daemon.fill import Fill
+from weightd.daemon.ledger import Ledger
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.request import StageRequest
+
+if TYPE_CHECKING:
+    from weightd.daemon.manifests import SealedManifest
 
 TERMINAL = frozenset({"ready", "failed", "cancelled", "evicted"})
 
@@ -36,12 +39,27 @@ class Lease:
 
 
 @dataclass(frozen=True)
+class SegmentInfo:
+    """What is to be known of a segment without its manifest. ``nbytes`` is what its layout takes."""
+
+    rank: int
+    nbytes: int
+    tensors: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that is known before a byte of weights is read."""
 
     checkpoint: Checkpoint
     recipes: Sequence[Recipe]
-    metadata_folder: str | None
+    metadata: str | None
+    """Folder with its configuration files."""
+
+    @property
+    def infos(self) -> tuple[SegmentInfo, ...]:
+        """Its segments."""
+        return tuple(SegmentInfo(recipe.rank, recipe.nbytes, len(recipe.entries)) for recipe in self.recipes)
 
 
 class Stage:
@@ -67,32 +85,51 @@ class Stage:
         self.priority = request.priority
         self.pin = request.pin
         self.plan: Plan | None = None
+        """From planning until it is ready; manifests take its place then."""
+        self.infos: tuple[SegmentInfo, ...] = ()
+        """Its segments, once planned."""
+        self.metadata: str | None = None
+        """Folder with the checkpoint's configuration files, once planned."""
         self.fill: Fill | None = None
         """Only while loading."""
         self.bytes_read = 0
         self.phase_seconds: dict[str, float] = {}
         """Thread-seconds of loading by phase (``fill.PHASES``)."""
         self.segments: list[Segment] = []
+        self.ledger: Ledger | None = None
+        """Once loading has begun."""
         self.footprint = 0
         """Bytes of the device's capacity that are reserved for it."""
         self.bytes_total = 0
-        self.digests: list[list[str]] = []
-        """Tensor digests of each segment's entries, once ready."""
-        self.leaves: list[list[array[int]]] = []
-        """Leaf digests of each segment's entries, once ready."""
         self.segment_digests: list[str] = []
+        """Digest of each segment, once ready."""
         self.checkpoint_digest: str | None = None
-        self.manifests: list[int] = []
-        """For each segment a descriptor of its manifest, once ready; see ``weightd.ipc.manifest``."""
+        self.manifests: list[SealedManifest] = []
+        """Manifest of each segment, once ready."""
         self.verified: list[list[int]] = []
-        """For each segment the entries that streaming clients may use already, in the order they became so."""
+        """For each segment the entries that streaming clients may use already, in order, while loading."""
         self.satisfied: set[str] = set()
         """Expectations that were checked and met: digests, and ``file=sha256:...`` pairs."""
         self.leases: dict[str, Lease] = {}
+        self.last_used = time.monotonic()
+        """When a lease began or ended last, or it became ready: monotonic seconds, which outlive a process."""
+        self.protected_until = 0.0
+        """Until when lessees of the daemon before this one are waited for (monotonic seconds)."""
+        self.revoked_until: float | None = None
+        """By when its lessees have to let go, once they were told to (seconds since the epoch)."""
+        self.revoke_deadline = 0.0
+        """The same in monotonic seconds."""
+        self.awaited = 0
+        """Leases that the daemon before this one had, until ``protected_until``."""
+        self.moving: str | None = None
+        """Device that it is being moved to."""
+        self.lent = False
+        """Whether anybody was ever given a descriptor of its memory."""
         self.announced = False
         """Whether a client has been given its id."""
         self.cancelled = threading.Event()
-        self._entered = time.monotonic()
+        self.entered = time.monotonic()
+        """When it came into its state, in monotonic seconds."""
         self._changed = asyncio.Event()
         self.planned = asyncio.Event()
         """Set once planning has ended, well or not."""
@@ -120,8 +157,8 @@ class Stage:
         if self.finished and self.state != "ready":
             return
         now = time.monotonic()
-        self.seconds[self.state] = self.seconds.get(self.state, 0.0) + now - self._entered
-        self._entered = now
+        self.seconds[self.state] = self.seconds.get(self.state, 0.0) + now - self.entered
+        self.entered = now
         self.state = state
         self.error = error
         if state == "ready":
@@ -134,7 +171,7 @@ class Stage:
         """Seconds spent in each state, the current one included unless it is terminal."""
         seconds = dict(self.seconds)
         if not self.finished:
-            seconds[self.state] = seconds.get(self.state, 0.0) + time.monotonic() - self._entered
+            seconds[self.state] = seconds.get(self.state, 0.0) + time.monotonic() - self.entered
         return seconds
 
     def notify(self) -> None:

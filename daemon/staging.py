@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from weightd.daemon.cache import Cache
 from weightd.daemon.checkpoint import Checkpoint, Listing, open_checkpoint
 from weightd.daemon.devices import Segment
-from weightd.daemon.digests import LEAF, checkpoint_digest, tensor_digest
+from weightd.daemon.digests import LEAF, Leaves, checkpoint_digest, tensor_digest
 from weightd.daemon.errors import Cancelled, CheckpointChanged, CheckpointNotFound, DigestMismatch, InvalidRequest
 from weightd.daemon.extents import Demands, Extent, plan_extents
-from weightd.daemon.fill import Fill, FillLimits
+from weightd.daemon.fill import Fill, ledger_for
 from weightd.daemon.header import TensorInfo
 from weightd.daemon.layout import checkpoint_layout
+from weightd.daemon.ledger import Ledger, fingerprint
+from weightd.daemon.limits import FillLimits
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.request import Parallel, StageRequest
 from weightd.daemon.sources import Reader, Source
@@ -68,7 +70,7 @@ def _expected_sha256(checkpoint: Checkpoint, request: StageRequest) -> dict[int,
 
 @dataclass
 class Loading:
-    """One load, from its plan to sealed segments. ``prepare`` first, then ``run`` in a thread, then ``close``."""
+    """One load, from its plan to sealed segments: ``lay_out``, ``prepare``, ``run`` in a thread, and ``close``."""
 
     source: Source
     plan: Plan
@@ -80,26 +82,43 @@ class Loading:
         self._second: Fill | None = None
         self._reader: Reader | None = None
 
-    def prepare(self, segments: Sequence[Segment], on_verified: Callable[[int, list[int]], None]) -> Fill:
-        """Lay out all reads. ``on_verified(segment, entries)`` is told what streaming clients may use already."""
+    def lay_out(self) -> None:
+        """Lay out all reads."""
         checkpoint, request = self.plan.checkpoint, self.request
         self._sha256 = _expected_sha256(checkpoint, request)
         digest = request.expect_digest if isinstance(request.expect_digest, str) else None
         self._digest = digest if digest and digest.startswith("xxh3:") else None
         demands = Demands(
-            self.limits.extent_bytes,
+            min(self.limits.extent_bytes, self.source.max_extent),
             self.source.max_runs,
             self.source.min_range,
             whole_tensors=self._digest is not None,
             whole_files=frozenset(self._sha256),
         )
-        extents = plan_extents(checkpoint.tensors, self.plan.recipes, demands)
+        self._extents = plan_extents(checkpoint.tensors, self.plan.recipes, demands)
         if self._sha256:
-            extents = _interleave(extents)
+            self._extents = _interleave(self._extents)
+        self.bytes_total = sum(extent.nbytes for extent in self._extents)
+
+    def ledger(self) -> Ledger:
+        """An empty ledger for this load."""
+        return ledger_for(self.plan.checkpoint.tensors, self.plan.recipes, self._extents)
+
+    def goes_on(self, ledger: Ledger) -> bool:
+        """Whether another process's ledger is of the same load, which can then go on where that one ended.
+
+        Not where files are hashed in their order: nothing of that outlives a process.
+        """
+        return not self._sha256 and ledger.fingerprint == fingerprint(self.plan.recipes, self._extents)
+
+    def prepare(
+        self, segments: Sequence[Segment], ledger: Ledger, on_verified: Callable[[int, list[int]], None]
+    ) -> Fill:
+        """After ``lay_out``. ``on_verified(segment, entries)`` is told what streaming clients may use already."""
+        checkpoint = self.plan.checkpoint
         known: dict[str, array[int]] = {}
         for expected in (self._digest, *self._sha256.values()):
             known |= self.cache.load_leaves(expected) if expected else {}
-        self.bytes_total = sum(extent.nbytes for extent in extents)
         self._segments = segments
         expecting = bool(self._digest or self._sha256)
 
@@ -116,8 +135,10 @@ class Loading:
             checkpoint.tensors,
             self.plan.recipes,
             segments,
-            extents,
+            self._extents,
             self.limits,
+            ledger=ledger,
+            buffered=self.source.buffered,
             expected_leaves=known,
             sha256_prefixes={file: checkpoint.prefixes[file] for file in self._sha256},
             on_verified=verified,
@@ -142,7 +163,6 @@ class Loading:
             checkpoint_digest((entry.name, digest) for entry, digest in zip(recipe.entries, digests, strict=True))
             for recipe, digests in zip(self.plan.recipes, self.tensor_digests, strict=True)
         ]
-        self.leaves = self.fill.leaves
         leaves = self._whole_leaves()
         self.checkpoint_digest = self._checkpoint_digest(leaves)
         self._check_expected(leaves)
@@ -161,6 +181,7 @@ class Loading:
         if self._reader is not None:
             self.stop()
             self._reader.close()
+            self.fill.close()
 
     def _check_cancelled(self) -> None:
         if self.fill.stopped:
@@ -175,10 +196,10 @@ class Loading:
             if found != planned:
                 raise changed(planned, found)
 
-    def _whole_leaves(self) -> dict[int, array[int]]:
+    def _whole_leaves(self) -> dict[int, Leaves]:
         """Leaf digests of the checkpoint tensors that were read whole, by index."""
         tensors = self.plan.checkpoint.tensors
-        found = dict(self.fill.tensor_leaves)
+        found: dict[int, Leaves] = dict(self.fill.tensor_leaves)
         for recipe, leaves in zip(self.plan.recipes, self.fill.leaves, strict=True):
             for copy in recipe.copies:
                 if copy.source is None and copy.target is None:
@@ -188,7 +209,7 @@ class Loading:
                 found.setdefault(index, array("Q"))
         return found
 
-    def _checkpoint_digest(self, leaves: dict[int, array[int]]) -> str | None:
+    def _checkpoint_digest(self, leaves: dict[int, Leaves]) -> str | None:
         tensors = self.plan.checkpoint.tensors
         if len(leaves) != len(tensors):
             return None
@@ -208,7 +229,7 @@ class Loading:
             and all(copy.source is None and copy.target is None for copy in copies)
         )
 
-    def _check_expected(self, leaves: dict[int, array[int]]) -> None:
+    def _check_expected(self, leaves: dict[int, Leaves]) -> None:
         tensors = self.plan.checkpoint.tensors
         self.satisfied: set[str] = set()
         if self._digest and self.checkpoint_digest != self._digest:
@@ -231,7 +252,7 @@ class Loading:
                 self.checkpoint_digest, {tensor.name: leaves[index] for index, tensor in enumerate(tensors)}
             )
 
-    def _explain(self, found: str, suspects: Sequence[int], leaves: dict[int, array[int]]) -> None:
+    def _explain(self, found: str, suspects: Sequence[int], leaves: dict[int, Leaves]) -> None:
         """Bytes are not the expected ones: read them again to name those that changed on the way. Always raises."""
         tensors = self.plan.checkpoint.tensors
         chosen: set[int] = set(suspects)
@@ -243,13 +264,13 @@ class Loading:
             reader.run(fill)
         finally:
             reader.close()
+            reread = dict(fill.tensor_leaves)
+            fill.close()
         self._check_cancelled()
         differing = [
             (tensor, leaf)
             for tensor in sorted(chosen)
-            for leaf, (first, second) in enumerate(
-                zip(leaves.get(tensor, ()), fill.tensor_leaves.get(tensor, ()), strict=False)
-            )
+            for leaf, (first, second) in enumerate(zip(leaves.get(tensor, ()), reread.get(tensor, ()), strict=False))
             if first != second
         ]
         if not differing:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightd.ipc.errors import DaemonUnavailable, RequestRefused
-from weightd.ipc.runtime_dir import API_SOCKET, runtime_dir
+from weightd.ipc.runtime_dir import API_SOCKET, RESTART_SECONDS, runtime_dir
 
 if TYPE_CHECKING:
     import httpx
@@ -40,9 +41,13 @@ class Client:
             timeout=httpx.Timeout(30.0, read=None),
         )
 
-    def stage(self, model: str, *, wait: float = 0, **request: Any) -> dict[str, Any]:
-        """``POST /v1/stage``: stage a model, waiting at most ``wait`` seconds for it; further fields as in the API."""
-        return self._call("POST", "/v1/stage", json={"model": model, **request}, params={"wait": wait})
+    def stage(self, model: str, *, wait: float = 0, dry_run: bool = False, **request: Any) -> dict[str, Any]:
+        """``POST /v1/stage``: stage a model, waiting at most ``wait`` seconds for it; further fields as in the API.
+
+        ``dry_run`` only says whether it would fit, and what would go for it.
+        """
+        params = {"wait": wait, "dry_run": dry_run}
+        return self._call("POST", "/v1/stage", json={"model": model, **request}, params=params)
 
     def stages(self) -> list[dict[str, Any]]:
         """``GET /v1/stage``: all stages."""
@@ -58,9 +63,21 @@ class Client:
         rank = {} if tp_rank is None else {"tp_rank": tp_rank}
         return self._call("GET", f"/v1/stage/{stage}/manifest", params={"leaves": leaves, **rank})
 
-    def remove(self, stage: str) -> dict[str, Any]:
-        """``DELETE /v1/stage/{id}``: cancel it, or drop it when nobody leases it."""
-        return self._call("DELETE", f"/v1/stage/{stage}")
+    def remove(self, stage: str, *, force: bool = False, grace: float | None = None) -> dict[str, Any]:
+        """``DELETE /v1/stage/{id}``: cancel it, or drop it when nobody leases it.
+
+        ``force`` takes it away from those who do: they have ``grace`` seconds to let go (default: the daemon's).
+        """
+        params = {"force": force} if grace is None else {"force": force, "grace": grace}
+        return self._call("DELETE", f"/v1/stage/{stage}", params=params)
+
+    def change(self, stage: str, *, pin: bool | None = None, priority: int | None = None) -> dict[str, Any]:
+        """``PATCH /v1/stage/{id}``: change its pin or its priority."""
+        return self._call("PATCH", f"/v1/stage/{stage}", json={"pin": pin, "priority": priority})
+
+    def move(self, stage: str, device: str) -> dict[str, Any]:
+        """``POST /v1/stage/{id}/move``: move it to another device, without its source."""
+        return self._call("POST", f"/v1/stage/{stage}/move", json={"device": device})
 
     def leases(self) -> list[dict[str, Any]]:
         """``GET /v1/leases``."""
@@ -72,29 +89,42 @@ class Client:
         return self._call("GET", "/v1/node")
 
     def events(self, stage: str) -> Iterator[dict[str, Any]]:
-        """``GET /v1/stage/{id}/events``: the stage's record at every change, until it has ended."""
+        """``GET /v1/stage/{id}/events``: the stage's record at every change, until it has ended.
+
+        Goes on with the next daemon where this one is restarted.
+        """
         import httpx
 
-        try:
-            with self._http.stream("GET", f"/v1/stage/{stage}/events") as response:
-                if response.is_error:
-                    response.read()
-                    self._refuse(response)
-                for line in response.iter_lines():
-                    if line.startswith("data:"):
-                        yield json.loads(line.removeprefix("data:"))
-        except httpx.TransportError as error:
-            raise self._unavailable(error) from None
+        retry = _Retry()
+        while True:
+            try:
+                with self._http.stream("GET", f"/v1/stage/{stage}/events") as response:
+                    if response.is_error:
+                        response.read()
+                        self._refuse(response)
+                    for line in response.iter_lines():
+                        if line.startswith("data:"):
+                            retry = _Retry()
+                            yield json.loads(line.removeprefix("data:"))
+                    return
+            except httpx.TransportError as error:
+                if not retry.worth_it(error):
+                    raise self._unavailable(error) from None
 
     def _call(
         self, method: str, path: str, *, json: Any = None, params: Mapping[str, str | float | bool] | None = None
     ) -> dict[str, Any]:
         import httpx
 
-        try:
-            response = self._http.request(method, path, json=json, params=dict(params or {}))
-        except httpx.TransportError as error:
-            raise self._unavailable(error) from None
+        retry = _Retry()
+        while True:
+            try:
+                response = self._http.request(method, path, json=json, params=dict(params or {}))
+                break
+            except httpx.TransportError as error:
+                # Asking for a stage twice is asking once; dropping one twice is an error.
+                if method == "DELETE" or not retry.worth_it(error):
+                    raise self._unavailable(error) from None
         if response.is_error:
             self._refuse(response)
         answer: dict[str, Any] = response.json()
@@ -123,3 +153,20 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Retry:
+    """Whether to ask again after a connection broke: the daemon may be on its way back, its socket kept for it."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + RESTART_SECONDS
+
+    def worth_it(self, error: Exception) -> bool:
+        """After a moment, True where the connection broke; at once False where there was none, or for too long."""
+        import httpx
+
+        broke = isinstance(error, httpx.ReadError | httpx.WriteError | httpx.RemoteProtocolError)
+        if not broke or time.monotonic() > self._end:
+            return False
+        time.sleep(0.02)
+        return True

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
+import threading
+import weakref
 from typing import TYPE_CHECKING
 
 from weightd.ipc.dtypes import DTYPES
@@ -11,6 +14,17 @@ from weightd.ipc.manifest import Entry
 
 if TYPE_CHECKING:
     import torch
+
+
+def map_segment(fd: int, nbytes: int, *, strict: bool) -> HostMapping:
+    """The mapping of a segment, the one that this process has already where it has one. The caller keeps ``fd``."""
+    status = os.fstat(fd)
+    key = (status.st_dev, status.st_ino, strict)
+    with _lock:
+        mapping = _mapped.get(key)
+        if mapping is None:
+            mapping = _mapped[key] = HostMapping(fd, nbytes, strict=strict)
+        return mapping
 
 
 class HostMapping:
@@ -75,3 +89,7 @@ def _packed_f4(entry: Entry) -> tuple[int, ...]:
             "which is odd here: raw(name) gives its bytes"
         )
     return (*entry.shape[:-1], entry.shape[-1] // 2)
+
+
+_lock = threading.Lock()
+_mapped: weakref.WeakValueDictionary[tuple[int, int, bool], HostMapping] = weakref.WeakValueDictionary()

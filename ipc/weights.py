@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
-import socket as sockets
+import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightd.ipc import wire
-from weightd.ipc.errors import (
-    AttachTimeout,
-    DaemonUnavailable,
-    DigestMismatch,
-    NotReady,
-    RequestRefused,
-    StageFailed,
-    WeightdError,
-)
+from weightd.ipc.errors import AttachTimeout, DaemonUnavailable, NotReady, RequestRefused, StageFailed
+from weightd.ipc.lease import LeaseConnection, socket_path
 from weightd.ipc.manifest import Entry, Manifest
-from weightd.ipc.mapping import HostMapping
-from weightd.ipc.runtime_dir import LEASE_SOCKET, runtime_dir
+from weightd.ipc.mapping import map_segment
 
 if TYPE_CHECKING:
     import torch
-
-_REFUSED = frozenset(
-    {"invalid_request", "not_allowed", "insufficient_capacity", "unknown_stage", "peer_not_allowed", "lease_limit"}
-)
 
 
 def attach(
@@ -75,61 +62,18 @@ def attach(
         if expect_digest is not None:
             request["expect_digest"] = expect_digest if isinstance(expect_digest, str) else dict(expect_digest)
         message["request"] = request
-    return _lease(message, _socket_path(socket), timeout, strict=strict)
-
-
-def _uri(model: str | os.PathLike[str]) -> str:
-    text = os.fspath(model)
-    return text if ":" in text.partition("/")[0] else os.path.abspath(text)
-
-
-def _socket_path(socket: str | os.PathLike[str] | None) -> Path:
-    path = Path(socket) if socket is not None else runtime_dir()
-    return path / LEASE_SOCKET if path.is_dir() or (not path.exists() and path.suffix != ".sock") else path
-
-
-def _lease(message: dict[str, Any], path: Path, timeout: float | None, *, strict: bool) -> Weights:
-    deadline = None if timeout is None else time.monotonic() + timeout
-    connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM | sockets.SOCK_CLOEXEC)
+    connection = LeaseConnection(socket_path(socket), message)
+    reply, fds = connection.acquire(timeout)
     try:
-        try:
-            connection.settimeout(timeout)
-            connection.connect(str(path))
-            with contextlib.suppress(BrokenPipeError):  # the daemon may refuse before it has heard everything
-                wire.send(connection, message)
-            while True:
-                reply, fds = _receive(connection, deadline)
-                if reply["type"] == "lease":
-                    return Weights(connection, reply, fds, strict=strict)
-                wire.close_all(fds)
-        except TimeoutError:
-            raise AttachTimeout(f"the stage was not ready within {timeout} s; it goes on loading") from None
-        except OSError as error:
-            raise DaemonUnavailable(
-                f"no daemon answers at {path}: {error}: start one with 'weightd serve', or set WEIGHTD_RUNTIME_DIR to "
-                "its runtime directory"
-            ) from None
+        return Weights(connection, reply, fds, strict=strict)
     except BaseException:
         connection.close()
         raise
 
 
-def _receive(connection: sockets.socket, deadline: float | None) -> tuple[dict[str, Any], list[int]]:
-    left = None if deadline is None else deadline - time.monotonic()
-    if left is not None and left <= 0:
-        raise TimeoutError
-    connection.settimeout(left)
-    reply, fds = wire.receive(connection)
-    if reply["type"] != "error":
-        return reply, fds
-    wire.close_all(fds)
-    code, text, details = reply["code"], reply["message"], reply.get("details")
-    kind: type[WeightdError] = StageFailed
-    if code == "digest_mismatch":
-        kind = DigestMismatch
-    elif code in _REFUSED:
-        kind = RequestRefused
-    raise kind(text, code=code, details=details)
+def _uri(model: str | os.PathLike[str]) -> str:
+    text = os.fspath(model)
+    return text if ":" in text.partition("/")[0] else os.path.abspath(text)
 
 
 class Weights(Mapping[str, "torch.Tensor"]):
@@ -139,9 +83,20 @@ class Weights(Mapping[str, "torch.Tensor"]):
     and their memory mapped, as long as anybody holds them. Made by ``attach``.
     """
 
-    def __init__(self, connection: sockets.socket, reply: dict[str, Any], fds: list[int], *, strict: bool) -> None:
+    def __init__(self, connection: LeaseConnection, reply: dict[str, Any], fds: list[int], *, strict: bool) -> None:
         self._connection = connection
-        weakref.finalize(self, connection.close)
+        weakref.finalize(self, connection.close).atexit = False  # the kernel sees to that
+        self._strict = strict
+        self._callbacks: list[Callable[[float], None]] = []
+        self._revoked: float | None = None
+        self._lock = threading.Lock()
+        self._take(reply, fds)
+        self._index = {name: i for i, name in enumerate(self.manifest.names)}
+        self._verified: list[bool] | None = None if self.ready else [False] * len(self.manifest)
+        if self.ready:
+            self._keep()
+
+    def _take(self, reply: dict[str, Any], fds: list[int]) -> None:
         self.lease: str = reply["lease"]
         """The lease's id, as ``GET /v1/leases`` shows it."""
         self.ready: bool = reply["ready"]
@@ -150,11 +105,45 @@ class Weights(Mapping[str, "torch.Tensor"]):
             segment, manifest = fds
             with mmap.mmap(manifest, reply["manifest_nbytes"], prot=mmap.PROT_READ) as text:
                 self.manifest = Manifest.decode(text[:])
-            self._mapping = HostMapping(segment, reply["nbytes"], strict=strict)
+            self._mapping = map_segment(segment, reply["nbytes"], strict=self._strict)
         finally:
             wire.close_all(fds)
-        self._index = {name: i for i, name in enumerate(self.manifest.names)}
-        self._verified: list[bool] | None = None if self.ready else [False] * len(self.manifest)
+
+    def _keep(self) -> None:
+        """From now on a thread keeps the lease, over restarts of the daemon too."""
+        renewal = {
+            "op": "lease",
+            "stage": self.manifest.stage,
+            "tp_rank": self.manifest.tp_rank,
+            "renews": {"lease": self.lease, "digest": self.manifest.digest},
+        }
+        # The thread must not keep this object alive: whoever forgets it has let go.
+        itself = weakref.ref(self)
+
+        def revoked(seconds: float) -> None:
+            if weights := itself():
+                weights._on_revoked(seconds)
+
+        self._connection.watch(renewal, revoked)
+
+    def _on_revoked(self, seconds: float) -> None:
+        with self._lock:
+            self._revoked = time.monotonic() + seconds
+            callbacks = list(self._callbacks)
+        for callback in callbacks:
+            callback(seconds)
+
+    def on_revoke(self, callback: Callable[[float], None]) -> None:
+        """Call ``callback(seconds)`` when the lease is to be given up within so many seconds, by ``close``.
+
+        It runs in the thread that keeps the lease, at once where that has been said already. What is mapped stays
+        readable afterwards; the daemon counts it as free.
+        """
+        with self._lock:
+            self._callbacks.append(callback)
+            revoked = self._revoked
+        if revoked is not None:
+            callback(max(0.0, revoked - time.monotonic()))
 
     @property
     def digest(self) -> str | None:
@@ -229,11 +218,11 @@ class Weights(Mapping[str, "torch.Tensor"]):
         """Take one message from the daemon; returns the tensors that it says are verified now."""
         assert self._verified is not None
         try:
-            reply, fds = _receive(self._connection, deadline)
+            reply, fds = self._connection.receive(deadline)
         except TimeoutError:
             raise AttachTimeout(f"the stage was not ready within {timeout} s; it goes on loading") from None
-        except OSError as error:
-            raise DaemonUnavailable(f"the daemon went away while the stage was loading: {error}") from None
+        except OSError:
+            return self._resume(deadline)
         wire.close_all(fds)
         news: list[int] = []
         if reply["type"] == "verified":
@@ -242,15 +231,37 @@ class Weights(Mapping[str, "torch.Tensor"]):
             for index in news:
                 self._verified[index] = True
         elif reply["type"] == "ready":
-            news += range(len(self.manifest))
-            self._verified, self.ready = None, True
             self.manifest = replace(self.manifest, digest=reply["digest"], checkpoint_digest=reply["checkpoint_digest"])
+            news = self._all_ready()
         return news
+
+    def _all_ready(self) -> list[int]:
+        self._verified, self.ready = None, True
+        self._keep()
+        return list(range(len(self.manifest)))
+
+    def _resume(self, deadline: float | None) -> Sequence[int]:
+        """The daemon died while the stage was loading: go on with the next one, from the segment that it goes on with.
+
+        Tensors that were handed out stay what they are, in the memory that they are in.
+        """
+        before = self.manifest
+        self._verified = [False] * len(before)  # nothing is, in the memory that comes now
+        left = None if deadline is None else max(0.001, deadline - time.monotonic())
+        try:
+            reply, fds = self._connection.acquire(left)
+        except RequestRefused as error:
+            raise DaemonUnavailable(f"the daemon went away while the stage was loading: {error}") from None
+        self._take(reply, fds)
+        if (self.manifest.names, self.manifest.offsets) != (before.names, before.offsets):
+            raise StageFailed(f"stage {before.stage} came back with another layout: attach again")
+        if self.ready:
+            return self._all_ready()
+        return []
 
     def close(self) -> None:
         """End the lease. Safe to call twice."""
-        with contextlib.suppress(OSError):
-            self._connection.close()
+        self._connection.close()
 
     def __enter__(self) -> Weights:
         return self

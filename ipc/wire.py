@@ -7,7 +7,11 @@ A lease connection, from the client's side::
     ← {"type": "lease", "lease", "stage", "nbytes", "manifest_nbytes", "ready"} + descriptors: segment, manifest
     ← {"type": "verified", "entries": [[first, last], ...]}                     any number, where not ready yet
     ← {"type": "ready", "digest", "checkpoint_digest"}                          where it was not ready yet
+    ← {"type": "revoked", "seconds"}                                            it is to be given up within that time
     ← {"type": "error", "code", "message", "details"}                           instead of any of these; then the end
+
+After a restart of the daemon a client leases the same again, with ``"renews": {"lease", "digest"}`` beside ``stage``
+and ``tp_rank``: the id that the lease had, and the segment's digest, without which it is refused.
 
 The lease lasts until the client closes the connection, which the kernel does for it when it dies.
 """

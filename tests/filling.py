@@ -24,8 +24,9 @@ from weightd.daemon.checkpoint import Checkpoint, list_checkpoint, open_checkpoi
 from weightd.daemon.devices.cpu import CpuDevice, CpuSegment
 from weightd.daemon.digests import tensor_digest
 from weightd.daemon.extents import Demands, Extent, plan_extents
-from weightd.daemon.fill import Fill, FillLimits, Landing
+from weightd.daemon.fill import Fill, Landing
 from weightd.daemon.layout import Split
+from weightd.daemon.limits import FillLimits
 from weightd.daemon.recipe import Entry, Recipe
 from weightd.daemon.sources import Allow
 from weightd.daemon.sources.file import FileSource

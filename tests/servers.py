@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -237,9 +238,21 @@ class Daemon(Server):
         return self._client
 
     @property
-    def pid(self) -> int:
+    def keeper_pid(self) -> int:
         assert self.process is not None
         return self.process.pid
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What the keeper says of itself and its daemon."""
+        found: dict[str, Any] = json.loads((self.runtime_dir / "keeper.json").read_text())
+        return found
+
+    @property
+    def pid(self) -> int:
+        """Of the daemon that the keeper runs now."""
+        pid: int = self.client.node()["pid"]
+        return pid
 
     def ready(self) -> bool:
         try:
@@ -258,6 +271,11 @@ class Daemon(Server):
     def used_bytes(self) -> int:
         """Bytes of capacity that are taken."""
         return sum(device["used_bytes"] for device in self.client.node()["devices"])
+
+    def get(self, path: str) -> str:
+        """The text that a route answers with."""
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.runtime_dir / "api.sock"))) as client:
+            return client.get(f"http://weightd{path}", timeout=30).raise_for_status().text
 
     def attach(self, model: str | os.PathLike[str] | None = None, **options: Any) -> Weights:
         """``attach`` with this daemon, with a deadline that a busy machine keeps."""

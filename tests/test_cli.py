@@ -177,8 +177,8 @@ def test_flags_win_over_variables_and_variables_over_defaults(start_daemon: Call
 def test_a_second_daemon_on_the_same_directory_is_refused_and_the_first_goes_on(daemon: Daemon) -> None:
     result = weightd(daemon, "serve", "--no-listen")
     assert result.returncode == 1
-    assert f"pid {daemon.pid}" in result.stderr
-    assert daemon.client.node()["pid"] == daemon.pid
+    assert f"pid {daemon.keeper_pid}" in result.stderr
+    assert daemon.status["state"] == "running"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -30,8 +30,9 @@ from tests.filling import (
 from weightd.daemon.digests import LEAF, checkpoint_digest, leaf_count, leaf_digest, tensor_digest
 from weightd.daemon.errors import DigestMismatch
 from weightd.daemon.extents import Extent
-from weightd.daemon.fill import Fill, FillLimits, Landing
+from weightd.daemon.fill import Fill, Landing
 from weightd.daemon.layout import Split, checkpoint_layout
+from weightd.daemon.limits import FillLimits
 
 
 def test_leaf_digests_are_xxh3() -> None:

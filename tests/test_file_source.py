@@ -28,8 +28,8 @@ from tests.filling import (
     tensor,
 )
 from weightd.daemon.errors import CheckpointChanged, DaemonError, SourceFailed
-from weightd.daemon.fill import FillLimits
 from weightd.daemon.layout import Split, checkpoint_layout
+from weightd.daemon.limits import FillLimits
 
 # ---------------------------------------------------------------------------- changed files
 

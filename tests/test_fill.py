@@ -40,8 +40,9 @@ from tests.filling import (
 from weightd.daemon.devices.cpu import CpuDevice
 from weightd.daemon.errors import DigestMismatch
 from weightd.daemon.extents import Demands, plan_extents
-from weightd.daemon.fill import PHASES, Fill, FillLimits, Landing
+from weightd.daemon.fill import PHASES, Fill, Landing
 from weightd.daemon.layout import Split, checkpoint_layout
+from weightd.daemon.limits import FillLimits
 from weightd.daemon.recipe import Box, Copy, Entry, Recipe, arrange, contiguous, validate
 
 # ---------------------------------------------------------------------------- any checkpoint, any layout

@@ -113,14 +113,14 @@ def test_closing_ends_the_lease_and_tensors_stay_valid(daemon: Daemon, folder: P
 
 
 def test_a_stray_write_stays_in_the_process_that_made_it(daemon: Daemon, folder: Path) -> None:
-    with daemon.attach(folder) as first, daemon.attach(folder) as second, Child(daemon, folder) as child:
-        before = first["w0"].clone()
-        second["w0"].zero_()
+    with daemon.attach(folder) as weights, Child(daemon, folder) as child:
+        before = weights["w0"].clone()
         assert child.run("weights['w0'].fill_(7); assert weights['w0'].sum() == 7 * weights['w0'].numel()")
-        assert torch.equal(first["w0"], before)
-        assert second["w0"].abs().sum() == 0
-        with daemon.attach(folder) as third:
-            assert torch.equal(third["w0"], before)
+        assert torch.equal(weights["w0"], before)
+        weights["w0"].zero_()
+        assert child.run("assert weights['w0'].sum() == 7 * weights['w0'].numel()")
+        with Child(daemon, folder) as third:
+            assert third.run(f"assert abs(weights['w0'].sum() - {before.sum()}) < 1e-3")
 
 
 def test_a_stray_write_to_a_strict_mapping_kills_only_the_writer(daemon: Daemon, folder: Path) -> None:
@@ -165,7 +165,7 @@ def test_no_client_can_change_what_others_see(
             reply, fds = wire.receive(connection)
             assert reply["type"] in ("progress", "lease"), reply
         assert reply["ready"] is not streaming
-        fd = fds[0]  # noqa: F841  # for the attack
+        fd = fds[0]  # noqa: F841 - for the attack
         try:
             with pytest.raises((PermissionError, OSError)):
                 exec(attack)
@@ -191,7 +191,7 @@ def test_streaming_yields_verified_tensors_while_later_ones_load(
     tensors = {f"w{i}": rng.standard_normal((1024, 1024), numpy.float32) for i in range(6)}
     for name, tensor in tensors.items():
         save_file({name: tensor}, tmp_path / f"{name}.safetensors")
-    uri = s3.upload(tmp_path, "streamed")
+    uri = s3.upload(tmp_path, "one-tensor-a-file")
     gate = threading_event()
     with FaultProxy(
         s3.url, lambda request: gate.wait(60) and None if "w5" in request.path and request.nbytes > 1 << 20 else None
@@ -316,7 +316,7 @@ def test_garbage_on_the_lease_socket_is_answered_or_dropped(daemon: Daemon, garb
         assert reply["code"] == "invalid_request"
     except wire.Closed:
         assert len(garbage) < 4 or garbage[:2] == b"\x05"
-    assert daemon.client.node()["pid"] == daemon.pid
+    assert daemon.status["restarts"] == 0
 
 
 def test_clients_that_say_nothing_hold_up_nobody(daemon: Daemon, folder: Path) -> None:

@@ -14,6 +14,15 @@ class Segment(Protocol):
     """Bytes that the allocation takes of the device's capacity, padding included."""
     handle: str
     """Kind of handle that ``lend`` gives: ``fd``."""
+    fd: int
+    """Descriptor by which the memory can be deposited, and adopted by another process; -1 once closed."""
+
+    buffered: bool
+    """Whether its bytes are better read into a buffer and put there by ``write`` than read to ``address``."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether it can be filled: not once sealed, nor where it was lent before it was adopted."""
 
     @property
     def address(self) -> int:
@@ -32,6 +41,12 @@ class Segment(Protocol):
     def seal(self) -> None:
         """Make it immutable for everybody, the daemon included."""
 
+    def write(self, offset: int, data: memoryview) -> None:
+        """Put bytes at ``offset``; only until ``seal``. Drops the GIL."""
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Copy its bytes from ``offset`` on; whether sealed or not. Drops the GIL."""
+
     def close(self) -> None:
         """Drop the daemon's side. Memory that others have mapped lives on until they unmap it. Safe to call twice."""
 
@@ -47,3 +62,6 @@ class Device(Protocol):
 
     def allocate(self, nbytes: int, label: str) -> Segment:
         """A zeroed segment. Raises InsufficientCapacity where the system refuses the memory."""
+
+    def adopt(self, fd: int, nbytes: int) -> Segment:
+        """The segment that another process has left, by its descriptor. Raises ValueError where it is none."""

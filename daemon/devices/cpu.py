@@ -9,6 +9,7 @@ import gc
 import mmap
 import os
 import threading
+from pathlib import Path
 
 from weightd.daemon.errors import InsufficientCapacity
 
@@ -17,6 +18,8 @@ F_SEAL_FUTURE_WRITE = 0x0010  # linux/fcntl.h; not in Python's fcntl module
 _SEALS_WHEN_READY = F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _SEALS_THAT_COUNT = _SEALS_AT_BIRTH | F_SEAL_FUTURE_WRITE
 """With no writable mapping left, these alone keep every byte as it is."""
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 DEFAULT_SHARE = 0.5
 """Share of the memory that is available when the daemon starts, taken as capacity where no setting says more."""
@@ -34,15 +37,32 @@ class CpuDevice:
 
     def allocate(self, nbytes: int, label: str) -> CpuSegment:
         try:
-            return CpuSegment(nbytes, self.footprint(nbytes), label)
+            return CpuSegment(_create(self.footprint(nbytes), label), nbytes)
         except OSError as error:
-            if error.errno not in (errno.ENOMEM, errno.ENOSPC, errno.EFBIG):
+            if error.errno not in (errno.ENOMEM, errno.ENOSPC, errno.EFBIG, errno.EMFILE, errno.ENFILE):
                 raise
             raise InsufficientCapacity(
                 f"the system refused {nbytes} bytes of shared memory on {self.name}: {error.strerror}",
                 device=self.name,
                 needed_bytes=nbytes,
             ) from None
+
+    def adopt(self, fd: int, nbytes: int) -> CpuSegment:
+        if os.fstat(fd).st_size != self.footprint(nbytes):
+            raise ValueError(f"a segment of {os.fstat(fd).st_size} bytes, expected are {self.footprint(nbytes)}")
+        return CpuSegment(fd, nbytes)
+
+
+def _create(footprint: int, label: str) -> int:
+    fd = os.memfd_create(f"weightd:{label}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, footprint)
+        os.fchmod(fd, 0o400)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS_AT_BIRTH)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 class CpuSegment:
@@ -54,24 +74,35 @@ class CpuSegment:
 
     handle = "fd"
 
-    def __init__(self, nbytes: int, footprint: int, label: str) -> None:
+    def __init__(self, fd: int, nbytes: int) -> None:
+        """Take over a memfd, new or adopted; it is closed where that fails. Raises OSError."""
+        self.fd = fd
         self.nbytes = nbytes
-        self.footprint = footprint
-        self._fd = os.memfd_create(f"weightd:{label}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(self._fd, footprint)
-            os.fchmod(self._fd, 0o400)
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS_AT_BIRTH)
-            self._map: mmap.mmap | None = mmap.mmap(self._fd, footprint, mmap.MAP_SHARED)
-        except OSError:
-            os.close(self._fd)
-            raise
-        # A no-op where /sys/kernel/mm/transparent_hugepage/shmem_enabled is never; twice the speed where it is advise.
-        self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._view: memoryview | None = memoryview(self._map)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self._sealed = False
+        # Reading to a page of its own zeroes it and faults it in first, which costs several times the copy; write(2)
+        # does neither. Where pages are huge, faults are few, and the way through a buffer is the longer one.
+        self.buffered = not huge_pages()
+        self._map: mmap.mmap | None = None
+        self._view: memoryview | None = None
+        self._address = 0
         self._lock = threading.Lock()  # lending while still loading races with sealing
+        try:
+            self.footprint = os.fstat(fd).st_size
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            self._sealed = bool(seals & fcntl.F_SEAL_WRITE)
+            self._lent = bool(seals & F_SEAL_FUTURE_WRITE)
+            if not seals & (fcntl.F_SEAL_WRITE | F_SEAL_FUTURE_WRITE):
+                self._map = mmap.mmap(fd, self.footprint, mmap.MAP_SHARED)
+        except OSError:
+            os.close(fd)
+            raise
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+            self._view = memoryview(self._map)
+            self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    @property
+    def writable(self) -> bool:
+        return self._map is not None
 
     @property
     def address(self) -> int:
@@ -86,8 +117,9 @@ class CpuSegment:
     def lend(self) -> int:
         with self._lock:
             if not self._sealed:
+                self._lent = True
                 self._add_seals(F_SEAL_FUTURE_WRITE)
-        return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def seal(self) -> None:
         self._unmap()  # a memfd with a writable mapping refuses the seal
@@ -97,11 +129,30 @@ class CpuSegment:
 
     def _add_seals(self, seals: int) -> None:
         try:
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
         except PermissionError:
             # A borrower of the daemon's own user may have sealed the seals: a nuisance, no danger.
-            if fcntl.fcntl(self._fd, fcntl.F_GET_SEALS) & _SEALS_THAT_COUNT != _SEALS_THAT_COUNT:
+            if fcntl.fcntl(self.fd, fcntl.F_GET_SEALS) & _SEALS_THAT_COUNT != _SEALS_THAT_COUNT:
                 raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        while data and not self._lent:
+            try:
+                count = os.pwrite(self.fd, data, offset)
+            except PermissionError:  # it has been lent meanwhile
+                break
+            offset, data = offset + count, data[count:]
+        if data:
+            assert self._map is not None, "the segment is sealed"
+            source = ctypes.addressof(ctypes.c_char.from_buffer(data))
+            ctypes.memmove(self._address + offset, source, len(data))
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        while target:
+            count = os.preadv(self.fd, [target], offset)
+            if not count:
+                raise ValueError(f"the segment ends at byte {offset}")
+            offset, target = offset + count, target[count:]
 
     def _unmap(self) -> None:
         if self._map is None:
@@ -118,10 +169,21 @@ class CpuSegment:
         self._map = None
 
     def close(self) -> None:
-        if self._fd >= 0:
-            self._unmap()
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0:
+            try:
+                self._unmap()
+            finally:
+                os.close(self.fd)
+                self.fd = -1
+
+
+def huge_pages() -> bool:
+    """Whether the kernel gives shared memory huge pages where it is asked to."""
+    try:
+        text = HUGE_PAGES.read_text()
+    except OSError:
+        return False
+    return "[never]" not in text and "[deny]" not in text
 
 
 def available_memory() -> int:

@@ -49,6 +49,10 @@ class Source(Protocol):
 
     kind: str
     """Label in metrics and records: ``file``, ``object-store``."""
+    buffered: bool
+    """Whether its reads can as well land in a buffer, to be written to segments from there."""
+    max_extent: int
+    """Longest read, in bytes, that is worth making at once."""
     max_runs: int
     """Destinations that its reader scatters one contiguous read over."""
     min_range: int

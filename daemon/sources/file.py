@@ -1,4 +1,4 @@
-"""Checkpoints in folders and single files: parallel ``preadv`` straight to final addresses."""
+"""Checkpoints in folders and single files: parallel ``preadv``."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class FileSource:
     """A checkpoint below ``root``, or the one file that ``root`` is."""
 
     kind = "file"
-    # preadv takes up to IOV_MAX (1024) buffers; filling them costs no more than filling one.
-    max_runs = 1024
+    buffered = True
+    max_extent = 2 << 20  # what was read is still in the processor's cache when it is hashed
+    max_runs = 1 << 20
     min_range = 64 << 10
 
     def __init__(self, root: Path, allow: Allow) -> None:

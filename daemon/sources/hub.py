@@ -31,6 +31,8 @@ class HubSource:
     """The files of one revision. A file's version is its blob's name, the same in the cache and on the hub."""
 
     kind = "file"
+    buffered = FileSource.buffered
+    max_extent = FileSource.max_extent
     max_runs = FileSource.max_runs
     min_range = FileSource.min_range
 

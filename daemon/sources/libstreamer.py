@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
@@ -63,6 +64,8 @@ def load() -> ctypes.CDLL:
     if spec is None or not spec.submodule_search_locations:
         raise StreamerUnavailable("runai-model-streamer is installed without its package folder: reinstall it")
     path = Path(spec.submodule_search_locations[0]) / "libstreamer" / "lib" / "libstreamer.so"
+    # As many threads as the machine has use for; its own default is a fixed number.
+    os.environ.setdefault("RUNAI_STREAMER_OBJ_CONCURRENCY", str(min(32, 2 * len(os.sched_getaffinity(0)))))
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:

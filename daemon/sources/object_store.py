@@ -19,6 +19,7 @@ from weightd.daemon.extents import Extent
 from weightd.daemon.fill import Fill, Landing
 from weightd.daemon.sources import Allow, libstreamer
 from weightd.daemon.sources.base import SourceFile, changed
+from weightd.daemon.sources.window import Window
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -89,6 +90,8 @@ class ObjectStoreSource:
     """The objects below one prefix."""
 
     kind = "object-store"
+    buffered = False
+    max_extent = 1 << 30
     # One request brings one contiguous range; scattering it is the bounce buffer's work.
     max_runs = 1
     min_range = 1 << 20
@@ -203,12 +206,13 @@ class ObjectStoreReader:
         in_flight: dict[int, tuple[Extent, Landing]] = {}
         waiting: list[_Due] = []
         nbytes = 0
+        window = Window(fill.in_flight_bytes, fill.extent_bytes)
         last_progress = time.monotonic()
         while not fill.stopped:
             if not in_flight:
                 last_progress = time.monotonic()
             deferred: list[_Due] = []  # due, but with no bounce buffer to be had
-            while nbytes < fill.in_flight_bytes and len(deferred) <= len(in_flight):
+            while nbytes < window.nbytes and len(deferred) <= len(in_flight):
                 extent = self._next(fill, waiting)
                 if extent is None:
                     break
@@ -234,6 +238,7 @@ class ObjectStoreReader:
             extent, landing = in_flight.pop(response.submission)
             nbytes -= extent.nbytes
             if response.code == libstreamer.SUCCESS:
+                window.landed(extent.nbytes, last_progress)
                 fill.landed(extent, landing)
                 continue
             at = time.monotonic() + self._failed(fill, extent, response.code)

@@ -21,7 +21,13 @@ from tests.bench.measure import Section
 from tests.bench.session import Session
 from tests.bench.table import as_json, show_header, show_section, show_verdict
 
-SECTIONS = {"file": "from_file", "s3": "from_s3", "attach": "attaching", "planning": "planning"}
+SECTIONS = {
+    "file": "from_file",
+    "s3": "from_s3",
+    "attach": "attaching",
+    "planning": "planning",
+    "restart": "restarting",
+}
 """Section → its module, with ``run(session) -> Section``."""
 
 

@@ -16,9 +16,11 @@ from tests.bench.measure import (
     Section,
     address,
     faulted_memfd,
+    fresh_memfd,
     gigabytes_per_second,
     interleave,
     timed,
+    warm_memory,
 )
 from tests.bench.session import Session
 from tests.servers import Missing, SeaweedFS
@@ -30,8 +32,11 @@ _THREADS = (1, 2, 4, 8, 16)
 _OUT_OF_THE_BOX = "as it comes"
 
 
-def library(primer: str, uris: list[str], sizes: list[int], part: int, in_flight: int) -> Sample:
-    """The streamer's own library, into memory that is there already, ``part`` bytes a request; no digests, no plan."""
+def library(primer: str, uris: list[str], sizes: list[int], part: int, in_flight: int, fresh: bool = False) -> Sample:
+    """The streamer's own library, into memory that is there already, ``part`` bytes a request; no digests, no plan.
+
+    ``fresh``: into memory that has to be faulted in meanwhile, as a segment has to.
+    """
     from weightd.daemon.sources.libstreamer import SUCCESS, Streamer, describe
 
     def load(ranges: list[tuple[str, int, int]], base: int) -> None:
@@ -62,7 +67,11 @@ def library(primer: str, uris: list[str], sizes: list[int], part: int, in_flight
         for uri, size in zip(uris, sizes, strict=True)
         for offset in range(0, size, part)
     ]
-    block = faulted_memfd(sum(sizes))
+    if fresh:
+        warm_memory(sum(sizes))
+        block = fresh_memfd(sum(sizes))
+    else:
+        _, block = faulted_memfd(sum(sizes))
     load([(primer, 0, 1024)], address(block))
     with timed() as sample:
         load(ranges, address(block))
@@ -103,6 +112,7 @@ def run(session: Session) -> Section:
             section.samples["warm-up"] = [staging()]
             contenders: dict[str, Callable[[], Sample]] = {
                 "library": _library_choices(server.env, small, uris, sizes)[best_library],
+                "library, fresh": _library_choices(server.env, small, uris, sizes, fresh=True)[best_library],
                 "weightd": staging,
                 **rivals,
             }
@@ -110,18 +120,20 @@ def run(session: Session) -> Section:
     section.samples["repetitions"] = samples
     limit = Row("the streamer library alone, digests off", "GB/s", gigabytes_per_second(samples["library"]))
     limit.note = f"into faulted memory; {best_library}"
+    fresh = Row("the same into fresh memory", "GB/s", gigabytes_per_second(samples["library, fresh"]))
+    fresh.note = "which has to be faulted in meanwhile, as a segment has to"
     ours = Row("weightd: POST /v1/stage until ready", "GB/s", gigabytes_per_second(samples["weightd"]))
     ours.at_least(0.95, limit)
     others = [Row(name, "GB/s", gigabytes_per_second(samples[name])) for name in rivals]
     for row in others:
         ours.at_least(1.0, row)
-    section.rows += [limit, ours, *others]
+    section.rows += [limit, fresh, ours, *others]
     section.notes.append("weightd, median of all: " + where_the_time_went(samples["weightd"]))
     return section
 
 
 def _library_choices(
-    environment: dict[str, str], primer: str, uris: list[str], sizes: list[int]
+    environment: dict[str, str], primer: str, uris: list[str], sizes: list[int], fresh: bool = False
 ) -> dict[str, Callable[[], Sample]]:
     choices: dict[str, Callable[[], Sample]] = {}
     for part, in_flight, threads in itertools.product(_PARTS, _IN_FLIGHT, _THREADS):
@@ -136,6 +148,7 @@ def _library_choices(
             sizes=sizes,
             part=part,
             in_flight=in_flight,
+            fresh=fresh,
             environment={**environment, "RUNAI_STREAMER_OBJ_CONCURRENCY": str(threads)},
         )
     return choices

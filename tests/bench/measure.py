@@ -175,15 +175,25 @@ def _whole_pages(nbytes: int) -> int:
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def faulted_memfd(nbytes: int) -> mmap.mmap:
-    """A shared memfd mapping, as a segment is one, with all its pages there."""
+def faulted_memfd(nbytes: int) -> tuple[int, mmap.mmap]:
+    """A memfd and its shared mapping, as a segment is one, with all its pages there."""
+    fd = os.memfd_create("bench", os.MFD_CLOEXEC)
+    size = max(mmap.PAGESIZE, _whole_pages(nbytes))
+    os.ftruncate(fd, size)
+    block = mmap.mmap(fd, size, mmap.MAP_SHARED)
+    block.madvise(mmap.MADV_HUGEPAGE)
+    populate(block)
+    return fd, block
+
+
+def fresh_memfd(nbytes: int) -> mmap.mmap:
+    """The shared mapping of a new memfd, none of whose pages is there yet."""
     fd = os.memfd_create("bench", os.MFD_CLOEXEC)
     size = max(mmap.PAGESIZE, _whole_pages(nbytes))
     os.ftruncate(fd, size)
     block = mmap.mmap(fd, size, mmap.MAP_SHARED)
     os.close(fd)
     block.madvise(mmap.MADV_HUGEPAGE)
-    populate(block)
     return block
 
 

@@ -107,7 +107,7 @@ def into_faulted_memory(files: list[str], tries: list[list[Any]]) -> Sample:
     """Read all files into a memfd mapping whose pages are all there, once with each configuration."""
     runs = []
     nbytes = sum(os.path.getsize(name) for name in files)
-    block = faulted_memfd(_footprint(files))
+    _, block = faulted_memfd(_footprint(files))
     for choice in tries:
         how = Configuration(*choice)
         warm_cache(files)

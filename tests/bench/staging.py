@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from pathlib import Path
 
@@ -67,16 +68,24 @@ class FaultedSegment:
     """Memory with all its pages there already, as a segment: what the pipeline alone is measured into."""
 
     handle = "fd"
+    writable = True
+    buffered = False
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self._map = faulted_memfd(nbytes)
+        self.fd, self._map = faulted_memfd(nbytes)
         self.footprint = len(self._map)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def lend(self) -> int:
         raise NotImplementedError("nobody borrows the benchmark's own memory")
+
+    def write(self, offset: int, data: memoryview) -> None:
+        os.pwrite(self.fd, data, offset)
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        target[:] = self.view[offset : offset + len(target)]
 
     def seal(self) -> None:
         """Nothing to do: it is used again."""
@@ -99,7 +108,8 @@ def pipeline(model: str, cache_dir: str, files: list[str]) -> Sample:
         source = open_source(uri, Allow())
         plan = make_plan(source, list_checkpoint(uri, source), request, cache)
         loading = Loading(source, plan, request, cache, limits)
-        fill = loading.prepare([segment], lambda segment, entries: None)
+        loading.lay_out()
+        fill = loading.prepare([segment], loading.ledger(), lambda segment, entries: None)
         planned = time.perf_counter()
         loading.run(lambda: None)
         loading.close()

@@ -68,7 +68,7 @@ def test_faults_that_do_not_pass_fail_the_stage_and_say_what_where_and_how_often
 ) -> None:
     # Headers pass, so that it is the weights that fail: they come in larger ranges.
     with FaultProxy(s3.url, lambda request: kind if request.nbytes > 300_000 else None) as proxy:
-        daemon = proxied(start_daemon, s3, proxy, "--retry-deadline", "5")
+        daemon = proxied(start_daemon, s3, proxy, "--retry-deadline", "15")
         record = daemon.stage(uri, wait=300)
         assert record["state"] == "failed"
         assert record["error"]["code"] == "source_failed"
@@ -78,7 +78,7 @@ def test_faults_that_do_not_pass_fail_the_stage_and_say_what_where_and_how_often
         assert "bytes" in message
         assert "WEIGHTD_RETRY_DEADLINE" in message
         until(lambda: daemon.used_bytes == 0, "its memory is free again", 120)
-        assert daemon.client.node()["pid"] == daemon.pid
+        assert daemon.status["restarts"] == 0
 
 
 def test_a_source_that_stalls_for_good_fails_the_stage_within_the_deadline(
@@ -134,10 +134,10 @@ def test_a_queued_stage_is_cancelled_and_priorities_decide_who_is_next(
         daemon = proxied(start_daemon, s3, proxy, "--concurrent-loads", "1")
         first = daemon.client.stage(uri)
         until(lambda: daemon.client.show(first["id"])["state"] == "loading", "the first one loads")
-        waiting = daemon.client.stage(f"{folder}/part-0.safetensors")
-        urgent = daemon.client.stage(f"{folder}/part-1.safetensors", priority=10)
+        waiting = daemon.client.stage(f"{uri}/part-0.safetensors")
+        urgent = daemon.client.stage(f"{uri}/part-1.safetensors", priority=10)
         assert waiting["state"] == urgent["state"] == "queued"
-        dropped = daemon.client.stage(str(folder), tensors={"include": ["small.*"]})
+        dropped = daemon.client.stage(uri, tensors={"include": ["small.*"]})
         assert daemon.client.remove(dropped["id"])["state"] == "cancelled"
         gate.set()
         urgent = daemon.client.stage(urgent["model"], wait=60)

@@ -1,0 +1,158 @@
+"""A stage's record: what the next daemon has to know of it, beside its memory.
+
+Deposited under ``<stage id>/record``, as one JSON object in a memfd, anew at every change of state, after everything
+that it speaks of: ``segment/<i>`` and ``ledger``, and ``manifest/<i>`` once ready. A stage without a record is none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from weightd.daemon.checkpoint import Listing
+from weightd.daemon.deposits import Deposits
+from weightd.daemon.devices import Device
+from weightd.daemon.ledger import Ledger
+from weightd.daemon.manifests import SealedManifest
+from weightd.daemon.request import StageRequest
+from weightd.daemon.sources import SourceFile
+from weightd.daemon.stage import SegmentInfo, Stage
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+class UnknownRecord(ValueError):
+    """The record is of another version of weightd, or no record at all: what it belongs to is left alone."""
+
+
+def deposit(deposits: Deposits, stage: Stage) -> None:
+    """Let the keeper hold all of a stage that has memory. Works again and again; only the record changes then."""
+    if not deposits.kept:
+        return
+    for index, segment in enumerate(stage.segments):
+        deposits.put(f"{stage.id}/segment/{index}", segment.fd)
+    for index, manifest in enumerate(stage.manifests):
+        deposits.put(f"{stage.id}/manifest/{index}", manifest.fd)
+    if stage.ledger is not None:
+        deposits.put(f"{stage.id}/ledger", stage.ledger.fd)
+    update(deposits, stage)
+
+
+def update(deposits: Deposits, stage: Stage) -> None:
+    """Replace the record of a stage that has been deposited."""
+    if not deposits.kept or not stage.segments:
+        return
+    try:
+        fd = os.memfd_create("weightd:record", os.MFD_CLOEXEC)
+    except OSError as error:
+        # Not for a stage to fail of: the next daemon finds it less far than it is, and goes on from its ledger.
+        log.error("%s: its record cannot be replaced: %s", stage.id, error.strerror)
+        return
+    try:
+        text = memoryview(json.dumps(_describe(stage), separators=(",", ":")).encode())
+        while text:
+            text = text[os.write(fd, text) :]
+        deposits.put(f"{stage.id}/record", fd)
+    finally:
+        os.close(fd)
+
+
+def withdraw(deposits: Deposits, stage: Stage) -> None:
+    """Let the keeper forget a stage."""
+    deposits.drop(stage.id)
+
+
+def _describe(stage: Stage) -> dict[str, Any]:
+    listing = stage.listing
+    assert listing is not None
+    return {
+        "format": FORMAT,
+        "id": stage.id,
+        "uri": stage.uri,
+        "device": stage.device,
+        "request": stage.request.model_dump(mode="json"),
+        "identity": listing.identity,
+        "weights": [list(file) for file in listing.weights],
+        "state": stage.state,
+        "source_kind": stage.source_kind,
+        "priority": stage.priority,
+        "pin": stage.pin,
+        "created_at": stage.created_at,
+        "ready_at": stage.ready_at,
+        "revoked_until": stage.revoked_until,
+        "revoke_deadline": stage.revoke_deadline,
+        "seconds": stage.seconds,
+        "phase_seconds": stage.phase_seconds,
+        "bytes_total": stage.bytes_total,
+        "bytes_read": stage.bytes_done,
+        "footprint": stage.footprint,
+        "infos": [asdict(info) for info in stage.infos],
+        "metadata": stage.metadata,
+        "segment_digests": stage.segment_digests,
+        "checkpoint_digest": stage.checkpoint_digest,
+        "satisfied": sorted(stage.satisfied),
+        "manifest_nbytes": [manifest.nbytes for manifest in stage.manifests],
+    }
+
+
+def restore(parts: Mapping[str, int], devices: Mapping[str, Device]) -> Stage:
+    """The stage whose parts these are, by what they were deposited under, with duplicates of the descriptors.
+
+    A stage that is not ready comes back as ``queued``. Raises UnknownRecord.
+    """
+    stage, manifest_nbytes = _read(parts["record"])
+    device = devices.get(stage.device)
+    if device is None:
+        raise UnknownRecord(f"its device {stage.device!r} is not on this node")
+    try:
+        stage.ledger = Ledger.adopt(os.dup(parts["ledger"]))
+        for index, info in enumerate(stage.infos):
+            stage.segments.append(device.adopt(os.dup(parts[f"segment/{index}"]), info.nbytes))
+        for index, nbytes in enumerate(manifest_nbytes):
+            stage.manifests.append(SealedManifest(os.dup(parts[f"manifest/{index}"]), nbytes))
+    except (KeyError, ValueError, OSError) as error:
+        for segment in stage.segments:
+            segment.close()
+        for manifest in stage.manifests:
+            manifest.close()
+        if stage.ledger is not None:
+            stage.ledger.close()
+        raise UnknownRecord(f"its parts are not what its record says: {error!r}") from None
+    return stage
+
+
+def _read(fd: int) -> tuple[Stage, list[int]]:
+    try:
+        table = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
+        found = table["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnknownRecord(f"no record of a stage: {error!r}") from None
+    if found != FORMAT:
+        raise UnknownRecord(f"a record of format {found!r}, this version of weightd knows {FORMAT}")
+    try:
+        request = StageRequest.model_validate(table["request"])
+        listing = Listing(
+            table["uri"], table["identity"], tuple(SourceFile(*file) for file in table["weights"]), None, ()
+        )
+        stage = Stage(table["uri"], table["device"], request, listing)
+        for name in (
+            "id", "source_kind", "priority", "pin", "created_at", "ready_at", "revoked_until", "revoke_deadline",
+            "bytes_total", "bytes_read", "footprint", "metadata", "segment_digests", "checkpoint_digest",
+            "phase_seconds", "seconds",
+        ):  # fmt: skip
+            setattr(stage, name, table[name])
+        stage.infos = tuple(SegmentInfo(**info) for info in table["infos"])
+        stage.satisfied = set(table["satisfied"])
+        stage.announced = True
+        if table["state"] == "ready":
+            stage.state = "ready"
+            stage.planned.set()
+        return stage, list(table["manifest_nbytes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnknownRecord(f"a record of format {FORMAT} that cannot be read: {error!r}") from None
