@@ -272,10 +272,11 @@ def fit_record(fit: Fit) -> FitRecord:
 def manifest_record(stage: Stage, index: int, leaves: bool) -> SegmentManifest:
     """A planned stage's segment as the API shows it; ``leaves`` once it is ready."""
     assert stage.listing is not None
-    if stage.manifests:
+    plan = stage.plan
+    if plan is None or stage.manifests:
         manifest, sources = stage.manifests[index].read()
     else:
-        manifest, sources = segment_manifest(stage, index), entry_files(stage, index)
+        manifest, sources = segment_manifest(stage, plan, index), entry_files(plan, index)
     files = stage.listing.weights
     digests = segment_leaves(stage, index) if leaves and stage.manifests else None
     return SegmentManifest(

@@ -177,14 +177,19 @@ class LeaseServer:
         if ready:
             manifest = stage.manifests[index]
         else:
+            plan = stage.plan
+            assert plan is not None  # what loads has been planned
             manifest = await self._loop.run_in_executor(
-                None, lambda: SealedManifest.seal(segment_manifest(stage, index))
+                None, lambda: SealedManifest.seal(segment_manifest(stage, plan, index))
             )
+        lent = -1
         try:
-            lent = segment.lend()
-        except OSError as error:
-            raise LeaseLimit(f"no descriptor is left to lend: {error.strerror} (ulimit -n of the daemon)") from None
-        try:
+            if stage.finished and stage.state != "ready":
+                raise stage.error or InvalidRequest(f"stage {stage.id} is {stage.state}")
+            try:
+                lent = segment.lend()
+            except OSError as error:
+                raise LeaseLimit(f"no descriptor is left to lend: {error.strerror} (ulimit -n of the daemon)") from None
             reply = {
                 "type": "lease",
                 "lease": lease,
@@ -196,7 +201,8 @@ class LeaseServer:
             await self._send(connection, reply, [lent, manifest.fd])
             return ready
         finally:
-            os.close(lent)
+            if lent >= 0:
+                os.close(lent)
             if not ready:
                 manifest.close()
 

@@ -178,8 +178,9 @@ class Loader:
 
     def _load(self, stage: Stage, loading: Loading) -> list[SealedManifest]:
         """In a thread: allocate, fill, verify, seal. Returns the segments' manifests."""
-        assert stage.plan is not None
-        recipes = stage.plan.recipes
+        plan = stage.plan
+        assert plan is not None
+        recipes = plan.recipes
         device = self._devices[stage.device]
         stage.verified = [[] for _ in recipes]
         loading.lay_out()
@@ -213,12 +214,13 @@ class Loader:
             SealedManifest.seal(
                 segment_manifest(
                     stage,
+                    plan,
                     index,
                     loading.tensor_digests[index],
                     loading.segment_digests[index],
                     loading.checkpoint_digest,
                 ),
-                entry_files(stage, index),
+                entry_files(plan, index),
             )
             for index in range(len(stage.segments))
         ]

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 
 from weightd.daemon.digests import leaf_count
-from weightd.daemon.stage import Stage
+from weightd.daemon.stage import Plan, Stage
 from weightd.ipc.manifest import Manifest
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -53,14 +53,17 @@ class SealedManifest:
 
 def segment_manifest(
     stage: Stage,
+    plan: Plan,
     index: int,
     digests: list[str] | None = None,
     digest: str | None = None,
     checkpoint_digest: str | None = None,
 ) -> Manifest:
-    """The manifest of a planned stage's segment; digests where it has them."""
-    assert stage.plan is not None
-    recipe = stage.plan.recipes[index]
+    """The manifest of one of a planned stage's segments; digests where it has them.
+
+    The plan is the caller's: the stage may become ready meanwhile, and lets its own go then.
+    """
+    recipe = plan.recipes[index]
     parallel = stage.request.parallel
     return Manifest(
         stage=stage.id,
@@ -80,10 +83,9 @@ def segment_manifest(
     )
 
 
-def entry_files(stage: Stage, index: int) -> list[int]:
-    """For each tensor of a planned stage's segment, the index of the checkpoint's file that it is from."""
-    assert stage.plan is not None
-    recipe, tensors = stage.plan.recipes[index], stage.plan.checkpoint.tensors
+def entry_files(plan: Plan, index: int) -> list[int]:
+    """For each tensor of a planned segment, the index of the checkpoint's file that it is from."""
+    recipe, tensors = plan.recipes[index], plan.checkpoint.tensors
     files = {copy.entry: tensors[copy.tensor].file for copy in recipe.copies}
     return [files.get(entry, 0) for entry in range(len(recipe.entries))]
 
