@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
@@ -48,6 +49,7 @@ class FaultProxy:
         self._loop = asyncio.new_event_loop()
         self._upstream = urlsplit(self.target)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(512, thread_name_prefix="fault")
 
         def run() -> None:
             asyncio.set_event_loop(self._loop)
@@ -70,6 +72,7 @@ class FaultProxy:
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(10)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # A task of its own: asyncio's own one for the callback complains where it is cancelled.
@@ -108,7 +111,7 @@ class FaultProxy:
             first, last = int(low), int(high) if high else None
         request = Request(len(self.seen), method, path, first, last)
         self.seen.append(request)
-        kind = await self._loop.run_in_executor(None, self.fault, request)  # it may wait, and holds up only itself
+        kind = await self._loop.run_in_executor(self._threads, self.fault, request)  # it may wait, and hold up nobody
         if kind:
             self.done.append((request, kind))
         if kind == "503":
