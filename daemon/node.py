@@ -232,7 +232,6 @@ class Node:
         stage = Stage(unlisted.uri, unlisted.device, unlisted.request, None)
         self.residency.keep(stage)
         self._loader.end(stage, "failed", unlisted.error)
-        stage.released.set()
         return stage
 
     # ------------------------------------------------------------------ adopting

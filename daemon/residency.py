@@ -131,7 +131,6 @@ class Residency:
         self.free(stage)
         stage.footprint = 0
         stage.plan = None
-        stage.released.set()
         stage.notify()
         self._changed.set()
 

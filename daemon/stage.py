@@ -133,8 +133,6 @@ class Stage:
         self._changed = asyncio.Event()
         self.planned = asyncio.Event()
         """Set once planning has ended, well or not."""
-        self.released = asyncio.Event()
-        """Set once no memory is held for it any more."""
 
     @property
     def finished(self) -> bool:

@@ -42,9 +42,5 @@ class UnsupportedDtype(WeightdError, TypeError):
     """torch has no type that views this tensor; ``Weights.raw(name)`` gives its bytes."""
 
 
-class LeaseLost(WeightdError):
-    """The lease is gone: revoked, or the daemon came back without the stage. What is mapped stays as it is."""
-
-
 class ModelMismatch(WeightdError):
     """The weights are not those that a model's parameters want: names, shapes or dtypes differ."""

@@ -17,7 +17,6 @@ from weightd.ipc.errors import (
     AttachTimeout,
     DaemonUnavailable,
     DigestMismatch,
-    LeaseLost,
     RequestRefused,
     StageFailed,
     WeightdError,
@@ -194,8 +193,6 @@ def _error(reply: dict[str, Any]) -> WeightdError:
     kind: type[WeightdError] = StageFailed
     if code == "digest_mismatch":
         kind = DigestMismatch
-    elif code == "lease_lost":
-        kind = LeaseLost
     elif code in _REFUSED:
         kind = RequestRefused
     return kind(reply["message"], code=code, details=reply.get("details"))

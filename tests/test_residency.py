@@ -120,7 +120,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     def forget(self, gone: list[Seen]) -> None:
         for seen in gone:
-            assert seen.stage.released.is_set()
+            assert (seen.stage.segments, seen.stage.manifests, seen.stage.footprint) == ([], [], 0)
             assert not seen.stage.segments
             self.alive.remove(seen)
 
