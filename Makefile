@@ -12,7 +12,7 @@ ARGS ?=
 ROUNDS ?= 200
 SEED ?= 0
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-SOURCES = $(shell find api daemon ipc -name '*.py') pyproject.toml README.md
+SOURCES = $(shell find api daemon ipc -name '*.py' -o -name '*.cu') pyproject.toml README.md
 AZURITE = 3.35.0
 
 .PHONY: demo test check soak bench clean

@@ -1,12 +1,13 @@
 """The HTTP API over the node. No logic lives here: each route asks the node and shows what it says."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Path, Query, Response
+from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
@@ -14,32 +15,37 @@ from weightd.api import problems
 from weightd.api.gate import Gate
 from weightd.api.models import (
     Change,
-    DeviceRecord,
     FitRecord,
     Health,
+    LeaseEvent,
     LeaseList,
     LeaseRecord,
+    LeaseRequest,
     Move,
     NodeRecord,
     SegmentManifest,
     StageList,
     StageRecord,
     Unadopted,
+    device_record,
     fit_record,
     manifest_record,
     stage_record,
 )
-from weightd.api.problems import NotPlanned, responses
+from weightd.api.problems import NeedsSocket, NotPlanned, responses
 from weightd.daemon.credentials import AllowedPeers
 from weightd.daemon.errors import InvalidRequest
+from weightd.daemon.lending import lend_by_handle, resolve
 from weightd.daemon.node import Node
 from weightd.daemon.request import StageRequest
 from weightd.daemon.stage import Stage
+from weightd.ipc.runtime_dir import LEASE_SOCKET
 
 MAX_WAIT_SECONDS = 86400.0
 
 StageId = Annotated[str, Path(max_length=64, description="The stage's id.")]
-_VERSIONS = ("weightd", "runai-model-streamer", "obstore", "torch", "nixl", "cupy", "cuda-bindings")
+_VERSIONS = ("weightd", "runai-model-streamer", "obstore", "torch", "nixl", "cupy-cuda12x", "cupy-cuda13x",
+             "cuda-bindings")  # fmt: skip
 
 
 def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, listen_host: str = "127.0.0.1") -> FastAPI:
@@ -158,6 +164,33 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
         """Move it to another device without its source. Answers once it is there."""
         return stage_record(await node.move(stage_id, where.device))
 
+    async def by_handle(wanted: LeaseRequest, http: Request) -> AsyncIterator[dict[str, Any]]:
+        message: dict[str, Any] = {"op": "lease", "stage": wanted.stage, "tp_rank": wanted.tp_rank}
+        if wanted.request is not None:
+            message["request"] = wanted.request.model_dump(mode="json")
+        found, rank = await resolve(node, message)
+        if found.request.handle == "fd":
+            raise NeedsSocket(
+                f"stage {found.id} is lent by descriptor, which HTTP cannot carry: weightd.ipc.attach() takes it from "
+                f'lease.sock in the runtime directory; a stage with handle "cuda_ipc" can be lent here',
+                socket=LEASE_SOCKET,
+            )
+        if found.finished and found.state != "ready":
+            raise found.error or NotPlanned(f"stage {found.id} is {found.state}")
+        return lend_by_handle(node, found, rank, http.scope.get("state", {}).get("peer"))
+
+    @app.post("/v1/leases", response_class=EventSourceResponse, responses=responses(404, 409, 429, 507))
+    async def lend(
+        lending: Annotated[AsyncIterator[dict[str, Any]], Depends(by_handle)],
+    ) -> AsyncIterator[ServerSentEvent]:
+        """Lend a segment with a legacy handle, staging it first where nobody has, as server-sent events.
+
+        The lease is the connection: it lasts as long as the answer is being read, and ends when it is closed.
+        """
+        async with contextlib.aclosing(lending) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield ServerSentEvent(event=event["type"], data=LeaseEvent.model_validate(event), retry=1000)
+
     @app.get("/v1/leases")
     async def leases() -> LeaseList:
         """All leases."""
@@ -180,22 +213,11 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
     @app.get("/v1/node")
     async def describe() -> NodeRecord:
         """The daemon and its devices."""
-        devices = []
-        for device in node.devices.values():
-            used = node.residency.used(device.name)
-            devices.append(
-                DeviceRecord(
-                    name=device.name,
-                    capacity_bytes=device.capacity,
-                    used_bytes=used,
-                    free_bytes=max(0, device.capacity - used),
-                )
-            )
         return NodeRecord(
             pid=os.getpid(),
             started_at=node.started_at,
             default_device=node.default_device,
-            devices=devices,
+            devices=[device_record(device, node.residency) for device in node.devices.values()],
             mapped_elsewhere_bytes=await node.residency.mapped_elsewhere(),
             unadopted=[Unadopted(**left) for left in node.residency.unadopted],
             versions={name: _version(name) for name in _VERSIONS},

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from weightd.daemon.devices import Device
 from weightd.daemon.manifests import entry_files, segment_leaves, segment_manifest
 from weightd.daemon.node import Fit
 from weightd.daemon.request import StageRequest
-from weightd.daemon.residency import summary
+from weightd.daemon.residency import Residency, summary
 from weightd.daemon.stage import Stage
 
 State = Literal["queued", "planning", "loading", "verifying", "ready", "failed", "cancelled", "evicted"]
@@ -41,7 +42,8 @@ class SegmentRecord(BaseModel):
     tp_rank: int = Field(description="Tensor-parallel rank that it is for.")
     nbytes: int = Field(description="Bytes of the layout, padding included.")
     tensors: int = Field(description="Tensors in it.")
-    handle: str = Field(description="Kind of handle that it is lent by.")
+    device: str = Field(description="Device that it is on.")
+    handle: str = Field(description="Kind of handle that it is lent by: fd, cuda_ipc.")
     digest: str | None = Field(description="Digest of its tensors' values, once ready.")
 
 
@@ -50,7 +52,7 @@ class StageRecord(BaseModel):
 
     id: str = Field(description="Name of the stage.")
     model: str = Field(description="Canonical URI of the checkpoint.")
-    device: str = Field(description="Device of its segments.")
+    device: str = Field(description="Device of its segments; several with commas between.")
     state: State = Field(description="Where it is between queued and ready, or how it ended.")
     error: StageError | None = Field(description="Why it ended, where it is failed or cancelled.")
     request: StageRequest = Field(description="What was asked for.")
@@ -65,7 +67,7 @@ class StageRecord(BaseModel):
     phase_seconds: dict[str, float] = Field(
         description="Thread-seconds of loading by phase: source, buffers, copying, verifying."
     )
-    footprint_bytes: int = Field(description="Bytes of the device's capacity that it takes.")
+    footprint_bytes: int = Field(description="Bytes of its devices' capacity that it takes.")
     segments: list[SegmentRecord] = Field(description="One for each rank, once planned.")
     checkpoint_digest: str | None = Field(
         description="Digest of the whole checkpoint's values, where all of it was read; once ready."
@@ -114,7 +116,7 @@ class Move(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    device: str = Field(min_length=1, max_length=64, description="Device that its segments move to.")
+    device: str = Field(min_length=1, max_length=64, description="Device that its segments move to, or a GPU's UUID.")
 
 
 class Unadopted(BaseModel):
@@ -174,10 +176,47 @@ class LeaseRecord(BaseModel):
     stage: str = Field(description="The stage's id.")
     model: str = Field(description="Canonical URI of the checkpoint.")
     tp_rank: int = Field(description="Tensor-parallel rank of the segment.")
-    uid: int = Field(description="User of the process, by number.")
-    gid: int = Field(description="Group of the process, by number.")
-    pid: int = Field(description="Its process id as the daemon sees it; 0 in a foreign pid namespace.")
+    uid: int | None = Field(description="User of the process, by number; null where it came over TCP.")
+    gid: int | None = Field(description="Group of the process, by number; null where it came over TCP.")
+    pid: int | None = Field(
+        description="Its process id as the daemon sees it; 0 in a foreign pid namespace, null where it came over TCP."
+    )
     since: float = Field(description="Since when, in seconds since the epoch.")
+
+
+class LeaseRequest(BaseModel):
+    """Which segment to lend: a stage's by its id, or that of the stage that a request means."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stage: str | None = Field(None, max_length=64, description="The stage's id.")
+    request: StageRequest | None = Field(None, description="What to stage, where no id is given.")
+    tp_rank: int | None = Field(None, ge=0, lt=1024, description="Which segment; needed where there are several.")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> LeaseRequest:
+        if (self.stage is None) == (self.request is None):
+            raise ValueError("name either a stage or a request")
+        return self
+
+
+class LeaseEvent(BaseModel):
+    """What the holder of a lease is told: ``progress`` until the stage is ready, ``lease``, ``revoked``."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["progress", "lease", "revoked"] = Field(description="Which of the three.")
+    lease: str | None = Field(None, description="Name of the lease.")
+    stage: str | None = Field(None, description="The stage's id.")
+    gpu: str | None = Field(None, description="UUID of the GPU that the segment is on.")
+    handle: str | None = Field(
+        None, description="cudaIpcMemHandle_t in base64. Whoever opens it can write to what others use."
+    )
+    offset: int | None = Field(None, description="Where in what the handle opens the segment begins, in bytes.")
+    nbytes: int | None = Field(None, description="Bytes of the segment.")
+    digest: str | None = Field(None, description="Digest of the segment's values.")
+    manifest: str | None = Field(None, description="Route with what lies where in it.")
+    seconds: float | None = Field(None, description="Seconds left to let go, where it is revoked.")
 
 
 class LeaseList(BaseModel):
@@ -192,7 +231,21 @@ class DeviceRecord(BaseModel):
     name: str = Field(description="As in requests.")
     capacity_bytes: int = Field(description="Bytes that segments may take.")
     used_bytes: int = Field(description="Bytes that segments take or are promised.")
-    free_bytes: int = Field(description="What is left of it.")
+    free_bytes: int = Field(description="What is left of it, for segments: of a GPU never more than others leave.")
+    uuid: str | None = Field(None, description="The GPU's UUID.")
+    total_bytes: int | None = Field(None, description="Bytes that the GPU has.")
+    available_bytes: int | None = Field(
+        None, description="Bytes of the GPU that nobody uses, less the reserve; null while the daemon does not use it."
+    )
+    used_share: float | None = Field(
+        None,
+        description="Share of the GPU's memory that segments take: what an engine beside them subtracts from its own, "
+        "its gpu_memory_utilization, say.",
+    )
+    fill_path: str | None = Field(
+        None, description="How it is filled: streamer (libstreamer's CUDA backend) or ring (pinned bounce buffers)."
+    )
+    digest_path: str | None = Field(None, description="Where digests of its memory are computed: gpu or host.")
 
 
 class NodeRecord(BaseModel):
@@ -245,7 +298,8 @@ def stage_record(stage: Stage) -> StageRecord:
                 tp_rank=info.rank,
                 nbytes=info.nbytes,
                 tensors=info.tensors,
-                handle="fd",
+                device=stage.devices[index],
+                handle=stage.request.handle,
                 digest=stage.segment_digests[index] if stage.segment_digests else None,
             )
             for index, info in enumerate(stage.infos)
@@ -266,6 +320,23 @@ def fit_record(fit: Fit) -> FitRecord:
         needed_bytes=fit.needed,
         stage=fit.stage.id if fit.stage else None,
         evicts=[ResidentRecord.model_validate(summary(stage)) for stage in fit.evicts],
+    )
+
+
+def device_record(device: Device, residency: Residency) -> DeviceRecord:
+    """A device as the API shows it."""
+    used = residency.used(device.name)
+    more = device.describe()
+    total = more.get("total_bytes")
+    return DeviceRecord.model_validate(
+        {
+            "name": device.name,
+            "capacity_bytes": device.capacity,
+            "used_bytes": used,
+            "free_bytes": max(0, residency.room(device.name)),
+            "used_share": used / total if isinstance(total, int) and total else None,
+            **more,
+        }
     )
 
 

@@ -29,6 +29,10 @@ STATUS = {
     "not_planned": 409,
     "not_movable": 409,
     "stage_revoked": 409,
+    "needs_socket": 409,
+    "lost": 409,
+    "device_failed": 500,
+    "lease_limit": 429,
     "queue_full": 429,
 }
 """HTTP status of each error code that a request can be refused with; all others are 500."""
@@ -40,6 +44,12 @@ class NotPlanned(DaemonError):
     """The stage has no manifest (yet): its checkpoint has not been read, or could not be."""
 
     code = "not_planned"
+
+
+class NeedsSocket(DaemonError):
+    """The segment is lent by descriptor, over lease.sock."""
+
+    code = "needs_socket"
 
 
 def problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None, **members: Any) -> JSONResponse:

@@ -28,10 +28,13 @@ from weightd.daemon.residency import Residency
 from weightd.daemon.settings import Settings
 from weightd.daemon.sockets import Listeners
 from weightd.daemon.sources import Allow
+from weightd.ipc import cuda
 from weightd.ipc.runtime_dir import API_SOCKET, LEASE_SOCKET
 
 log = logging.getLogger(__name__)
 
+_GPU_FAILED = 70
+"""Exit code of a process that a GPU's error has made useless: EX_SOFTWARE of sysexits.h."""
 _STOP_DEADLINE = 10.0
 """Seconds that a clean stop may take; stalled native reads are left to the kernel after it."""
 
@@ -43,9 +46,10 @@ def serve(settings: Settings) -> int:
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     _raise_file_limit()
-    devices = open_devices({name: int(size) for name, size in settings.capacity.items()})
-    allow = Allow(settings.allow)
     deposits = Deposits.inherited()
+    cuda.on_sticky(lambda error: _crash(deposits, error))
+    devices = open_devices({name: int(size) for name, size in settings.capacity.items()}, settings.cuda_limits)
+    allow = Allow(settings.allow)
     held = deposits.collect()
     # Without a keeper, which has locked it, the directory is this process's own to lock.
     lock = held.pop(LOCK, None) or keeper.lock(str(settings.runtime_dir))
@@ -171,6 +175,14 @@ class _Stop:
             return
         self.drops = True
         self._server.end()
+
+
+def _crash(deposits: Deposits, error: cuda.CudaError) -> None:
+    """End at once: nothing that this process does with that GPU can work any more, and the next one adopts it all."""
+    log.critical("the GPU has failed, and with it this process: %s", error)
+    deposits.dying(str(error))
+    logging.shutdown()
+    os._exit(_GPU_FAILED)
 
 
 def _raise_file_limit() -> None:

@@ -113,7 +113,11 @@ def serve(**options: Any) -> None:
 def stage(
     model: Annotated[str, typer.Argument(help="Folder, .safetensors file, s3://, gs://, az:// or hf:// URI.")],
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is ready, showing progress on stderr.")] = False,
-    device: Annotated[str | None, typer.Option(help="Device of the segments; default: the node's.")] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="Device of the segments, once for all or once for each rank; default: the node's."),
+    ] = None,
+    handle: Annotated[str, typer.Option(help="Kind of handle that they are lent by: fd, or cuda_ipc.")] = "fd",
     tp_size: Annotated[int, typer.Option(help="Tensor-parallel ranks of the plan.")] = 1,
     tp_rank: Annotated[str, typer.Option(help="Ranks to stage: one, several with commas, or all.")] = "0",
     tp_map: Annotated[
@@ -126,7 +130,8 @@ def stage(
     as_json: Json = False,
 ) -> None:
     """Stage a checkpoint. Exit code 1 where it fails."""
-    request: dict[str, Any] = {"device": device, "expect_digest": expect_digest, "priority": priority}
+    placed = device[0] if device and len(device) == 1 else device or None
+    request: dict[str, Any] = {"device": placed, "handle": handle, "expect_digest": expect_digest, "priority": priority}
     if include or exclude:
         request["tensors"] = {"include": include or [], "exclude": exclude or []}
     if tp_size > 1:

@@ -56,11 +56,15 @@ class Deposits:
         if self._channel is not None:
             # Where the keeper has died, this process is about to.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                socket.send_fds(self._channel, [message.encode("ascii")], fds, socket.MSG_NOSIGNAL)
+                socket.send_fds(self._channel, [message.encode()], fds, socket.MSG_NOSIGNAL)
 
     def up(self) -> None:
         """Say that this daemon serves."""
         self._send("up", [])
+
+    def dying(self, reason: str) -> None:
+        """Say why this process is about to end by itself: for those who look after it has."""
+        self._send(f"dying {reason[:1000]}", [])
 
     def refuse_stop(self) -> None:
         """Say no to an order to stop: the keeper goes on as before."""

@@ -66,6 +66,18 @@ class InsufficientCapacity(DaemonError):
     code = "insufficient_capacity"
 
 
+class DeviceFailed(DaemonError):
+    """The GPU's driver refused something that has nothing to do with room: the message has its words."""
+
+    code = "device_failed"
+
+
+class Lost(DaemonError):
+    """The memory went with the daemon that had it: stage the model again."""
+
+    code = "lost"
+
+
 class Cancelled(DaemonError):
     """Somebody cancelled the stage, or the daemon is going down."""
 

@@ -19,13 +19,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from weightd.daemon.arrivals import Arrivals
+from weightd.daemon.devices.cpu import HostBuffers
 from weightd.daemon.digests import LEAF, leaf_count, leaf_digest, tensor_digest
 from weightd.daemon.errors import DigestMismatch, SourceFailed
 from weightd.daemon.extents import Extent, Scatter
 from weightd.daemon.header import TensorInfo
 from weightd.daemon.ledger import Ledger, fingerprint, leaf_counts
 from weightd.daemon.limits import FillLimits
-from weightd.daemon.recipe import Recipe
+from weightd.daemon.recipe import Block, Recipe
+from weightd.daemon.slots import Slots
 
 if TYPE_CHECKING:
     from prometheus_client import Counter
@@ -36,26 +39,35 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PHASES = ("source", "buffers", "copying", "verifying")
-"""Where a loading thread's time goes: waiting on the source, waiting for a bounce buffer, scattering, hashing."""
+"""Where a loading thread's time goes: waiting on the source, waiting for a bounce buffer, copying, hashing."""
 
 
 class Landing:
-    """Where one extent's bytes go: ``views`` in order, the first of them at ``address``."""
+    """Where one extent's bytes go: host memory at ``address``, as ``views`` in order, or device memory there.
 
-    __slots__ = ("address", "slot", "views")
+    ``device`` is the GPU's number, as libstreamer counts them; None for host memory.
+    """
 
-    def __init__(self, views: list[memoryview], address: int, slot: mmap.mmap | None = None) -> None:
+    __slots__ = ("address", "device", "holders", "slot", "views")
+
+    def __init__(
+        self, views: list[memoryview], address: int, slot: mmap.mmap | None = None, device: int | None = None
+    ) -> None:
         self.views = views
         self.address = address
         self.slot = slot
+        self.device = device
+        self.holders = 1
+        """Who still reads from it."""
 
 
 class Fill:
     """One filling of segments by ``extents``. Counters are for watching: they only grow, and are read unlocked.
 
     ``segments`` and ``recipes`` are parallel. ``ledger`` is where marks and digests go, as ``ledger_for`` makes it;
-    what it says has landed already is not read again. Without one, they go with this object. ``expected_leaves`` maps a
-    tensor's name to the leaf digests that are known of it: a leaf that differs fails the fill at once.
+    what it says has landed already is not read again. Without one, they go with this object. ``buffered`` says that the
+    source would as well read into buffers, ``native`` that its reader can write to device memory. ``expected_leaves``
+    maps a tensor's name to the leaf digests that are known of it: a leaf that differs fails the fill at once.
     ``sha256_prefixes`` maps a file's index to the bytes in front of its tensors, for files whose SHA-256 is wanted.
     ``on_verified(segment, entries)`` is told of entries (their indices) all of whose leaves are hashed.
     """
@@ -70,6 +82,7 @@ class Fill:
         *,
         ledger: Ledger | None = None,
         buffered: bool = False,
+        native: bool = False,
         expected_leaves: Mapping[str, array[int]] | None = None,
         sha256_prefixes: Mapping[int, bytes] | None = None,
         on_verified: Callable[[int, list[int]], None] = lambda segment, entries: None,
@@ -102,10 +115,17 @@ class Fill:
         self._bytes_counter: Counter | None = None
         self._retry_counter: Counter | None = None
         self._phase_counters: dict[str, Counter] = {}
-        self._buffered = buffered and all(segment.buffered for segment in segments)
+        self._failure: BaseException | None = None
+        on_device = bool(segments) and segments[0].device.uuid is not None
+        self._arrivals = Arrivals(segments, self._digest, self._fail) if on_device else None
+        self._native = native
+        self._buffered = on_device or (buffered and all(segment.buffered for segment in segments))
         # Each reading thread has one at a time, and the last one is kept for the urgent.
         count = max(limits.bounce_buffers, limits.threads + 1) if self._buffered else limits.bounce_buffers
-        self._slots = _Slots(count, max((extent.nbytes for extent in extents), default=0))
+        largest = max((extent.nbytes for extent in extents), default=0)
+        # Those of a device are kept for the next stage: all of one size, then.
+        size = max(largest, limits.extent_bytes) if on_device else largest
+        self._slots = Slots(count, segments[0].device.buffers(size) if segments else HostBuffers(size))
         for index, extent in enumerate(extents):
             extent.index = index
             if self._landed[index]:
@@ -134,8 +154,22 @@ class Fill:
         for ordered in self.sha256.values():
             ordered.clear()
 
+    def finish(self) -> None:
+        """Wait for what still is on its way once all has been read. Raises what failed meanwhile."""
+        if self._arrivals is not None:
+            self._arrivals.finish()
+        if self._failure is not None:
+            raise self._failure
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        self.stop()
+
     def close(self) -> None:
         """Let go of bounce buffers and of the ledger. Only once nothing reads any more."""
+        if self._arrivals is not None:
+            self._arrivals.close()
+        self._failure = None
         self._slots.close()
         # Views, which would keep the ledger's memory and descriptor until the garbage collector comes by.
         self.leaves, self.tensor_leaves, self._landed = [], {}, memoryview(b"")
@@ -160,6 +194,10 @@ class Fill:
 
     def landing(self, extent: Extent, *, wait: bool = True) -> Landing | None:
         """Where the extent's bytes go; None where no bounce buffer is free and waiting is not wanted (any more)."""
+        if extent.scatters is None and self._native and extent.file not in self.sha256 and len(extent.runs) == 1:
+            run = extent.runs[0]
+            target = self._segments[run.segment]
+            return Landing([], target.address + run.offset, device=target.device.streams_into())
         if extent.scatters is None and not self._buffered:
             first = extent.runs[0]
             views = [self._segments[run.segment].view[run.offset : run.offset + run.nbytes] for run in extent.runs]
@@ -177,21 +215,35 @@ class Fill:
         if landing.slot is not None:
             self._slots.give(landing.slot)
 
+    def _let_go(self, landing: Landing) -> None:
+        with self._lock:
+            landing.holders -= 1
+            last = not landing.holders
+        if last:
+            self.abandon(landing)
+
     def landed(self, extent: Extent, landing: Landing) -> None:
         """All bytes of the extent are where ``landing`` said. Raises DigestMismatch."""
+        if extent.tensor is not None:
+            with self.phase("verifying"):
+                tensor, leaf = extent.tensor
+                leaves = self.tensor_leaves[tensor]
+                self._hash(leaves, leaf, landing.views[0], 0, extent.nbytes)
+                self._compare(self._tensors[tensor].name, leaves, leaf, leaf_count(extent.nbytes))
+        if self._arrivals is None:
+            self._land_on_host(extent, landing)
+        else:
+            self._send(extent, landing, self._arrivals)
+
+    # ------------------------------------------------------------------ host memory
+
+    def _land_on_host(self, extent: Extent, landing: Landing) -> None:
         through = extent.scatters is None and landing.slot is not None
         if extent.scatters is not None:
             with self.phase("copying"):
                 for scatter in extent.scatters:
                     self._scatter(scatter, landing)
-        deferred: list[tuple[int, int]] = []
-        verified: dict[int, list[int]] = {}
         with self.phase("verifying"):
-            if extent.tensor is not None:
-                tensor, leaf = extent.tensor
-                leaves = self.tensor_leaves[tensor]
-                self._hash(leaves, leaf, landing.views[0], 0, extent.nbytes)
-                self._compare(self._tensors[tensor].name, leaves, leaf, leaf_count(extent.nbytes))
             position = 0
             for piece in extent.pieces:
                 if piece.leaf >= 0:
@@ -209,28 +261,111 @@ class Fill:
                     self._segments[run.segment].write(run.offset, landing.views[0][position : position + run.nbytes])
                     position += run.nbytes
         with self.phase("verifying"):
-            with self._lock:
-                self.bytes_read += extent.nbytes
-                for piece in extent.pieces:
-                    pending = self._pending[piece.segment]
-                    pending[piece.entry] -= piece.nbytes
-                    if not pending[piece.entry]:
-                        verified.setdefault(piece.segment, []).append(piece.entry)
-                        if piece.leaf < 0:
-                            deferred.append((piece.segment, piece.entry))
-            if self._bytes_counter is not None:
-                self._bytes_counter.inc(extent.nbytes)
-            for segment, index in deferred:
+            complete = self._count(extent)
+            for segment, index in self._deferred(extent, complete):
                 entry = self._recipes[segment].entries[index]
                 self._hash(self.leaves[segment][index], 0, self._segments[segment].view, entry.offset, entry.nbytes)
             self._landed[extent.index] = 1
-            if ordered := self.sha256.get(extent.file):
-                # The landing is given back when its turn in the file has come.
-                ordered.add(extent.offset, extent.nbytes, landing.views[:], lambda: self.abandon(landing))
-                self._slots.wake()
+            self._in_order(extent, landing)
+            self._let_go(landing)
+        self._tell(complete)
+
+    def _in_order(self, extent: Extent, landing: Landing) -> None:
+        """Where the file's SHA-256 is wanted, the landing is held until the extent's turn in it has come."""
+        if ordered := self.sha256.get(extent.file):
+            with self._lock:
+                landing.holders += 1
+            ordered.add(extent.offset, extent.nbytes, landing.views[:], lambda: self._let_go(landing))
+            self._slots.wake()
+
+    # ------------------------------------------------------------------ device memory
+
+    def _send(self, extent: Extent, landing: Landing, arrivals: Arrivals) -> None:
+        if landing.device is not None:  # it is there already
+            arrivals.add(extent)
+            return
+        with self.phase("copying"):
+            touched = set()
+            if extent.scatters is None:
+                position = 0
+                for run in extent.runs:
+                    arrivals.put(run.segment, Block(position, 0, run.offset, 0, run.nbytes, 1), landing.address)
+                    position += run.nbytes
+                    touched.add(run.segment)
             else:
-                self.abandon(landing)
-        for segment, entries in verified.items():
+                for scatter in extent.scatters:
+                    arrivals.put(scatter.segment, scatter.block, landing.address)
+                    touched.add(scatter.segment)
+            marks = arrivals.marks(touched)
+        arrivals.add(extent, marks, lambda: self._let_go(landing))
+        with self.phase("verifying"):
+            self._in_order(extent, landing)
+
+    def _digest(self, extents: Sequence[Extent]) -> None:
+        """These extents' bytes are in device memory: hash what lies there. Raises DigestMismatch."""
+        assert self._arrivals is not None
+        complete: dict[int, list[int]] = {}
+        with self.phase("verifying"):
+            whole = [
+                (piece.segment, piece.entry, piece.leaf, piece.offset, piece.nbytes)
+                for extent in extents
+                for piece in extent.pieces
+                if piece.leaf >= 0
+            ]
+            self._hash_on_device(whole)
+            late = []
+            for extent in extents:
+                done = self._count(extent)
+                for segment, index in self._deferred(extent, done):
+                    entry = self._recipes[segment].entries[index]
+                    late.append((segment, index, 0, entry.offset, entry.nbytes))
+                for segment, entries in done.items():
+                    complete.setdefault(segment, []).extend(entries)
+            self._hash_on_device(late)
+            for extent in extents:
+                self._landed[extent.index] = 1
+        self._tell(complete)
+
+    def _hash_on_device(self, places: Sequence[tuple[int, int, int, int, int]]) -> None:
+        """Hash whole leaves from (segment, entry, first leaf, offset, bytes), and compare them."""
+        assert self._arrivals is not None
+        ranges = [
+            (segment, start, min(LEAF, offset + nbytes - start))
+            for segment, _, _, offset, nbytes in places
+            for start in range(offset, offset + nbytes, LEAF)
+        ]
+        found = iter(self._arrivals.leaves(ranges) if ranges else ())
+        for segment, entry, first, _, nbytes in places:
+            leaves = self.leaves[segment][entry]
+            for leaf in range(first, first + leaf_count(nbytes)):
+                leaves[leaf] = next(found)
+            self._compare_entry(segment, entry, first, leaf_count(nbytes))
+
+    # ------------------------------------------------------------------ accounts
+
+    def _count(self, extent: Extent) -> dict[int, list[int]]:
+        """The extent's bytes are there; returns the entries, by segment, of which that was the last."""
+        complete: dict[int, list[int]] = {}
+        with self._lock:
+            self.bytes_read += extent.nbytes
+            for piece in extent.pieces:
+                pending = self._pending[piece.segment]
+                pending[piece.entry] -= piece.nbytes
+                if not pending[piece.entry]:
+                    complete.setdefault(piece.segment, []).append(piece.entry)
+        if self._bytes_counter is not None:
+            self._bytes_counter.inc(extent.nbytes)
+        return complete
+
+    def _deferred(self, extent: Extent, complete: Mapping[int, Sequence[int]]) -> list[tuple[int, int]]:
+        """(segment, entry) of those that could not be hashed before all of them was there."""
+        late = {(piece.segment, piece.entry) for piece in extent.pieces if piece.leaf < 0}
+        return [
+            (segment, entry) for segment, entries in complete.items() for entry in entries if (segment, entry) in late
+        ]
+
+    def _tell(self, complete: Mapping[int, list[int]]) -> None:
+        for segment, entries in complete.items():
             self._on_verified(segment, entries)
 
     def failed(self, extent: Extent, where: str, why: str) -> float:
@@ -336,47 +471,6 @@ def ledger_for(tensors: Sequence[TensorInfo], recipes: Sequence[Recipe], extents
 def _hashed_tensors(extents: Sequence[Extent]) -> list[int]:
     """Checkpoint tensors that are hashed as such, by index."""
     return sorted({extent.tensor[0] for extent in extents if extent.tensor is not None})
-
-
-class _Slots:
-    """Bounce buffers, made when first needed and used again.
-
-    The last one is only for whoever will give it back without waiting for others (``urgent``): ranges that wait for
-    their turn in a file's SHA-256 keep theirs meanwhile, and must not starve the one that they wait for.
-    """
-
-    def __init__(self, count: int, nbytes: int) -> None:
-        self._left = count
-        self._nbytes = nbytes
-        self._all: list[mmap.mmap] = []  # a native reader may write to a slot after its Python thread has failed
-        self._free: list[mmap.mmap] = []
-        self._changed = threading.Condition()
-
-    def take(self, wait: bool, stop: threading.Event, urgent: Callable[[], bool]) -> mmap.mmap | None:
-        with self._changed:
-            while len(self._free) + self._left <= (0 if urgent() else 1):
-                if not wait or stop.is_set():
-                    return None
-                self._changed.wait()
-            if not self._free:
-                self._left -= 1
-                self._all.append(mmap.mmap(-1, self._nbytes, mmap.MAP_PRIVATE))
-                self._free.append(self._all[-1])
-            return self._free.pop()
-
-    def give(self, slot: mmap.mmap) -> None:
-        with self._changed:
-            self._free.append(slot)
-            self._changed.notify_all()
-
-    def wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        with self._changed:
-            self._all.clear()
-            self._free.clear()
 
 
 class _OrderedHash:

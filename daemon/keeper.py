@@ -12,6 +12,7 @@ number is in ``WEIGHTD_KEEPER_FD``. A message is one packet, a descriptor goes w
                       list                      send everything that is held
                       up                        it serves
                       refuse                    the stop is off: weights are leased
+                      dying REASON              why it is about to end by itself
     keeper → daemon   held NAME + descriptor    one for each, then:  end
                       stop                      an ordered stop: drop everything and end
 
@@ -67,6 +68,8 @@ class Keeper:
         self._deaths: deque[float] = deque()
         self._restarts = 0
         self._last_exit = ""
+        self._reason = ""
+        """Why the daemon that runs is about to end, in its own words."""
         self._start_at: float | None = 0.0
         """When to start the next daemon (monotonic seconds); None: one is running, or none is to be."""
         self._kill_at: float | None = None
@@ -137,7 +140,7 @@ class Keeper:
             os.set_inheritable(fd, False)
         if not data:
             return False
-        verb, _, name = data.decode("ascii", "replace").partition(" ")
+        verb, _, name = data.decode("utf-8", "replace").partition(" ")
         if verb == "put" and name and name != LOCK and len(fds) == 1 and not flags & socket.MSG_CTRUNC:
             if name in self._held:
                 os.close(self._held[name])
@@ -149,6 +152,8 @@ class Keeper:
             self._write_status()
         elif verb == "refuse":
             self._stopping = False
+        elif verb == "dying":
+            self._reason = name
         elif verb == "list":
             self._outbox.extend((f"held {held}".encode(), fd) for held, fd in self._held.items())
             self._outbox.append((b"end", -1))
@@ -242,6 +247,8 @@ class Keeper:
         self._pid, self._kill_at = 0, None
         if not self._stopping and (self._served or code < 0):
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            if self._reason:
+                how, self._reason = f"{how}: {self._reason}", ""
             self._died(how, killed=code == -signal.SIGKILL)
         return code if code >= 0 else _KILLED - code
 

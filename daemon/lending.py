@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import errno
 import logging
@@ -10,9 +11,11 @@ import os
 import re
 import socket
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 from weightd.daemon.credentials import AllowedPeers, Peer, peer_of
+from weightd.daemon.devices.cuda import IpcSegment
 from weightd.daemon.errors import DaemonError, DigestMismatch, InvalidRequest, LeaseLimit, PeerNotAllowed
 from weightd.daemon.manifests import SealedManifest, segment_manifest
 from weightd.daemon.node import Node
@@ -27,6 +30,65 @@ _REQUEST_TIMEOUT = 30.0
 """Seconds that a connection may take to say what it wants."""
 _PROGRESS_INTERVAL = 1.0
 _LEASE_ID = re.compile(r"le-[0-9a-f]{12}")
+
+
+async def resolve(node: Node, message: dict[str, Any]) -> tuple[Stage, int]:
+    """The stage and the rank whose segment a client means. Raises what ``Node.stage`` raises, and InvalidRequest."""
+    rank = message.get("tp_rank")
+    if message.get("op") != "lease" or not (rank is None or type(rank) is int):
+        raise InvalidRequest("expected op 'lease', and tp_rank to be a whole number or null")
+    request = message.get("request")
+    if isinstance(message.get("stage"), str):
+        stage = node.get(message["stage"])
+    elif rank is not None and isinstance(request, dict) and request.get("parallel") is None:
+        stage = node.find_rank(str(request.get("model", "")), rank)
+    else:
+        stage, _ = await node.stage(parse_request(request))
+    ranks = stage.request.ranks
+    if rank is None:
+        if len(ranks) > 1:
+            raise InvalidRequest(f"stage {stage.id} has a segment for each tp_rank of {list(ranks)}: say which")
+        rank = ranks[0]
+    if rank not in ranks:
+        raise InvalidRequest(f"stage {stage.id} has no tp_rank {rank}, it has {list(ranks)}")
+    return stage, rank
+
+
+async def lend_by_handle(node: Node, stage: Stage, rank: int, peer: Peer | None) -> AsyncIterator[dict[str, Any]]:
+    """Lend a ``cuda_ipc`` segment as long as this is being read: ``progress`` while it loads, ``lease``, ``revoked``.
+
+    Raises what ``Residency.lease`` raises, and why the stage has ended where it has.
+    """
+    while stage.state != "ready":
+        if stage.finished:
+            raise stage.error or InvalidRequest(f"stage {stage.id} is {stage.state}")
+        yield _progress(stage)
+        await stage.changed(_PROGRESS_INTERVAL)
+    who = (peer.uid, peer.gid, peer.pid) if peer else (None, None, None)
+    lease = node.residency.lease(stage, rank, uid=who[0], gid=who[1], pid=who[2])
+    index = stage.request.ranks.index(rank)
+    segment = stage.segments[index]
+    assert isinstance(segment, IpcSegment)
+    try:
+        yield {
+            "type": "lease",
+            "lease": lease.id,
+            "stage": stage.id,
+            "gpu": segment.device.uuid,
+            "handle": base64.b64encode(segment.ipc_handle).decode(),
+            "offset": segment.ipc_offset,
+            "nbytes": segment.nbytes,
+            "digest": stage.segment_digests[index],
+            "manifest": f"/v1/stage/{stage.id}/manifest?tp_rank={rank}",
+        }
+        told: float | None = None
+        while stage.state == "ready":
+            if stage.revoked_until is not None and told != stage.revoke_deadline:
+                told = stage.revoke_deadline
+                yield {"type": "revoked", "seconds": max(0.0, told - now())}
+            await stage.changed(None)
+    finally:
+        node.residency.end_lease(lease)
 
 
 class LeaseServer:
@@ -98,7 +160,12 @@ class LeaseServer:
             await asyncio.gather(lending, hangup, return_exceptions=True)
 
     async def _lend(self, connection: socket.socket, peer: Peer, message: dict[str, Any], started: float) -> None:
-        stage, rank = await self._resolve(message)
+        stage, rank = await resolve(self._node, message)
+        if stage.request.handle != "fd":
+            raise InvalidRequest(
+                f"stage {stage.id} has a {stage.request.handle} handle, which POST /v1/leases lends: stage it with "
+                'handle "fd" to attach to it here'
+            )
         streaming = bool(message.get("stream"))
         was_ready = stage.state == "ready"
         last = 0.0
@@ -149,27 +216,6 @@ class LeaseServer:
         finally:
             self._node.residency.end_lease(lease)
 
-    async def _resolve(self, message: dict[str, Any]) -> tuple[Stage, int]:
-        """Which segment the client means. Raises what ``Node.stage`` raises, and InvalidRequest."""
-        rank = message.get("tp_rank")
-        if message.get("op") != "lease" or not (rank is None or type(rank) is int):
-            raise InvalidRequest("expected op 'lease', and tp_rank to be a whole number or null")
-        request = message.get("request")
-        if isinstance(message.get("stage"), str):
-            stage = self._node.get(message["stage"])
-        elif rank is not None and isinstance(request, dict) and request.get("parallel") is None:
-            stage = self._node.find_rank(str(request.get("model", "")), rank)
-        else:
-            stage, _ = await self._node.stage(parse_request(request))
-        ranks = stage.request.ranks
-        if rank is None:
-            if len(ranks) > 1:
-                raise InvalidRequest(f"stage {stage.id} has a segment for each tp_rank of {list(ranks)}: say which")
-            rank = ranks[0]
-        if rank not in ranks:
-            raise InvalidRequest(f"stage {stage.id} has no tp_rank {rank}, it has {list(ranks)}")
-        return stage, rank
-
     async def _hand_over(self, connection: socket.socket, stage: Stage, index: int, lease: str) -> bool:
         """Send the descriptors; whether the stage was ready when it did."""
         segment = stage.segments[index]
@@ -197,6 +243,8 @@ class LeaseServer:
                 "nbytes": segment.nbytes,
                 "manifest_nbytes": manifest.nbytes,
                 "ready": ready,
+                "gpu": segment.device.uuid,
+                "footprint": segment.footprint,
             }
             await self._send(connection, reply, [lent, manifest.fd])
             return ready

@@ -31,3 +31,13 @@ class NodeLimits:
     """Stages that wait for their turn."""
     revoke_grace: float
     """Seconds that lessees have to let go where a stage is dropped by force."""
+
+
+@dataclass(frozen=True)
+class CudaLimits:
+    """What GPUs are for, and how they are filled."""
+
+    reserve: int
+    """Bytes of each GPU that are left to others, engines' contexts among them."""
+    fill_path: str
+    """``auto``, or ``ring`` to do without libstreamer's CUDA backend."""

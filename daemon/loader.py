@@ -16,12 +16,14 @@ from typing import TypeVar
 from weightd.daemon import record
 from weightd.daemon.cache import Cache
 from weightd.daemon.checkpoint import Listing
+from weightd.daemon.copying import copy_segment
 from weightd.daemon.deposits import Deposits
 from weightd.daemon.devices import Device, Segment
 from weightd.daemon.errors import (
     Cancelled,
     CheckpointChanged,
     DaemonError,
+    DeviceFailed,
     InsufficientCapacity,
     InvalidRequest,
     QueueFull,
@@ -30,12 +32,12 @@ from weightd.daemon.ledger import Ledger
 from weightd.daemon.limits import FillLimits, NodeLimits
 from weightd.daemon.manifests import SealedManifest, entry_files, segment_manifest
 from weightd.daemon.metrics import Metrics
-from weightd.daemon.moving import copy_segment
 from weightd.daemon.residency import Residency
 from weightd.daemon.sources import Source
-from weightd.daemon.stage import Plan, Stage
+from weightd.daemon.stage import Stage
 from weightd.daemon.staging import Loading, allocated, make_plan
 from weightd.daemon.turns import Turns
+from weightd.ipc.cuda import CudaError
 
 log = logging.getLogger(__name__)
 
@@ -121,18 +123,23 @@ class Loader:
             plan = await self.in_thread(make_plan, source, stage.listing, stage.request, self._cache)
             if stage.finished:
                 return
-            self._admit(stage, plan)
+            devices = [self._devices[name] for name in stage.devices]
+            for device in set(devices):
+                await self.in_thread(device.open)
+            if stage.finished:
+                return
+            self._admit(stage, allocated(plan.recipes, devices))
             stage.plan, stage.infos, stage.metadata = plan, plan.infos, plan.metadata
-            stage.planned.set()
             own = self._turns.setdefault((stage.source_kind, stage.device), Turns(self._limits.concurrent_loads))
             if not own.free:
+                stage.planned.set()
                 stage.enter("queued")
             await own.take(lambda: stage.priority, stage.cancelled.is_set)
             turns = own
             if stage.finished:
                 return
             stage.enter("loading")
-            loading = Loading(source, plan, stage.request, self._cache, self._fill_limits)
+            loading = Loading(source, plan, stage.request, devices, self._cache, self._fill_limits)
             manifests = await self.in_thread(self._load, stage, loading)
             if stage.finished:
                 for manifest in manifests:
@@ -152,6 +159,8 @@ class Loader:
             self.end(stage, "cancelled", error)
         except DaemonError as error:
             self.end(stage, "failed", error)
+        except CudaError as error:
+            self.end(stage, "failed", DeviceFailed(str(error), **error.details))
         except Exception as error:
             log.exception("stage %s", stage.id)
             self.end(stage, "failed", DaemonError(f"{type(error).__name__}: {error}"))
@@ -168,20 +177,18 @@ class Loader:
             if refused(stage):
                 self._residency.stages.pop(stage.id, None)  # the request is refused, as if it had never been
 
-    def _admit(self, stage: Stage, plan: Plan) -> None:
+    def _admit(self, stage: Stage, needed: dict[str, int]) -> None:
         """Promise the stage its bytes, evicting what may go. Raises InsufficientCapacity."""
-        needed = allocated(plan.recipes, self._devices[stage.device].footprint)
-        if needed != stage.footprint:  # an adopted stage has its bytes already
-            stage.footprint = 0
-            self._residency.make_room(stage.uri, stage.device, needed)
-            stage.footprint = needed
+        if needed != stage.reserved:  # an adopted stage has its bytes already
+            stage.reserved = {}
+            self._residency.make_room(stage.uri, needed)
+            stage.reserved = needed
 
     def _load(self, stage: Stage, loading: Loading) -> list[SealedManifest]:
         """In a thread: allocate, fill, verify, seal. Returns the segments' manifests."""
         plan = stage.plan
         assert plan is not None
         recipes = plan.recipes
-        device = self._devices[stage.device]
         stage.verified = [[] for _ in recipes]
         loading.lay_out()
         stage.bytes_total = loading.bytes_total
@@ -189,13 +196,15 @@ class Loader:
             log.info("%s begins anew: what the daemon before has left is of another plan", stage.id)
             self._residency.free(stage)
         if stage.ledger is None:
-            for recipe in recipes:
+            for recipe, device in zip(recipes, loading.devices, strict=True):
                 if stage.cancelled.is_set():
                     raise Cancelled("the stage was cancelled")
-                stage.segments.append(device.allocate(recipe.nbytes, f"{stage.id}/{recipe.rank}"))
+                label = f"{stage.id}/{recipe.rank}"
+                stage.segments.append(device.allocate(recipe.nbytes, label, stage.request.handle))
             stage.ledger = self._ledger(stage, loading)
         elif not all(stage.ledger.landed):
             stage.segments = [self._writable(stage, segment) for segment in stage.segments]
+        self._on_loop(stage.planned.set)
         record.deposit(self._deposits, stage)
 
         def verified(segment: int, entries: list[int]) -> None:
@@ -235,8 +244,8 @@ class Loader:
         """The segment, or a copy where it cannot be written to any more because it was lent while it loaded."""
         if segment.writable:
             return segment
-        fresh = self._devices[stage.device].allocate(segment.nbytes, f"{stage.id}/again")
-        copy_segment(segment, fresh, self._fill_limits.threads)
+        fresh = segment.device.allocate(segment.nbytes, f"{stage.id}/again")
+        copy_segment(segment, fresh, self._fill_limits)
         self._residency.left_behind(stage, segment)
         segment.close()
         return fresh
@@ -278,5 +287,5 @@ class Loader:
 
 
 def refused(stage: Stage) -> bool:
-    """Whether the plan showed that the request cannot be served, and nobody has been told of the stage."""
-    return isinstance(stage.error, InsufficientCapacity | InvalidRequest) and not stage.infos and not stage.announced
+    """Whether it turned out that the request cannot be served before anybody was told of the stage."""
+    return isinstance(stage.error, InsufficientCapacity | InvalidRequest) and not stage.announced

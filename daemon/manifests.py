@@ -68,7 +68,7 @@ def segment_manifest(
     return Manifest(
         stage=stage.id,
         model=stage.uri,
-        device=stage.device,
+        device=stage.devices[index],
         tp_rank=recipe.rank,
         tp_size=parallel.tp_size if parallel else 1,
         nbytes=recipe.nbytes,

@@ -89,9 +89,8 @@ class _NodeCollector:
         resident: dict[tuple[str, str], int] = {}
         for stage in node.stages():
             counts[stage.state] += 1
-            if stage.footprint:
-                key = (stage.device, stage.uri)
-                resident[key] = resident.get(key, 0) + stage.footprint
+            for device, nbytes in stage.reserved.items():
+                resident[device, stage.uri] = resident.get((device, stage.uri), 0) + nbytes
         for state, count in counts.items():
             stages.add_metric([state], count)
         yield stages
@@ -105,4 +104,15 @@ class _NodeCollector:
         for name, device_ in node.devices.items():
             capacity.add_metric([name], device_.capacity)
         yield capacity
+        paths = GaugeMetricFamily(
+            "weightd_device_paths_info",
+            "How a GPU is filled (streamer: libstreamer's CUDA backend, ring: pinned bounce buffers), and where "
+            "digests of its memory are computed (gpu, host); always 1.",
+            labels=["device", "fill", "digests"],
+        )
+        for name, device_ in node.devices.items():
+            found = device_.describe()
+            if found.get("fill_path"):
+                paths.add_metric([name, str(found["fill_path"]), str(found["digest_path"])], 1)
+        yield paths
         yield GaugeMetricFamily("weightd_leases", "Leases held.", value=sum(len(s.leases) for s in node.stages()))

@@ -1,71 +1,67 @@
-"""Copying segments: between devices, and where memory that was lent too early has to be left behind."""
+"""Moving stages from device to device, without their sources."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 from weightd.daemon import record
+from weightd.daemon.copying import copy_segment, segment_digests
 from weightd.daemon.deposits import Deposits
 from weightd.daemon.devices import Device, Segment
-from weightd.daemon.digests import LEAF, leaf_digest
-from weightd.daemon.errors import DigestMismatch, NotMovable
+from weightd.daemon.errors import DeviceFailed, DigestMismatch, InvalidRequest, NotMovable
+from weightd.daemon.limits import FillLimits
 from weightd.daemon.manifests import SealedManifest, segment_leaves
 from weightd.daemon.residency import Residency
 from weightd.daemon.stage import Stage
-from weightd.ipc.manifest import Manifest
-
-_CHUNK = 8 << 20
-
-
-def copy_segment(source: Segment, target: Segment, threads: int) -> None:
-    """Copy all bytes, in so many threads. Raises OSError."""
-
-    def copy(offset: int) -> None:
-        source.read_into(offset, target.view[offset : min(offset + _CHUNK, source.nbytes)])
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="copy") as pool:
-        list(pool.map(copy, range(0, source.nbytes, _CHUNK)))
+from weightd.ipc.cuda import CudaError
 
 
 async def move_segments(
     residency: Residency,
     deposits: Deposits,
     stage: Stage,
-    device: str,
-    threads: int,
+    device: Device,
+    limits: FillLimits,
     in_thread: Callable[..., Awaitable[Any]],
 ) -> None:
-    """Move a ready stage's segments to another device, verified on the way; the stage stays what it is until then.
+    """Move all of a ready stage's segments to another device, verified there; the stage stays what it is until then.
 
-    Raises NotMovable, StageLeased, InsufficientCapacity, DigestMismatch.
+    Raises InvalidRequest, NotMovable, StageLeased, InsufficientCapacity, DigestMismatch.
     """
-    if stage.device == device:
+    if set(stage.devices) == {device.name}:
         return
+    if stage.request.handle not in device.handles:
+        raise InvalidRequest(f"{device.name} has no segments with handle {stage.request.handle!r}")
+    await in_thread(device.open)
     _check_movable(residency, stage)
-    residency.make_room(stage.uri, device, stage.footprint)
-    stage.moving = device
+    here = dict(stage.reserved)
+    more = sum(device.footprint(segment.nbytes) for segment in stage.segments if segment.device is not device)
+    residency.make_room(stage.uri, {device.name: more})
+    stage.moving = device.name
+    stage.reserved = {**here, device.name: here.get(device.name, 0) + more}
     fresh: list[Segment] = []
     manifests: list[SealedManifest] = []
     failure: BaseException | None = None
     try:
-        await in_thread(_copy_all, residency.devices[device], stage, device, threads, fresh, manifests)
+        await in_thread(_copy_all, device, stage, limits, fresh, manifests)
         stage.moving = None
         _check_movable(residency, stage)  # somebody may have leased it meanwhile
         for segment in stage.segments:
             residency.left_behind(stage, segment)
         fresh, stage.segments = stage.segments, fresh
         manifests, stage.manifests = stage.manifests, manifests
-        stage.device, stage.lent = device, False
+        stage.devices, stage.lent = (device.name,) * len(stage.segments), False
+        here = {device.name: sum(segment.footprint for segment in stage.segments)}
         record.deposit(deposits, stage)
         stage.notify()
     except BaseException as error:
         failure = error.with_traceback(None)  # whose frames hold views of what is to be closed
         failure.__context__ = failure.__cause__ = None
     stage.moving = None
+    if stage.reserved:  # unless it has been let go of meanwhile
+        stage.reserved = here
     for segment in fresh:
         segment.close()
     for manifest in manifests:
@@ -88,25 +84,22 @@ def _check_movable(residency: Residency, stage: Stage) -> None:
 
 
 def _copy_all(
-    target: Device, stage: Stage, device: str, threads: int, fresh: list[Segment], manifests: list[SealedManifest]
+    target: Device, stage: Stage, limits: FillLimits, fresh: list[Segment], manifests: list[SealedManifest]
 ) -> None:
     for index, segment in enumerate(stage.segments):
-        copy = target.allocate(segment.nbytes, f"{stage.id}/{stage.infos[index].rank}")
+        copy = target.allocate(segment.nbytes, f"{stage.id}/{stage.infos[index].rank}", stage.request.handle)
         fresh.append(copy)
-        copy_segment(segment, copy, threads)
-        manifest, files = stage.manifests[index].read()
-        _verify(copy, manifest, segment_leaves(stage, index), threads)
+        try:
+            copy_segment(segment, copy, limits)
+            manifest, files = stage.manifests[index].read()
+            entries = list(manifest)
+            leaves = segment_leaves(stage, index)
+            places = [(entry.offset, entry.nbytes) for entry in entries]
+            for entry, leaf, digest in segment_digests(copy, places, limits.threads):
+                if digest != leaves[entry][leaf]:
+                    name = entries[entry].name
+                    raise DigestMismatch(f"tensor {name!r}, leaf {leaf}: changed while it was moved", leaf=leaf)
+        except CudaError as error:
+            raise DeviceFailed(f"{stage.id} cannot be moved to {target.name}: {error}", device=target.name) from None
         copy.seal()
-        manifests.append(SealedManifest.seal(replace(manifest, device=device), files))
-
-
-def _verify(segment: Segment, manifest: Manifest, leaves: Sequence[memoryview], threads: int) -> None:
-    def check(entry_index: int) -> None:
-        entry = manifest.entry(entry_index)
-        view = segment.view[entry.offset : entry.offset + entry.nbytes]
-        for leaf, start in zip(itertools.count(), range(0, entry.nbytes, LEAF), strict=False):
-            if leaf_digest(view[start : start + LEAF]) != leaves[entry_index][leaf]:
-                raise DigestMismatch(f"tensor {entry.name!r}, leaf {leaf}: changed while it was moved", leaf=leaf)
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-        list(pool.map(check, range(len(manifest))))
+        manifests.append(SealedManifest.seal(replace(manifest, device=target.name), files))

@@ -71,7 +71,7 @@ class Node:
         metrics: Metrics,
     ) -> None:
         self.devices = devices
-        self.default_device = "cpu"
+        self.default_device = next((name for name, device in devices.items() if device.uuid), "cpu")
         self.residency = residency
         self.metrics = metrics
         self.started_at = time.time()
@@ -104,8 +104,7 @@ class Node:
             created = False
         else:
             assert source is not None
-            uri, device = canonical(request.model), request.device or self.default_device
-            found = Stage(uri, device, request, listing)
+            found = Stage(canonical(request.model), self.placed(request), request, listing)
             self._loader.start(found, source)
             created = True
         with contextlib.suppress(TimeoutError):
@@ -125,11 +124,13 @@ class Node:
         if found is not None:
             return Fit(found, found.footprint, True, [])
         assert source is not None
-        device = request.device or self.default_device
         plan = await self._loader.in_thread(make_plan, source, listing, request, self._cache)
-        needed = allocated(plan.recipes, self.devices[device].footprint)
-        evicts = self.residency.victims(device, needed)
-        return Fit(None, needed, evicts is not None, evicts or [])
+        devices = [self.devices[name] for name in self.placed(request)]
+        for device in set(devices):
+            await self._loader.in_thread(device.open)
+        needed = allocated(plan.recipes, devices)
+        evicts = self.residency.victims(needed)
+        return Fit(None, sum(needed.values()), evicts is not None, evicts or [])
 
     async def _resolve(self, request: StageRequest) -> tuple[Stage | None, Source | None, Listing]:
         """The stage that a request means, or else what is at its URI.
@@ -139,10 +140,8 @@ class Node:
         uri = canonical(request.model)
         if not uri.startswith("file:"):
             self._allow.check(uri)  # a file is checked with its links resolved, by its source
-        device = request.device or self.default_device
-        if device not in self.devices:
-            raise InvalidRequest(f"device {device!r} is not on this node, it has {', '.join(self.devices)}")
-        resident = self._find(request, uri, device, None)
+        devices = self.placed(request)
+        resident = self._find(request, uri, devices, None)
         if resident is not None and resident.state != "ready":
             resident = None
         try:
@@ -151,15 +150,15 @@ class Node:
             raise
         except (TimeoutError, SourceFailed) as error:
             if resident is None:  # no deadline then, so that the source has failed
-                raise _Unlisted(uri, device, request, SourceFailed(str(error))) from None
+                raise _Unlisted(uri, devices, request, SourceFailed(str(error))) from None
             assert resident.listing is not None
             log.warning("%s: serving what is resident, its source cannot be asked: %s", uri, error or "no answer")
             return resident, None, resident.listing
         except DaemonError as error:
             if error.code == "not_allowed" and "setting" in error.details:
                 raise
-            raise _Unlisted(uri, device, request, error) from None
-        return self._find(request, uri, device, listing), source, listing
+            raise _Unlisted(uri, devices, request, error) from None
+        return self._find(request, uri, devices, listing), source, listing
 
     def find_rank(self, model: str, rank: int) -> Stage:
         """The live stage of a model that has a segment for a tensor-parallel rank, for callers who know no more.
@@ -189,13 +188,38 @@ class Node:
         """A stage by its id. Raises UnknownStage."""
         return self.residency.get(stage_id)
 
-    def _find(self, request: StageRequest, uri: str, device: str, listing: Listing | None) -> Stage | None:
+    def placed(self, request: StageRequest) -> tuple[str, ...]:
+        """Name of each segment's device. Raises InvalidRequest."""
+        wanted = request.device or self.default_device
+        names = wanted if isinstance(wanted, list) else [wanted] * len(request.ranks)
+        devices = [self.device(name) for name in names]
+        if len({device.uuid is None for device in devices}) > 1:
+            raise InvalidRequest("device: one stage is in host memory or on GPUs, not in both")
+        for device in devices:
+            if request.handle not in device.handles:
+                raise InvalidRequest(
+                    f"handle: {device.name} has no segments with handle {request.handle!r}, it has "
+                    f"{', '.join(device.handles)}"
+                )
+        return tuple(device.name for device in devices)
+
+    def device(self, name: str) -> Device:
+        """A device by its name here, or by its UUID, which all processes agree on. Raises InvalidRequest."""
+        if found := self.devices.get(name):
+            return found
+        for device in self.devices.values():
+            if device.uuid and device.uuid.lower() == name.lower():
+                return device
+        here = ", ".join(f"{d.name} ({d.uuid})" if d.uuid else d.name for d in self.devices.values())
+        raise InvalidRequest(f"device {name!r} is not on this node, it has {here}")
+
+    def _find(self, request: StageRequest, uri: str, devices: tuple[str, ...], listing: Listing | None) -> Stage | None:
         """A stage whose bytes are, or will be, those that the request wants; ready ones first. None: any identity."""
         key = request.layout_key()
         joinable = [
             stage
             for stage in self.stages()
-            if (stage.uri, stage.device, stage.request.layout_key()) == (uri, device, key)
+            if (stage.uri, stage.devices, stage.request.layout_key()) == (uri, devices, key)
             and _live(stage)
             and stage.listing is not None
             and (listing is None or stage.listing.identity == listing.identity)
@@ -229,7 +253,7 @@ class Node:
         return await asyncio.shield(task)
 
     def _failed(self, unlisted: _Unlisted) -> Stage:
-        stage = Stage(unlisted.uri, unlisted.device, unlisted.request, None)
+        stage = Stage(unlisted.uri, unlisted.devices, unlisted.request, None)
         self.residency.keep(stage)
         self._loader.end(stage, "failed", unlisted.error)
         return stage
@@ -262,8 +286,11 @@ class Node:
 
     def _adopted(self, stage: Stage) -> None:
         self.residency.keep(stage)
+        self.metrics.adopted.labels(stage.state if stage.finished else "interrupted").inc()
+        if stage.state == "failed":
+            self._deposits.drop(stage.id)
+            return
         self.residency.await_lessees(stage)
-        self.metrics.adopted.labels("ready" if stage.state == "ready" else "interrupted").inc()
         if stage.state != "ready":
             self._loader.spawn(self._loader.resume(stage, self._list(stage.uri)), stage.id)
         elif stage.revoked_until is not None:
@@ -312,10 +339,8 @@ class Node:
         Raises UnknownStage, InvalidRequest, StageLeased, NotMovable, InsufficientCapacity.
         """
         stage = self.get(stage_id)
-        if device not in self.devices:
-            raise InvalidRequest(f"device {device!r} is not on this node, it has {', '.join(self.devices)}")
         await move_segments(
-            self.residency, self._deposits, stage, device, self._fill_limits.threads, self._loader.in_thread
+            self.residency, self._deposits, stage, self.device(device), self._fill_limits, self._loader.in_thread
         )
         return stage
 
@@ -326,13 +351,15 @@ class Node:
         await self._loader.close()
         for stage in self.stages():
             self.residency.release(stage)
+        for device in self.devices.values():
+            device.close()
 
 
 class _Unlisted(Exception):
     """What is at a URI cannot be told: the request becomes the record of a stage that failed."""
 
-    def __init__(self, uri: str, device: str, request: StageRequest, error: DaemonError) -> None:
-        self.uri, self.device, self.request, self.error = uri, device, request, error
+    def __init__(self, uri: str, devices: tuple[str, ...], request: StageRequest, error: DaemonError) -> None:
+        self.uri, self.devices, self.request, self.error = uri, devices, request, error
 
 
 def _live(stage: Stage) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from weightd.daemon.checkpoint import Listing
 from weightd.daemon.deposits import Deposits
 from weightd.daemon.devices import Device
+from weightd.daemon.errors import Lost
 from weightd.daemon.ledger import Ledger
 from weightd.daemon.manifests import SealedManifest
 from weightd.daemon.request import StageRequest
@@ -36,7 +37,8 @@ def deposit(deposits: Deposits, stage: Stage) -> None:
     if not deposits.kept:
         return
     for index, segment in enumerate(stage.segments):
-        deposits.put(f"{stage.id}/segment/{index}", segment.fd)
+        if segment.fd >= 0:
+            deposits.put(f"{stage.id}/segment/{index}", segment.fd)
     for index, manifest in enumerate(stage.manifests):
         deposits.put(f"{stage.id}/manifest/{index}", manifest.fd)
     if stage.ledger is not None:
@@ -75,7 +77,9 @@ def _describe(stage: Stage) -> dict[str, Any]:
         "format": FORMAT,
         "id": stage.id,
         "uri": stage.uri,
-        "device": stage.device,
+        "devices": stage.devices,
+        # Their numbers may be others next time; what they are called everywhere is not.
+        "uuids": [segment.device.uuid for segment in stage.segments],
         "request": stage.request.model_dump(mode="json"),
         "identity": listing.identity,
         "weights": [list(file) for file in listing.weights],
@@ -91,7 +95,7 @@ def _describe(stage: Stage) -> dict[str, Any]:
         "phase_seconds": stage.phase_seconds,
         "bytes_total": stage.bytes_total,
         "bytes_read": stage.bytes_done,
-        "footprint": stage.footprint,
+        "footprints": [segment.footprint for segment in stage.segments],
         "infos": [asdict(info) for info in stage.infos],
         "metadata": stage.metadata,
         "segment_digests": stage.segment_digests,
@@ -104,15 +108,21 @@ def _describe(stage: Stage) -> dict[str, Any]:
 def restore(parts: Mapping[str, int], devices: Mapping[str, Device]) -> Stage:
     """The stage whose parts these are, by what they were deposited under, with duplicates of the descriptors.
 
-    A stage that is not ready comes back as ``queued``. Raises UnknownRecord.
+    A stage that is not ready comes back as ``queued``, one whose memory nobody could keep as ``failed``. Raises
+    UnknownRecord.
     """
-    stage, manifest_nbytes = _read(parts["record"])
-    device = devices.get(stage.device)
-    if device is None:
-        raise UnknownRecord(f"its device {stage.device!r} is not on this node")
+    stage, footprints, uuids, manifest_nbytes = _read(parts["record"])
+    if stage.request.handle == "cuda_ipc":
+        stage.state = "failed"
+        stage.error = Lost(f"stage {stage.id} had legacy handles, whose memory goes with the daemon: stage it again")
+        return stage
     try:
+        found = [_device(devices, name, uuid) for name, uuid in zip(stage.devices, uuids, strict=True)]
+        stage.devices = tuple(device.name for device in found)
+        for device, nbytes in zip(found, footprints, strict=True):
+            stage.reserved[device.name] = stage.reserved.get(device.name, 0) + nbytes
         stage.ledger = Ledger.adopt(os.dup(parts["ledger"]))
-        for index, info in enumerate(stage.infos):
+        for index, (info, device) in enumerate(zip(stage.infos, found, strict=True)):
             stage.segments.append(device.adopt(os.dup(parts[f"segment/{index}"]), info.nbytes))
         for index, nbytes in enumerate(manifest_nbytes):
             stage.manifests.append(SealedManifest(os.dup(parts[f"manifest/{index}"]), nbytes))
@@ -127,7 +137,15 @@ def restore(parts: Mapping[str, int], devices: Mapping[str, Device]) -> Stage:
     return stage
 
 
-def _read(fd: int) -> tuple[Stage, list[int]]:
+def _device(devices: Mapping[str, Device], name: str, uuid: str | None) -> Device:
+    """The device that a segment was on. Raises ValueError where it is not here."""
+    for device in devices.values():
+        if device.uuid == uuid if uuid else device.name == name:
+            return device
+    raise ValueError(f"its device {name!r}{f' ({uuid})' if uuid else ''} is not on this node")
+
+
+def _read(fd: int) -> tuple[Stage, list[int], list[str | None], list[int]]:
     try:
         table = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
         found = table["format"]
@@ -140,10 +158,12 @@ def _read(fd: int) -> tuple[Stage, list[int]]:
         listing = Listing(
             table["uri"], table["identity"], tuple(SourceFile(*file) for file in table["weights"]), None, ()
         )
-        stage = Stage(table["uri"], table["device"], request, listing)
+        # Until GPUs came, a stage had one device and one footprint.
+        devices = table.get("devices") or [table["device"]] * len(table["infos"])
+        stage = Stage(table["uri"], devices, request, listing)
         for name in (
             "id", "source_kind", "priority", "pin", "created_at", "ready_at", "revoked_until", "revoke_deadline",
-            "bytes_total", "bytes_read", "footprint", "metadata", "segment_digests", "checkpoint_digest",
+            "bytes_total", "bytes_read", "metadata", "segment_digests", "checkpoint_digest",
             "phase_seconds", "seconds",
         ):  # fmt: skip
             setattr(stage, name, table[name])
@@ -153,6 +173,8 @@ def _read(fd: int) -> tuple[Stage, list[int]]:
         if table["state"] == "ready":
             stage.state = "ready"
             stage.planned.set()
-        return stage, list(table["manifest_nbytes"])
+        footprints = table.get("footprints") or [table["footprint"]] + [0] * (len(devices) - 1)
+        uuids = table.get("uuids") or [None] * len(devices)
+        return stage, footprints, uuids, list(table["manifest_nbytes"])
     except (ValueError, KeyError, TypeError) as error:
         raise UnknownRecord(f"a record of format {FORMAT} that cannot be read: {error!r}") from None

@@ -15,6 +15,7 @@ _XXH3 = re.compile(r"xxh3:[0-9a-f]{32}")
 
 Pattern = Annotated[str, Field(min_length=1, max_length=512)]
 Rank = Annotated[int, Field(ge=0, lt=1024)]
+Device = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class Parallel(BaseModel):
@@ -74,7 +75,16 @@ class StageRequest(BaseModel):
         description="A folder or .safetensors file (absolute path or file:), s3://, gs://, az:// or hf://org/name@rev.",
         examples=["s3://models/llama-3-8b"],
     )
-    device: str | None = Field(None, max_length=64, description="Device of the segments; null: the node's default.")
+    device: Device | list[Device] | None = Field(
+        None,
+        description="Device of the segments: cpu, cuda:N as the daemon counts, or a GPU's UUID; a list has one for "
+        "each rank. Null: the node's default.",
+    )
+    handle: Literal["fd", "cuda_ipc"] = Field(
+        "fd",
+        description="fd: a descriptor, lent over lease.sock, read-only to engines, adopted after a restart. cuda_ipc: "
+        "the legacy handle of 64 bytes, lent by POST /v1/leases, writable by who opens it, gone with the daemon.",
+    )
     layout: Literal["checkpoint"] = Field("checkpoint", description="checkpoint: the tensors as stored, whole or cut.")
     parallel: Parallel | None = Field(None, description="Null: whole tensors in one segment.")
     tensors: TensorFilter = Field(default_factory=TensorFilter, description="Which tensors to stage.")
@@ -103,6 +113,12 @@ class StageRequest(BaseModel):
             return value
         return _sha256(value)
 
+    @model_validator(mode="after")
+    def _one_device_a_rank(self) -> StageRequest:
+        if isinstance(self.device, list) and len(self.device) != len(self.ranks):
+            raise ValueError(f"device lists {len(self.device)} devices for {len(self.ranks)} ranks: one for each")
+        return self
+
     @property
     def ranks(self) -> tuple[int, ...]:
         """The tensor-parallel ranks asked for."""
@@ -113,7 +129,15 @@ class StageRequest(BaseModel):
         plan = self.parallel or Parallel()
         splits: dict[str, Split] = dict(plan.map) if plan.tp_size > 1 else {}
         return repr(
-            (self.layout, plan.tp_size, plan.ranks, list(splits.items()), self.tensors.include, self.tensors.exclude)
+            (
+                self.layout,
+                self.handle,
+                plan.tp_size,
+                plan.ranks,
+                list(splits.items()),
+                self.tensors.include,
+                self.tensors.exclude,
+            )
         )
 
 

@@ -75,44 +75,71 @@ class Residency:
 
     def on(self, device: str) -> Iterator[Stage]:
         """Stages that have or are promised memory of a device."""
-        return (s for s in self.stages.values() if s.footprint and (s.device == device or s.moving == device))
+        return (stage for stage in self.stages.values() if stage.reserved.get(device))
 
     # ------------------------------------------------------------------ capacity
 
     def used(self, device: str) -> int:
         """Bytes of a device's capacity that are taken or promised."""
         left_alone = sum(left["nbytes"] for left in self.unadopted) if device == "cpu" else 0
-        return sum(stage.footprint for stage in self.on(device)) + left_alone
+        return sum(stage.reserved[device] for stage in self.on(device)) + left_alone
 
-    def victims(self, device: str, needed: int) -> list[Stage] | None:
-        """What would go for ``needed`` bytes; None where they do not fit whatever goes."""
-        missing = self.used(device) + needed - self.devices[device].capacity
-        return victims(self.on(device), missing, now()) if missing > 0 else []
+    def room(self, device: str) -> int:
+        """Bytes that may still be promised: of its capacity, and of what others have left of the device itself."""
+        free = self.devices[device].capacity - self.used(device)
+        available = self.devices[device].available()
+        if available is None:
+            return free
+        promised = sum(stage.reserved[device] for stage in self.on(device) if not stage.segments)
+        return min(free, available - promised)
 
-    def make_room(self, uri: str, device: str, needed: int) -> None:
-        """Evict what has to go for ``needed`` bytes. Raises InsufficientCapacity with the numbers, evicting nothing."""
-        chosen = self.victims(device, needed)
+    def victims(self, needed: Mapping[str, int]) -> list[Stage] | None:
+        """What would go for so many bytes of each device; None where they do not fit whatever goes."""
+        chosen: list[Stage] = []
+        for device, nbytes in needed.items():
+            missing = nbytes - self.room(device) - sum(stage.reserved.get(device, 0) for stage in chosen)
+            if missing <= 0:
+                continue
+            left = [stage for stage in self.on(device) if stage not in chosen]
+            more = victims(left, missing, now(), device)
+            if more is None:
+                return None
+            chosen += more
+        return chosen
+
+    def make_room(self, uri: str, needed: Mapping[str, int]) -> None:
+        """Evict what has to go for so many bytes of each device.
+
+        Raises InsufficientCapacity with the numbers, evicting nothing.
+        """
+        chosen = self.victims(needed)
         if chosen is None:
-            raise self.insufficient(uri, device, needed)
+            raise self.insufficient(uri, needed)
         for stage in chosen:
             log.info("%s %s goes, to make room for %s", stage.id, stage.uri, uri)
             self.evict(stage, "capacity")
 
-    def insufficient(self, uri: str, device: str, needed: int) -> InsufficientCapacity:
-        """The error that says what is missing, and what is in the way."""
+    def insufficient(self, uri: str, needed: Mapping[str, int]) -> InsufficientCapacity:
+        """The error that says what is missing of the first device that lacks it, and what is in the way."""
+        device = next(name for name in needed if self.victims({name: needed[name]}) is None)
         held, at = list(self.on(device)), now()
         used, capacity = self.used(device), self.devices[device].capacity
-        free = sum(stage.footprint for stage in held if evictable(stage, at))
-        missing = used - free + needed - capacity
+        free = sum(stage.reserved[device] for stage in held if evictable(stage, at))
+        missing = needed[device] - self.room(device) - free
+        available = self.devices[device].available()
+        others = ""
+        if available is not None and available < capacity - used:
+            others = f"; other processes leave {available} bytes of it, less the reserve (WEIGHTD_CUDA_RESERVE)"
         return InsufficientCapacity(
-            f"{uri} needs {needed} bytes on {device}; {used} of {capacity} are taken, of which {free} could be "
-            f"evicted: {missing} are missing: end leases, drop or unpin a stage, or raise WEIGHTD_CAPACITY",
+            f"{uri} needs {needed[device]} bytes on {device}; {used} of {capacity} are taken, of which {free} could be "
+            f"evicted{others}: {missing} are missing: end leases, drop or unpin a stage, or raise WEIGHTD_CAPACITY",
             device=device,
-            needed_bytes=needed,
+            needed_bytes=needed[device],
             used_bytes=used,
             evictable_bytes=free,
-            leased_bytes=sum(stage.footprint for stage in held if stage.leases),
+            leased_bytes=sum(stage.reserved[device] for stage in held if stage.leases),
             capacity_bytes=capacity,
+            available_bytes=available,
             missing_bytes=missing,
             resident=[summary(stage) for stage in held],
         )
@@ -129,7 +156,7 @@ class Residency:
     def release(self, stage: Stage) -> None:
         """Let go of all memory that is held for a stage, here and at the keeper, and of its bytes of capacity."""
         self.free(stage)
-        stage.footprint = 0
+        stage.reserved = {}
         stage.plan = None
         stage.notify()
         self._changed.set()
@@ -148,7 +175,8 @@ class Residency:
 
     def left_behind(self, stage: Stage, segment: Segment) -> None:
         """A segment is about to be closed: remember it where somebody may still map it."""
-        if stage.lent:
+        # Who maps a GPU's memory, the system does not say.
+        if stage.lent and segment.device.uuid is None:
             self._lent_away[os.fstat(segment.fd).st_ino] = segment.footprint
 
     async def mapped_elsewhere(self) -> int:
@@ -165,7 +193,7 @@ class Residency:
         if not self._in_use(stage):
             return
         waited_for = awaited(stage, now())
-        holders = ", ".join(f"pid {lease.pid} (uid {lease.uid})" for lease in list(stage.leases.values())[:10])
+        holders = ", ".join(_holder(lease) for lease in list(stage.leases.values())[:10])
         if not holders:
             left = stage.protected_until - now()
             holders = f"processes that have {left:.0f} s left to come back after the daemon's restart"
@@ -216,7 +244,9 @@ class Residency:
 
     # ------------------------------------------------------------------ leases
 
-    def lease(self, stage: Stage, rank: int, *, uid: int, gid: int, pid: int, renews: str | None = None) -> Lease:
+    def lease(
+        self, stage: Stage, rank: int, *, uid: int | None, gid: int | None, pid: int | None, renews: str | None = None
+    ) -> Lease:
         """Record a lease on one rank's segment; ``renews`` is the id that it had with the daemon before this one.
 
         Raises InvalidRequest where the stage has no such rank, StageRevoked, LeaseLimit.
@@ -264,13 +294,17 @@ class Residency:
 
     def lessees(self) -> list[str]:
         """Who leases anything, or may come back to what it leased before a restart of the daemon, in words."""
-        found = sorted({f"pid {lease.pid}" for lease in self.leases()})
+        found = sorted({_holder(lease) for lease in self.leases()})
         missing = sum(awaited(stage, now()) for stage in self.stages.values())
         return found + ([f"{missing} that have not come back yet"] if missing else [])
 
     def leases(self) -> Iterable[Lease]:
         """All leases there are."""
         return itertools.chain.from_iterable(stage.leases.values() for stage in self.stages.values())
+
+
+def _holder(lease: Lease) -> str:
+    return "a client over TCP" if lease.pid is None else f"pid {lease.pid} (uid {lease.uid})"
 
 
 def summary(stage: Stage) -> dict[str, object]:
@@ -300,8 +334,8 @@ def evictable(stage: Stage, now: float) -> bool:
     return stage.state == "ready" and not in_use
 
 
-def victims(stages: Iterable[Stage], missing: int, now: float) -> list[Stage] | None:
-    """The stages to evict for ``missing`` bytes of their device; None where all that may go is not enough.
+def victims(stages: Iterable[Stage], missing: int, now: float, device: str) -> list[Stage] | None:
+    """The stages to evict for ``missing`` bytes of a device; None where all that may go is not enough.
 
     Lowest priority first, then least recently leased; none that is not needed.
     """
@@ -314,13 +348,13 @@ def victims(stages: Iterable[Stage], missing: int, now: float) -> list[Stage] | 
         if freed >= missing:
             break
         chosen.append(stage)
-        freed += stage.footprint
+        freed += stage.reserved[device]
     if freed < missing:
         return None
     for stage in list(chosen):  # what was chosen first may have become needless
-        if freed - stage.footprint >= missing:
+        if freed - stage.reserved[device] >= missing:
             chosen.remove(stage)
-            freed -= stage.footprint
+            freed -= stage.reserved[device]
     return chosen
 
 

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from weightd.daemon.digests import LEAF
 from weightd.daemon.errors import InvalidRequest
-from weightd.daemon.limits import FillLimits, NodeLimits
+from weightd.daemon.limits import CudaLimits, FillLimits, NodeLimits
 from weightd.daemon.sources import Allow
 from weightd.ipc.runtime_dir import runtime_dir
 
@@ -71,6 +71,14 @@ class Settings(BaseSettings):
     )
     extent: ByteSize = Field(
         ByteSize(8 << 20), ge=LEAF, le=1 << 30, description="Bytes of one read, and of a bounce buffer."
+    )
+    cuda_reserve: ByteSize = Field(
+        ByteSize(1 << 30), ge=0, description="Bytes of each GPU that segments leave to others, whatever the capacity."
+    )
+    cuda_fill: Literal["auto", "ring"] = Field(
+        "auto",
+        description="How GPUs are filled: auto takes libstreamer's own CUDA backend where it passes its self-test, "
+        "ring always our pinned bounce buffers.",
     )
     bounce_buffers: int = Field(16, ge=2, le=1024, description="Bounce buffers at most, for each stage that loads.")
     retry_deadline: float = Field(
@@ -153,6 +161,11 @@ class Settings(BaseSettings):
             bounce_buffers=self.bounce_buffers,
             retry_deadline=self.retry_deadline,
         )
+
+    @property
+    def cuda_limits(self) -> CudaLimits:
+        """The part of the settings that GPUs go by."""
+        return CudaLimits(reserve=int(self.cuda_reserve), fill_path=self.cuda_fill)
 
     @property
     def node_limits(self) -> NodeLimits:

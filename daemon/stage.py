@@ -31,9 +31,10 @@ class Lease:
     id: str
     stage: str
     rank: int
-    uid: int
-    gid: int
-    pid: int
+    uid: int | None
+    """None where it is held over TCP, which does not say who is there."""
+    gid: int | None
+    pid: int | None
     since: float
     """Seconds since the epoch."""
 
@@ -69,10 +70,11 @@ class Stage:
     stage that has to wait for others goes back to ``queued``.
     """
 
-    def __init__(self, uri: str, device: str, request: StageRequest, listing: Listing | None) -> None:
+    def __init__(self, uri: str, devices: Sequence[str], request: StageRequest, listing: Listing | None) -> None:
         self.id = "st-" + secrets.token_hex(6)
         self.uri = uri
-        self.device = device
+        self.devices = tuple(devices)
+        """Name of each segment's device."""
         self.request = request
         self.listing = listing
         self.state = "queued"
@@ -98,8 +100,8 @@ class Stage:
         self.segments: list[Segment] = []
         self.ledger: Ledger | None = None
         """Once loading has begun."""
-        self.footprint = 0
-        """Bytes of the device's capacity that are reserved for it."""
+        self.reserved: dict[str, int] = {}
+        """Bytes of each device's capacity that are reserved for it."""
         self.bytes_total = 0
         self.segment_digests: list[str] = []
         """Digest of each segment, once ready."""
@@ -122,7 +124,7 @@ class Stage:
         self.awaited = 0
         """Leases that the daemon before this one had, until ``protected_until``."""
         self.moving: str | None = None
-        """Device that it is being moved to."""
+        """Where to it is being moved."""
         self.lent = False
         """Whether anybody was ever given a descriptor of its memory."""
         self.announced = False
@@ -133,6 +135,16 @@ class Stage:
         self._changed = asyncio.Event()
         self.planned = asyncio.Event()
         """Set once planning has ended, well or not."""
+
+    @property
+    def device(self) -> str:
+        """The device of its segments, or devices with commas between."""
+        return named(self.devices)
+
+    @property
+    def footprint(self) -> int:
+        """Bytes of capacity that are reserved for it, of all devices together."""
+        return sum(self.reserved.values())
 
     @property
     def finished(self) -> bool:
@@ -210,3 +222,8 @@ class Stage:
             if now[0] in TERMINAL:  # what was yielded last, not what it has become meanwhile
                 return
             await self.changed(interval)
+
+
+def named(devices: Sequence[str]) -> str:
+    """Segments' devices as one name: once where all are the same."""
+    return ",".join(devices if len(set(devices)) > 1 else devices[:1])

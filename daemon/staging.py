@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from weightd.daemon.cache import Cache
 from weightd.daemon.checkpoint import Checkpoint, Listing, open_checkpoint
-from weightd.daemon.devices import Segment
+from weightd.daemon.devices import Device, Segment
 from weightd.daemon.digests import LEAF, Leaves, checkpoint_digest, tensor_digest
 from weightd.daemon.errors import Cancelled, CheckpointChanged, CheckpointNotFound, DigestMismatch, InvalidRequest
 from weightd.daemon.extents import Demands, Extent, plan_extents
@@ -70,11 +70,15 @@ def _expected_sha256(checkpoint: Checkpoint, request: StageRequest) -> dict[int,
 
 @dataclass
 class Loading:
-    """One load, from its plan to sealed segments: ``lay_out``, ``prepare``, ``run`` in a thread, and ``close``."""
+    """One load, from its plan to sealed segments: ``lay_out``, ``prepare``, ``run`` in a thread, and ``close``.
+
+    ``devices`` has each segment's.
+    """
 
     source: Source
     plan: Plan
     request: StageRequest
+    devices: Sequence[Device]
     cache: Cache
     limits: FillLimits
 
@@ -88,9 +92,12 @@ class Loading:
         self._sha256 = _expected_sha256(checkpoint, request)
         digest = request.expect_digest if isinstance(request.expect_digest, str) else None
         self._digest = digest if digest and digest.startswith("xxh3:") else None
+        on_host = all(device.uuid is None for device in self.devices)
+        self._native = not on_host and all(device.streams_into() is not None for device in self.devices)
         demands = Demands(
-            min(self.limits.extent_bytes, self.source.max_extent),
-            self.source.max_runs,
+            # What is worth reading at once is a matter of the processor's caches, which GPUs do not hash from.
+            min(self.limits.extent_bytes, self.source.max_extent) if on_host else self.limits.extent_bytes,
+            1 if self._native else self.source.max_runs,
             self.source.min_range,
             whole_tensors=self._digest is not None,
             whole_files=frozenset(self._sha256),
@@ -139,11 +146,12 @@ class Loading:
             self.limits,
             ledger=ledger,
             buffered=self.source.buffered,
+            native=self._native,
             expected_leaves=known,
             sha256_prefixes={file: checkpoint.prefixes[file] for file in self._sha256},
             on_verified=verified,
         )
-        self._reader = self.source.reader(checkpoint.listing.weights)
+        self._reader = self.source.reader(checkpoint.listing.weights, native=self._native)
         return self.fill
 
     def run(self, on_landed: Callable[[], None]) -> None:
@@ -154,6 +162,7 @@ class Loading:
         """
         assert self._reader is not None
         self._reader.run(self.fill)
+        self.fill.finish()
         self._check_cancelled()
         self.fill.check_complete()
         on_landed()
@@ -301,6 +310,9 @@ def _interleave(extents: Sequence[Extent]) -> list[Extent]:
     return [extent for _, extent in sorted(zip(order, extents, strict=True), key=lambda item: item[0])]
 
 
-def allocated(recipes: Sequence[Recipe], footprint: Callable[[int], int]) -> int:
-    """Bytes of capacity that the recipes' segments take together."""
-    return sum(footprint(recipe.nbytes) for recipe in recipes)
+def allocated(recipes: Sequence[Recipe], devices: Sequence[Device]) -> dict[str, int]:
+    """Bytes of capacity that the recipes' segments take of each device, by name; ``devices`` has each segment's."""
+    needed: dict[str, int] = {}
+    for recipe, device in zip(recipes, devices, strict=True):
+        needed[device.name] = needed.get(device.name, 0) + device.footprint(recipe.nbytes)
+    return needed

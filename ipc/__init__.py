@@ -7,6 +7,7 @@ from weightd.ipc.client import Client
 from weightd.ipc.errors import (
     AttachTimeout,
     DaemonUnavailable,
+    DeviceUnavailable,
     DigestMismatch,
     ModelMismatch,
     NotReady,
@@ -23,6 +24,7 @@ __all__ = [
     "AttachTimeout",
     "Client",
     "DaemonUnavailable",
+    "DeviceUnavailable",
     "DigestMismatch",
     "Entry",
     "Manifest",

@@ -18,6 +18,10 @@ class DaemonUnavailable(WeightdError):
     """No daemon answers at the socket: start one, point at another, or load weights another way."""
 
 
+class DeviceUnavailable(WeightdError):
+    """This process cannot use the GPU that is meant: no driver, no bindings, or it does not see that one."""
+
+
 class RequestRefused(WeightdError):
     """The daemon will not do it: the request is wrong, not allowed, or does not fit. ``code`` says which."""
 

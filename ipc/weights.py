@@ -13,19 +13,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightd.ipc import wire
-from weightd.ipc.errors import AttachTimeout, DaemonUnavailable, NotReady, RequestRefused, StageFailed
+from weightd.ipc.cuda import gpu_by_name, gpu_by_uuid
+from weightd.ipc.errors import (
+    AttachTimeout,
+    DaemonUnavailable,
+    DeviceUnavailable,
+    NotReady,
+    RequestRefused,
+    StageFailed,
+)
 from weightd.ipc.lease import LeaseConnection, socket_path
 from weightd.ipc.manifest import Entry, Manifest
-from weightd.ipc.mapping import map_segment
+from weightd.ipc.mapping import CudaMapping, DeviceBytes, map_host
+from weightd.ipc.mapping import Mapping as SegmentMapping
 
 if TYPE_CHECKING:
+    import cupy
     import torch
 
 
 def attach(
     model: str | os.PathLike[str] | None = None,
     *,
-    device: str | None = "cpu",
+    device: str | None = None,
     wait: bool = True,
     timeout: float | None = None,
     socket: str | os.PathLike[str] | None = None,
@@ -35,17 +45,23 @@ def attach(
     tensors: Mapping[str, Any] | None = None,
     expect_digest: str | Mapping[str, str] | None = None,
     strict: bool = False,
+    private: bool = False,
 ) -> Weights:
     """Map a model's weights into this process, staging the model first where nobody has.
 
-    ``model`` is a URI or a path, as in ``POST /v1/stage``; ``stage`` names a stage by its id instead. ``parallel``,
+    ``model`` is a URI or a path, as in ``POST /v1/stage``; ``stage`` names a stage by its id instead. ``device`` is
+    where to, ``cuda:N`` as this process counts its GPUs, or ``cpu``; by default the node's own default. ``parallel``,
     ``tensors`` and ``expect_digest`` are as in that request. ``tp_rank`` picks one segment of a stage that has several;
     without ``parallel`` it finds the stage that somebody else asked for. ``wait=False`` returns as soon as there is
     memory, for ``Weights.stream()``. ``timeout`` in seconds bounds the waiting. ``socket`` is the lease socket, or the
-    runtime directory that it is in (default: ``WEIGHTD_RUNTIME_DIR``). ``strict`` maps the weights read-only: a stray
-    write is then a segmentation fault, where it else stays this process's own.
+    runtime directory that it is in (default: ``WEIGHTD_RUNTIME_DIR``).
 
-    Raises DaemonUnavailable, RequestRefused, StageFailed, DigestMismatch, AttachTimeout.
+    A write to host memory stays this process's own; with ``strict`` it is a segmentation fault. On a GPU there is no
+    copy-on-write: weights are always mapped read-only, and a kernel that writes to them ends this process's CUDA
+    context. Who wants to change weights there asks for a copy of its own with ``private``, which takes as much memory
+    again.
+
+    Raises DaemonUnavailable, DeviceUnavailable, RequestRefused, StageFailed, DigestMismatch, AttachTimeout.
 
     >>> with attach("s3://models/llama-3-8b") as weights:
     ...     embedding = weights["model.embed_tokens.weight"]
@@ -54,6 +70,8 @@ def attach(
         raise RequestRefused("name either a model or a stage", code="invalid_request")
     message: dict[str, Any] = {"op": "lease", "stage": stage, "tp_rank": tp_rank, "stream": not wait}
     if model is not None:
+        if device is not None and device.partition(":")[0] == "cuda":
+            device = gpu_by_name(device).uuid  # the daemon may count GPUs differently
         request: dict[str, Any] = {"model": _uri(model), "device": device}
         if parallel is not None:
             request["parallel"] = dict(parallel)
@@ -62,10 +80,12 @@ def attach(
         if expect_digest is not None:
             request["expect_digest"] = expect_digest if isinstance(expect_digest, str) else dict(expect_digest)
         message["request"] = request
+    if private and not wait:
+        raise RequestRefused("private=True copies weights that are ready: wait for them", code="invalid_request")
     connection = LeaseConnection(socket_path(socket), message)
     reply, fds = connection.acquire(timeout)
     try:
-        return Weights(connection, reply, fds, strict=strict)
+        return Weights(connection, reply, fds, strict=strict, private=private)
     except BaseException:
         connection.close()
         raise
@@ -83,10 +103,19 @@ class Weights(Mapping[str, "torch.Tensor"]):
     and their memory mapped, as long as anybody holds them. Made by ``attach``.
     """
 
-    def __init__(self, connection: LeaseConnection, reply: dict[str, Any], fds: list[int], *, strict: bool) -> None:
+    def __init__(
+        self,
+        connection: LeaseConnection,
+        reply: dict[str, Any],
+        fds: list[int],
+        *,
+        strict: bool = False,
+        private: bool = False,
+    ) -> None:
         self._connection = connection
         weakref.finalize(self, connection.close).atexit = False  # the kernel sees to that
         self._strict = strict
+        self._private = private
         self._callbacks: list[Callable[[float], None]] = []
         self._revoked: float | None = None
         self._lock = threading.Lock()
@@ -105,9 +134,15 @@ class Weights(Mapping[str, "torch.Tensor"]):
             segment, manifest = fds
             with mmap.mmap(manifest, reply["manifest_nbytes"], prot=mmap.PROT_READ) as text:
                 self.manifest = Manifest.decode(text[:])
-            self._mapping = map_segment(segment, reply["nbytes"], strict=self._strict)
+            self._mapping = self._map(segment, reply)
         finally:
             wire.close_all(fds)
+
+    def _map(self, fd: int, reply: dict[str, Any]) -> SegmentMapping:
+        if reply["gpu"] is None:
+            return map_host(fd, reply["nbytes"], strict=self._strict)
+        gpu = gpu_by_uuid(reply["gpu"])
+        return CudaMapping(gpu, fd, reply["nbytes"], reply["footprint"], private=self._private)
 
     def _keep(self) -> None:
         """From now on a thread keeps the lease, over restarts of the daemon too."""
@@ -163,9 +198,24 @@ class Weights(Mapping[str, "torch.Tensor"]):
         """The tensor, sharing the segment's memory. Raises KeyError, UnsupportedDtype, NotReady while streaming."""
         return self._mapping.tensor(self._checked(name))
 
-    def raw(self, name: str) -> memoryview:
-        """The tensor's bytes, whatever its dtype."""
-        return self._mapping.bytes(self._checked(name))
+    def raw(self, name: str) -> memoryview | DeviceBytes:
+        """The tensor's bytes, whatever its dtype: on a GPU an object with ``__cuda_array_interface__``."""
+        found: memoryview | DeviceBytes = self._mapping.bytes(self._checked(name))
+        return found
+
+    def cupy(self, name: str) -> cupy.ndarray:
+        """The tensor as a CuPy array that shares the segment's memory. Raises KeyError, UnsupportedDtype, NotReady.
+
+        Raises DeviceUnavailable where the weights are in host memory.
+        """
+        if not isinstance(self._mapping, CudaMapping):
+            raise DeviceUnavailable("the weights are in host memory, where CuPy has no arrays", code="not_on_gpu")
+        return self._mapping.cupy(self._checked(name))
+
+    @property
+    def device(self) -> str:
+        """Where the tensors are, as torch names the device in this process."""
+        return self._mapping.device
 
     def _checked(self, name: str) -> Entry:
         index = self._index[name]

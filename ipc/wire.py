@@ -4,11 +4,15 @@ A lease connection, from the client's side::
 
     → {"op": "lease", "stage": id or null, "request": stage request or null, "tp_rank": int or null, "stream": bool}
     ← {"type": "progress", "stage", "state", "bytes_done", "bytes_total"}       any number, while waiting
-    ← {"type": "lease", "lease", "stage", "nbytes", "manifest_nbytes", "ready"} + descriptors: segment, manifest
+    ← {"type": "lease", "lease", "stage", "nbytes", "manifest_nbytes", "ready", "gpu", "footprint"}
+                                                                                + descriptors: segment, manifest
     ← {"type": "verified", "entries": [[first, last], ...]}                     any number, where not ready yet
     ← {"type": "ready", "digest", "checkpoint_digest"}                          where it was not ready yet
     ← {"type": "revoked", "seconds"}                                            it is to be given up within that time
     ← {"type": "error", "code", "message", "details"}                           instead of any of these; then the end
+
+``gpu`` is the UUID of the GPU whose memory the segment's descriptor stands for, null for host memory; ``footprint`` the
+bytes of the allocation behind it, which is mapped whole.
 
 After a restart of the daemon a client leases the same again, with ``"renews": {"lease", "digest"}`` beside ``stage``
 and ``tp_rank``: the id that the lease had, and the segment's digest, without which it is refused.

@@ -22,6 +22,7 @@ from weightd.daemon.devices.cpu import CpuDevice
 from weightd.daemon.digests import leaf_digest
 from weightd.daemon.errors import InsufficientCapacity, LeaseLimit, StageLeased, StageRevoked
 from weightd.daemon.ledger import Ledger
+from weightd.daemon.limits import FillLimits
 from weightd.daemon.manifests import SealedManifest
 from weightd.daemon.metrics import Metrics
 from weightd.daemon.moving import move_segments
@@ -34,6 +35,7 @@ PAGE = mmap.PAGESIZE
 CAPACITY = 8 * PAGE
 LEASES_PER_USER = 3
 DEVICES = ("cpu:0", "cpu:1")
+LIMITS = FillLimits(threads=1, in_flight_bytes=1 << 20, extent_bytes=1 << 20, bounce_buffers=2, retry_deadline=1.0)
 
 
 @dataclass
@@ -94,7 +96,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         missing = sum(seen.nbytes for seen in held) + needed - CAPACITY
         candidates = [seen for seen in held if seen.may_go]
         evictable = sum(seen.nbytes for seen in candidates)
-        make = make or (lambda: self.residency.make_room("/new", device, needed))
+        make = make or (lambda: self.residency.make_room("/new", {device: needed}))
         if evictable < missing:
             with pytest.raises(InsufficientCapacity) as refused:
                 make()
@@ -146,9 +148,9 @@ class ResidencyMachine(RuleBasedStateMachine):
             return
         nbytes = pages * PAGE
         request = StageRequest(model="/x", priority=priority, pin=pin, ttl_seconds=ttl)
-        stage = Stage("file:///x", device, request, None)
+        stage = Stage("file:///x", [device], request, None)
         self.residency.keep(stage)
-        stage.footprint = nbytes
+        stage.reserved = {device: nbytes}
         segment = self.residency.devices[device].allocate(nbytes, stage.id)
         mark = len(self.residency.stages) % 251
         segment.view[:] = bytes([mark]) * nbytes
@@ -262,6 +264,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         lent: list[Lease] = []
 
         async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+            if not arguments:
+                return function()  # opening the device
             others = [other.nbytes for other in self.on(target) if other.stage.state == "ready"]
             assert self.residency.used(target) == sum(others) + seen.nbytes
             assert not residency_module.evictable(seen.stage, self.clock)
@@ -270,7 +274,9 @@ class ResidencyMachine(RuleBasedStateMachine):
             return function(*arguments)
 
         def move() -> None:
-            coroutine = move_segments(self.residency, self.deposits, seen.stage, target, 1, in_thread)
+            coroutine = move_segments(
+                self.residency, self.deposits, seen.stage, self.residency.devices[target], LIMITS, in_thread
+            )
             try:
                 self.loop.run_until_complete(coroutine)
             except StageLeased:

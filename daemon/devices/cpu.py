@@ -8,7 +8,9 @@ import fcntl
 import gc
 import mmap
 import os
+import re
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from weightd.daemon.errors import InsufficientCapacity
@@ -28,16 +30,41 @@ DEFAULT_SHARE = 0.5
 class CpuDevice:
     """The host's memory, as far as ``capacity`` bytes of it."""
 
+    uuid = None
+    handles = ("fd",)
+
     def __init__(self, name: str, capacity: int | None) -> None:
         self.name = name
         self.capacity = int(available_memory() * DEFAULT_SHARE) if capacity is None else capacity
 
+    def open(self) -> None:
+        """It always is."""
+
+    def available(self) -> None:
+        return None
+
+    def describe(self) -> dict[str, str | int | None]:
+        return {}
+
+    def buffers(self, nbytes: int) -> HostBuffers:
+        return HostBuffers(nbytes)
+
+    def copier(self) -> None:
+        return None
+
+    def streams_into(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        """There is nothing."""
+
     def footprint(self, nbytes: int) -> int:
         return max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
 
-    def allocate(self, nbytes: int, label: str) -> CpuSegment:
+    def allocate(self, nbytes: int, label: str, handle: str = "fd") -> CpuSegment:
+        assert handle in self.handles
         try:
-            return CpuSegment(_create(self.footprint(nbytes), label), nbytes)
+            return CpuSegment(self, _create(self.footprint(nbytes), label), nbytes)
         except OSError as error:
             if error.errno not in (errno.ENOMEM, errno.ENOSPC, errno.EFBIG, errno.EMFILE, errno.ENFILE):
                 raise
@@ -50,7 +77,20 @@ class CpuDevice:
     def adopt(self, fd: int, nbytes: int) -> CpuSegment:
         if os.fstat(fd).st_size != self.footprint(nbytes):
             raise ValueError(f"a segment of {os.fstat(fd).st_size} bytes, expected are {self.footprint(nbytes)}")
-        return CpuSegment(fd, nbytes)
+        return CpuSegment(self, fd, nbytes)
+
+
+class HostBuffers:
+    """Bounce buffers in this process's memory."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+
+    def take(self) -> mmap.mmap:
+        return mmap.mmap(-1, self._nbytes, mmap.MAP_PRIVATE)
+
+    def give(self, buffer: mmap.mmap) -> None:
+        """It goes when its last view does."""
 
 
 def _create(footprint: int, label: str) -> int:
@@ -74,8 +114,9 @@ class CpuSegment:
 
     handle = "fd"
 
-    def __init__(self, fd: int, nbytes: int) -> None:
+    def __init__(self, device: CpuDevice, fd: int, nbytes: int) -> None:
         """Take over a memfd, new or adopted; it is closed where that fails. Raises OSError."""
+        self.device = device
         self.fd = fd
         self.nbytes = nbytes
         # Reading to a page of its own zeroes it and faults it in first, which costs several times the copy; write(2)
@@ -175,6 +216,12 @@ class CpuSegment:
             finally:
                 os.close(self.fd)
                 self.fd = -1
+
+
+def discover(capacity: Mapping[str, int]) -> list[CpuDevice]:
+    """``cpu``, and ``cpu:0`` and so on, there where ``capacity`` says how large they are."""
+    further = [name for name in capacity if re.fullmatch(r"cpu:\d{1,4}", name)]
+    return [CpuDevice(name, capacity.get(name)) for name in ("cpu", *sorted(further))]
 
 
 def huge_pages() -> bool:

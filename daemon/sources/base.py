@@ -67,5 +67,8 @@ class Source(Protocol):
     def read(self, name: str, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes at ``offset``: for headers and configuration, never for weights."""
 
-    def reader(self, files: Sequence[SourceFile]) -> Reader:
-        """A reader for extents whose ``file`` is an index into ``files``. Raises CheckpointChanged."""
+    def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> Reader:
+        """A reader for extents whose ``file`` is an index into ``files``. Raises CheckpointChanged.
+
+        ``native``: it has to be one that can write to a GPU's memory.
+        """

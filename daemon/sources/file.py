@@ -12,7 +12,7 @@ from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, Invalid
 from weightd.daemon.extents import Extent
 from weightd.daemon.fill import Fill, Landing
 from weightd.daemon.sources import Allow
-from weightd.daemon.sources.base import SourceFile, changed
+from weightd.daemon.sources.base import Reader, SourceFile, changed
 
 MAX_FILES = 100_000
 """Files in one folder, over which it is taken for no checkpoint."""
@@ -97,8 +97,14 @@ class FileSource:
         finally:
             os.close(fd)
 
-    def reader(self, files: Sequence[SourceFile]) -> FileReader:
-        return FileReader(self, files)
+    def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> Reader:
+        if not native:
+            return FileReader(self, files)
+        from weightd.daemon.sources.streamed import StreamerReader
+
+        for file in files:
+            self._check_allowed(self._root / file.name)
+        return StreamerReader(self, files, [str(self._root / file.name) for file in files])
 
 
 def _source_file(name: str, status: os.stat_result) -> SourceFile:

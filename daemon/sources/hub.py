@@ -113,14 +113,14 @@ class HubSource:
         with self._fetch(name).open("rb") as file:
             return os.pread(file.fileno(), length, offset)
 
-    def reader(self, files: Sequence[SourceFile]) -> Reader:
+    def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> Reader:
         paths = [self._fetch(file.name) for file in files]
         if not self._was_cached and files:
             # Under the name that was asked for, so that the cache knows next time which commit that is.
             self._fetch(files[0].name, self._asked or "main")
         folder = Path(str(paths[0]).removesuffix(files[0].name)) if paths else Path()
         local = _local(folder)
-        return local.reader([local.stat(file.name) for file in files])
+        return local.reader([local.stat(file.name) for file in files], native=native)
 
 
 def _local(folder: Path) -> FileSource:

@@ -34,6 +34,7 @@ class _Device(ctypes.Structure):
 
 
 _HOST = _Device(0, 0)
+_CUDA = 1
 
 
 class Response(NamedTuple):
@@ -136,11 +137,19 @@ class Streamer:
         if code != SUCCESS:
             raise OSError(f"libstreamer {what}: {describe(code)} (code {code})")
 
-    def submit(self, uri: str, offsets: Sequence[int], sizes: Sequence[int], addresses: Sequence[int]) -> int:
+    def submit(
+        self,
+        uri: str,
+        offsets: Sequence[int],
+        sizes: Sequence[int],
+        addresses: Sequence[int],
+        device: int | None = None,
+    ) -> int:
         """Ask for ranges of one object, each to its own absolute address; returns the submission's number.
 
-        Bytes land in any order. The three sequences are parallel; offsets and sizes in bytes. Does not block.
-        Raises OSError where the library refuses the submission as a whole (nothing of it is in flight then).
+        Bytes land in any order. The three sequences are parallel; offsets and sizes in bytes. ``device`` is the number
+        of the GPU whose memory the addresses are, as the driver counts them in this process; None: host memory. Does
+        not block. Raises OSError where the library refuses the submission as a whole (nothing of it is in flight then).
         """
         count = len(sizes)
         submission = ctypes.c_uint64()
@@ -153,7 +162,7 @@ class Streamer:
             (ctypes.c_size_t * count)(*offsets),
             (ctypes.c_size_t * count)(*sizes),
             (ctypes.c_void_p * count)(*addresses),
-            _HOST,
+            _HOST if device is None else _Device(_CUDA, device),
         )
         self._check(code, "request")
         return submission.value

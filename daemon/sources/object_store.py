@@ -7,32 +7,21 @@ threads write each range to its final address. Both take credentials and endpoin
 from __future__ import annotations
 
 import contextlib
-import heapq
 import os
-import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, InvalidRequest, NotAllowed, SourceFailed
-from weightd.daemon.extents import Extent
-from weightd.daemon.fill import Fill, Landing
-from weightd.daemon.sources import Allow, libstreamer
-from weightd.daemon.sources.base import SourceFile, changed
-from weightd.daemon.sources.window import Window
+from weightd.daemon.errors import CheckpointNotFound, InvalidRequest, NotAllowed, SourceFailed
+from weightd.daemon.sources import Allow
+from weightd.daemon.sources.base import SourceFile
+from weightd.daemon.sources.streamed import StreamerReader
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 MAX_OBJECTS = 100_000
 """Objects below one prefix, over which it is taken for no checkpoint."""
-
-# Codes of libstreamer 0.17, by what they mean for the range. Trying again can help: file access (what every HTTP error
-# comes out as), end of file, too many open files, unknown, unexpected number of bytes, retryable.
-_RETRYABLE = frozenset({2, 3, 6, 11, 15, 19})
-# After an unknown error the library may still write to the destination, which must not be used again before the
-# streamer has been closed.
-_UNSETTLED = frozenset({11})
 
 
 def open_source(uri: str, allow: Allow) -> ObjectStoreSource:
@@ -162,8 +151,8 @@ class ObjectStoreSource:
                 raise CheckpointNotFound(f"{uri}: no such bucket") from None
             raise SourceFailed(f"{uri}: {_reason(error)}") from None
 
-    def reader(self, files: Sequence[SourceFile]) -> ObjectStoreReader:
-        return ObjectStoreReader(self, files)
+    def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> StreamerReader:
+        return StreamerReader(self, files, [f"{self.base}/{file.name}" for file in files])
 
 
 def _version(meta: Any) -> str:
@@ -175,116 +164,3 @@ def _version(meta: Any) -> str:
 def _reason(error: BaseException) -> str:
     """The error's first line: obstore appends a debug dump that repeats it."""
     return str(error).strip().splitlines()[0][:500]
-
-
-class _Due(NamedTuple):
-    """An extent to be asked for at a time (monotonic seconds), earlier ones in a file first."""
-
-    at: float
-    file: int
-    offset: int
-    extent: Extent
-
-
-class ObjectStoreReader:
-    """Keeps a bounded number of bytes in flight in one native streamer, and takes ranges as they land.
-
-    A streamer serves one stage, and so one set of credentials, however many files there are: closing it is the
-    library's only way to say that nothing writes to this stage's memory any more.
-    """
-
-    def __init__(self, source: ObjectStoreSource, files: Sequence[SourceFile]) -> None:
-        self._source = source
-        self._files = files
-        self._uris = [f"{source.base}/{file.name}" for file in files]
-        try:
-            self._streamer = libstreamer.Streamer()
-        except (libstreamer.StreamerUnavailable, OSError) as error:
-            raise SourceFailed(f"{source.uri}: {error}") from None
-
-    def run(self, fill: Fill) -> None:
-        in_flight: dict[int, tuple[Extent, Landing]] = {}
-        waiting: list[_Due] = []
-        nbytes = 0
-        window = Window(fill.in_flight_bytes, fill.extent_bytes)
-        last_progress = time.monotonic()
-        while not fill.stopped:
-            if not in_flight:
-                last_progress = time.monotonic()
-            deferred: list[_Due] = []  # due, but with no bounce buffer to be had
-            while nbytes < window.nbytes and len(deferred) <= len(in_flight):
-                extent = self._next(fill, waiting)
-                if extent is None:
-                    break
-                landing = fill.landing(extent, wait=False)
-                if landing is None:
-                    deferred.append(_Due(time.monotonic(), extent.file, extent.offset, extent))
-                    continue
-                in_flight[self._submit(fill, extent, landing)] = (extent, landing)
-                nbytes += extent.nbytes
-            for due in deferred:
-                heapq.heappush(waiting, due)
-            if not in_flight:
-                if not waiting:
-                    return
-                fill.wait(max(0.001, waiting[0].at - time.monotonic()))
-                continue
-            with fill.phase("source"):
-                response = self._streamer.response(0.1)
-            if response is None:
-                fill.check_stall(last_progress, [self._uris[extent.file] for extent, _ in in_flight.values()])
-                continue
-            last_progress = time.monotonic()
-            extent, landing = in_flight.pop(response.submission)
-            nbytes -= extent.nbytes
-            if response.code == libstreamer.SUCCESS:
-                window.landed(extent.nbytes, last_progress)
-                fill.landed(extent, landing)
-                continue
-            at = time.monotonic() + self._failed(fill, extent, response.code)
-            again = [(extent, landing)]
-            if response.code in _UNSETTLED:
-                # All that is in flight is asked for anew, once nothing of the old streamer can still write.
-                self._streamer.close()
-                self._streamer = libstreamer.Streamer()
-                again += in_flight.values()
-                in_flight.clear()
-                nbytes = 0
-            for other, place in again:
-                fill.abandon(place)
-                heapq.heappush(waiting, _Due(at, other.file, other.offset, other))
-
-    def _next(self, fill: Fill, waiting: list[_Due]) -> Extent | None:
-        """What to ask for next: what failed and is due again before what is new."""
-        if waiting and waiting[0].at <= time.monotonic():
-            return heapq.heappop(waiting).extent
-        return fill.next()
-
-    def _failed(self, fill: Fill, extent: Extent, code: int) -> float:
-        """Seconds until the next try; raises where there is no point in one. HEAD says why, the library does not."""
-        uri, planned = self._uris[extent.file], self._files[extent.file]
-        if code not in _RETRYABLE:
-            raise SourceFailed(f"{uri}: {libstreamer.describe(code)} (libstreamer code {code})")
-        if not extent.attempts:
-            try:
-                found = self._source.stat(planned.name)
-            except CheckpointNotFound:
-                raise CheckpointChanged(f"{uri} was there when planning, and is gone: stage it again") from None
-            except SourceFailed:
-                pass  # the store is away: that may pass
-            else:
-                if found != planned:
-                    raise changed(planned, found)
-        return fill.failed(extent, uri, libstreamer.describe(code))
-
-    def _submit(self, fill: Fill, extent: Extent, landing: Landing) -> int:
-        while True:
-            try:
-                return self._streamer.submit(
-                    self._uris[extent.file], [extent.offset], [extent.nbytes], [landing.address]
-                )
-            except OSError as error:
-                fill.wait(fill.failed(extent, self._uris[extent.file], str(error)))
-
-    def close(self) -> None:
-        self._streamer.close()

@@ -56,8 +56,9 @@ def load(
     """A Transformers model in eval mode, whose parameters and persistent buffers are attached, not copied.
 
     ``model`` is a URI or a path, which is attached with ``options`` (``attach``'s: ``stage``, ``device``, ``timeout``,
-    ``socket``, ``tensors``, ``expect_digest``, ``strict``) and leased until the model is garbage; or Weights that are
-    attached already, whose lease stays the caller's to end, and which the model keeps from being garbage.
+    ``socket``, ``tensors``, ``expect_digest``, ``strict``, ``private``) and leased until the model is garbage; or
+    Weights that are attached already, whose lease stays the caller's to end, and which the model keeps from being
+    garbage.
 
     ``model_class`` is a model class or an auto class; default: the class that the configuration's ``architectures``
     name, else AutoModel. A base model may be loaded from a checkpoint with a head and does without it.
@@ -77,12 +78,12 @@ def load(
             raise TypeError(f"the weights are attached already: {', '.join(options)} cannot be said any more")
         weights = model
     else:
-        weights = attach(model, wait=False, **options)
+        weights = attach(model, wait=bool(options.get("private")), **options)
     try:
         # The model is built, and refused, while the daemon may still be loading its bytes.
         built = _build(weights, model_class, config, _torch_dtype(dtype))
         sources = _match(built, weights)
-        _compute_buffers(built, torch.device(weights.manifest.device))
+        _compute_buffers(built, torch.device(weights.device))
         weights.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0))
         _bind(built, weights, sources)
     except BaseException:

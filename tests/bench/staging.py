@@ -10,6 +10,8 @@ from pathlib import Path
 from tests.bench.measure import Sample, faulted_memfd, timed, warm_cache, warm_memory
 from weightd.daemon.cache import Cache
 from weightd.daemon.checkpoint import list_checkpoint, open_checkpoint
+from weightd.daemon.devices import Device
+from weightd.daemon.devices.cpu import CpuDevice
 from weightd.daemon.extents import Demands, plan_extents
 from weightd.daemon.layout import checkpoint_layout
 from weightd.daemon.request import StageRequest
@@ -71,7 +73,8 @@ class FaultedSegment:
     writable = True
     buffered = False
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, device: Device, nbytes: int) -> None:
+        self.device = device
         self.nbytes = nbytes
         self.fd, self._map = faulted_memfd(nbytes)
         self.footprint = len(self._map)
@@ -102,12 +105,13 @@ def pipeline(model: str, cache_dir: str, files: list[str]) -> Sample:
     request = StageRequest(model=model)
     uri = canonical(model)
     source = open_source(uri, Allow())
-    segment = FaultedSegment(make_plan(source, list_checkpoint(uri, source), request, cache).recipes[0].nbytes)
+    host = CpuDevice("cpu", 0)
+    segment = FaultedSegment(host, make_plan(source, list_checkpoint(uri, source), request, cache).recipes[0].nbytes)
     warm_cache(files)
     with timed() as sample:
         source = open_source(uri, Allow())
         plan = make_plan(source, list_checkpoint(uri, source), request, cache)
-        loading = Loading(source, plan, request, cache, limits)
+        loading = Loading(source, plan, request, [host], cache, limits)
         loading.lay_out()
         fill = loading.prepare([segment], loading.ledger(), lambda segment, entries: None)
         planned = time.perf_counter()

@@ -227,9 +227,9 @@ YEAR = 365 * 86400.0
 def stage() -> Iterator[tuple[Residency, Stage]]:
     """A ready stage that lives for an hour without a lease."""
     residency = Residency({"cpu": CpuDevice("cpu", GiB)}, Deposits(), Metrics(), lease_grace=30, max_leases_per_user=9)
-    found = Stage("file:///x", "cpu", StageRequest(model="/x", ttl_seconds=3600), None)
+    found = Stage("file:///x", ["cpu"], StageRequest(model="/x", ttl_seconds=3600), None)
     residency.keep(found)
-    found.footprint = mmap.PAGESIZE
+    found.reserved = {"cpu": mmap.PAGESIZE}
     found.segments = [CpuDevice("cpu", GiB).allocate(mmap.PAGESIZE, found.id)]
     found.ledger = Ledger.new(0, 0, bytes(16))
     found.enter("ready")

@@ -1,0 +1,188 @@
+"""Copies between pinned host memory and one GPU, on streams of their own, and digests of what lies on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import util
+from typing import TYPE_CHECKING
+
+from weightd.daemon.devices.pinned import PinnedBuffers, address_of
+from weightd.daemon.digests import LEAF, leaf_digest
+from weightd.daemon.recipe import Block
+from weightd.ipc.cuda import Gpu, call, driver
+
+if TYPE_CHECKING:
+    from weightd.daemon.devices.gpu_digests import GpuDigests
+
+log = logging.getLogger(__name__)
+
+_NON_BLOCKING = 0x1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream
+_NO_TIMING = 0x2  # CU_EVENT_DISABLE_TIMING
+_BLOCKING_SYNC = 0x1  # CU_EVENT_BLOCKING_SYNC: who waits sleeps instead of spinning
+
+
+class Stream:
+    """One stream of a GPU."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        with gpu.context():
+            self.handle = call("cuStreamCreate", _NON_BLOCKING)
+
+    def mark(self) -> Event:
+        """After what was asked for so far."""
+        return Event(self)
+
+    def close(self) -> None:
+        """Wait for all of it, and let the stream go."""
+        with self.gpu.context():
+            call("cuStreamSynchronize", self.handle)
+            call("cuStreamDestroy", self.handle)
+
+
+class Event:
+    """A point in a stream, to be waited for once."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._gpu = stream.gpu
+        with self._gpu.context():
+            self._event = call("cuEventCreate", _NO_TIMING | _BLOCKING_SYNC)
+            call("cuEventRecord", self._event, stream.handle)
+
+    def wait(self) -> None:
+        with self._gpu.context():
+            try:
+                call("cuEventSynchronize", self._event)
+            finally:
+                call("cuEventDestroy", self._event)
+
+
+class CudaCopier:
+    """One stream for copies; digests are computed beside it. May be used by many threads at once."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._stream = Stream(gpu)
+        self._digests: GpuDigests | HostDigests | None = None
+
+    def put(self, address: int, block: Block, source: int) -> None:
+        with self._gpu.context():
+            if block.rows == 1:
+                call("cuMemcpyHtoDAsync", address + block.target, source + block.source, block.run, self._stream.handle)
+                return
+            cuda = driver()
+            copy = cuda.CUDA_MEMCPY2D()
+            copy.srcMemoryType = cuda.CUmemorytype.CU_MEMORYTYPE_HOST
+            copy.srcHost = source + block.source
+            copy.srcPitch = block.source_stride
+            copy.dstMemoryType = cuda.CUmemorytype.CU_MEMORYTYPE_DEVICE
+            copy.dstDevice = cuda.CUdeviceptr(address + block.target)
+            copy.dstPitch = block.target_stride
+            copy.WidthInBytes = block.run
+            copy.Height = block.rows
+            call("cuMemcpy2DAsync", copy, self._stream.handle)
+
+    def fetch(self, target: int, address: int, nbytes: int) -> None:
+        with self._gpu.context():
+            call("cuMemcpyDtoHAsync", target, address, nbytes, self._stream.handle)
+
+    def mark(self) -> Event:
+        return self._stream.mark()
+
+    def leaves(self, ranges: Sequence[tuple[int, int]]) -> Sequence[int]:
+        if self._digests is None:
+            self._digests = digests_for(self._gpu)
+        return self._digests.leaves(ranges)
+
+    def close(self) -> None:
+        if self._digests is not None:
+            self._digests.close()
+        self._stream.close()
+
+
+class HostDigests:
+    """Digests computed on the host, of bytes that are read back from the GPU: where CuPy is not there."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="digest")
+        self._buffers = PinnedBuffers(gpu, _READ_BACK)
+        self._own = threading.local()
+        self._streams: list[Stream] = []
+
+    def leaves(self, ranges: Sequence[tuple[int, int]]) -> Sequence[int]:
+        return [leaf for part in self._pool.map(self._some, _lots(ranges)) for leaf in part]
+
+    def _some(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
+        """Leaf digests of ranges that fit into one buffer together."""
+        if not hasattr(self._own, "stream"):
+            self._own.buffer, self._own.stream = self._buffers.take(), Stream(self._gpu)
+            self._streams.append(self._own.stream)
+        buffer, stream = self._own.buffer, self._own.stream
+        target = address_of(buffer)
+        with self._gpu.context():
+            position = 0
+            for address, nbytes in ranges:
+                call("cuMemcpyDtoHAsync", target + position, address, nbytes, stream.handle)
+                position += nbytes
+        stream.mark().wait()
+        found, position = [], 0
+        with memoryview(buffer) as view:
+            for _, nbytes in ranges:
+                with view[position : position + nbytes] as leaf:
+                    found.append(leaf_digest(leaf))
+                position += nbytes
+        return found
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        for stream in self._streams:
+            stream.close()
+        self._buffers.close()
+
+
+_READ_BACK = 8 * LEAF
+
+
+def _lots(ranges: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[int, int]]]:
+    """Ranges in lots of at most ``_READ_BACK`` bytes."""
+    lot: list[tuple[int, int]] = []
+    nbytes = 0
+    for item in ranges:
+        if lot and nbytes + item[1] > _READ_BACK:
+            yield lot
+            lot, nbytes = [], 0
+        lot.append(item)
+        nbytes += item[1]
+    if lot:
+        yield lot
+
+
+def digests_for(gpu: Gpu) -> GpuDigests | HostDigests:
+    """What computes the digests of what lies on a GPU."""
+    if digest_path(gpu) == "host":
+        return HostDigests(gpu)
+    from weightd.daemon.devices.gpu_digests import GpuDigests
+
+    return GpuDigests(gpu)
+
+
+@cache
+def digest_path(gpu: Gpu) -> str:
+    """Where digests are computed: ``gpu``, or ``host`` where there is no CuPy that can do it there."""
+    # find_spec of a top-level package reads no code of it: importing CuPy takes half a second and 100 MB.
+    if util.find_spec("cupy") is None:
+        return "host"
+    from weightd.daemon.devices.gpu_digests import GpuDigests
+
+    try:
+        GpuDigests(gpu).check()
+    except Exception as error:
+        log.warning("cuda:%d: digests are computed on the host, CuPy cannot: %s", gpu.ordinal, error)
+        return "host"
+    return "gpu"
