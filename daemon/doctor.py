@@ -7,9 +7,10 @@ import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 from weightd.daemon.devices.cpu import available_memory
+from weightd.daemon.doctor_gpu import examine_gpus
+from weightd.daemon.finding import Finding
 from weightd.daemon.reload import NoKeeper, keeper_status
 from weightd.daemon.settings import Settings
 from weightd.daemon.sources import libstreamer
@@ -17,19 +18,14 @@ from weightd.ipc import Client, WeightdError
 from weightd.ipc.runtime_dir import API_SOCKET, LEASE_SOCKET
 
 
-class Finding(NamedTuple):
-    """One thing looked at. ``remedy`` is empty where there is nothing to mend."""
-
-    what: str
-    level: Literal["ok", "warning", "error"]
-    found: str
-    remedy: str = ""
-
-
 def examine() -> list[Finding]:
     """Look at everything. Raises nothing: what cannot be looked at is a finding."""
     findings: list[Finding] = []
-    for check in (_keeper, _daemon, _sockets, _memory, _memlock, _huge_pages, _files, _streamer, _credentials, _cache):
+    checks = (
+        _keeper, _daemon, _sockets, _memory, _memlock, _huge_pages, _files, _streamer, examine_gpus,
+        _credentials, _cache,
+    )  # fmt: skip
+    for check in checks:
         try:
             findings += check()
         except Exception as error:
@@ -120,7 +116,7 @@ def _memlock() -> Iterator[Finding]:
     else:
         yield Finding(
             "memlock", "warning", f"limit is {soft} bytes",
-            "ulimit -l unlimited, or CAP_IPC_LOCK: pinned buffers and RDMA registration need it; cpu segments do not",
+            "ulimit -l unlimited, or CAP_IPC_LOCK: pinned buffers, moves between cpu and GPUs at full speed, and RDMA need it",
         )  # fmt: skip
 
 

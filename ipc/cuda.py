@@ -99,6 +99,10 @@ def call(name: str, *arguments: Any) -> Any:
     return values[0] if len(values) == 1 else tuple(values) or None
 
 
+def _text(buffer: bytes) -> str:
+    return buffer.split(b"\0")[0].decode(errors="replace")
+
+
 class Gpu:
     """One GPU (or MIG instance) that this process sees, under the number that it has here."""
 
@@ -108,7 +112,7 @@ class Gpu:
         # v2 tells MIG instances of one GPU apart; newer bindings have it under the plain name.
         by = "cuDeviceGetUuid_v2" if hasattr(driver(), "cuDeviceGetUuid_v2") else "cuDeviceGetUuid"
         number = uuid.UUID(bytes=bytes(call(by, self.device).bytes))
-        self.name: str = call("cuDeviceGetName", 100, self.device).rstrip(b"\0").decode(errors="replace")
+        self.name: str = _text(call("cuDeviceGetName", 100, self.device))
         self.uuid = f"{'MIG' if self.is_mig else 'GPU'}-{number}"
         self.total_bytes: int = call("cuDeviceTotalMem", self.device)
         self._lock = threading.Lock()
@@ -129,6 +133,11 @@ class Gpu:
             if error.sticky:
                 raise
             return 0
+
+    @property
+    def pci_address(self) -> str:
+        """Where it hangs, as ``/sys/bus/pci/devices`` has it."""
+        return _text(call("cuDeviceGetPCIBusId", 32, self.device)).lower()
 
     @property
     def active(self) -> bool:

@@ -120,8 +120,7 @@ def cpus_near(gpu: Gpu) -> set[int]:
 def numa_node(gpu: Gpu) -> int | None:
     """The NUMA node that the GPU hangs on, by its PCI address."""
     try:
-        slot = call("cuDeviceGetPCIBusId", 32, gpu.device).rstrip(b"\0").decode().lower()
-        node = int(Path(f"/sys/bus/pci/devices/{slot}/numa_node").read_text())
+        node = int(Path(f"/sys/bus/pci/devices/{gpu.pci_address}/numa_node").read_text())
     except (CudaError, OSError, ValueError):
         return None
     return node if node >= 0 else None
