@@ -116,7 +116,7 @@ def _memlock() -> Iterator[Finding]:
     else:
         yield Finding(
             "memlock", "warning", f"limit is {soft} bytes",
-            "ulimit -l unlimited, or CAP_IPC_LOCK: pinned buffers, moves between cpu and GPUs at full speed, and RDMA need it",
+            "ulimit -l unlimited, or CAP_IPC_LOCK: pinned buffers, fast moves between cpu and GPUs, and RDMA need it",
         )  # fmt: skip
 
 

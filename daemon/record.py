@@ -124,6 +124,8 @@ def restore(parts: Mapping[str, int], devices: Mapping[str, Device]) -> Stage:
         stage.ledger = Ledger.adopt(os.dup(parts["ledger"]))
         for index, (info, device) in enumerate(zip(stage.infos, found, strict=True)):
             stage.segments.append(device.adopt(os.dup(parts[f"segment/{index}"]), info.nbytes))
+            if stage.state == "ready":
+                stage.segments[-1].seal()
         for index, nbytes in enumerate(manifest_nbytes):
             stage.manifests.append(SealedManifest(os.dup(parts[f"manifest/{index}"]), nbytes))
     except (KeyError, ValueError, OSError) as error:

@@ -113,7 +113,10 @@ class Device(Protocol):
         """Make it ready for segments, where that has not been done; may take a second. Raises DeviceFailed."""
 
     def available(self) -> int | None:
-        """Bytes that an allocation could take now, whoever else uses the device; None: only allocating tells."""
+        """Bytes that an allocation may take now, whoever else uses the device; negative where they use of the reserve.
+
+        None: only allocating tells.
+        """
 
     def describe(self) -> dict[str, str | int | None]:
         """What the API says of it besides its capacity: the fields of ``DeviceRecord`` that only some kinds have."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import util
@@ -65,8 +66,10 @@ class Event:
 class CudaCopier:
     """One stream for copies; digests are computed beside it. May be used by many threads at once."""
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Gpu, buffers: Callable[[int], PinnedBuffers]) -> None:
+        """``buffers(nbytes)`` gives the GPU's bounce buffers of so many bytes."""
         self._gpu = gpu
+        self._buffers = buffers
         self._stream = Stream(gpu)
         self._digests: GpuDigests | HostDigests | None = None
 
@@ -96,7 +99,12 @@ class CudaCopier:
 
     def leaves(self, ranges: Sequence[tuple[int, int]]) -> Sequence[int]:
         if self._digests is None:
-            self._digests = digests_for(self._gpu)
+            if digest_path(self._gpu) == "gpu":
+                from weightd.daemon.devices.gpu_digests import GpuDigests
+
+                self._digests = GpuDigests(self._gpu)
+            else:
+                self._digests = HostDigests(self._gpu, self._buffers(_READ_BACK))
         return self._digests.leaves(ranges)
 
     def close(self) -> None:
@@ -108,12 +116,12 @@ class CudaCopier:
 class HostDigests:
     """Digests computed on the host, of bytes that are read back from the GPU: where CuPy is not there."""
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Gpu, buffers: PinnedBuffers) -> None:
         self._gpu = gpu
+        self._buffers = buffers
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="digest")
-        self._buffers = PinnedBuffers(gpu, _READ_BACK)
         self._own = threading.local()
-        self._streams: list[Stream] = []
+        self._taken: list[tuple[mmap.mmap, Stream]] = []
 
     def leaves(self, ranges: Sequence[tuple[int, int]]) -> Sequence[int]:
         return [leaf for part in self._pool.map(self._some, _lots(ranges)) for leaf in part]
@@ -122,7 +130,7 @@ class HostDigests:
         """Leaf digests of ranges that fit into one buffer together."""
         if not hasattr(self._own, "stream"):
             self._own.buffer, self._own.stream = self._buffers.take(), Stream(self._gpu)
-            self._streams.append(self._own.stream)
+            self._taken.append((self._own.buffer, self._own.stream))
         buffer, stream = self._own.buffer, self._own.stream
         target = address_of(buffer)
         with self._gpu.context():
@@ -141,9 +149,9 @@ class HostDigests:
 
     def close(self) -> None:
         self._pool.shutdown()
-        for stream in self._streams:
+        for buffer, stream in self._taken:
             stream.close()
-        self._buffers.close()
+            self._buffers.give(buffer)
 
 
 _READ_BACK = 8 * LEAF
@@ -161,15 +169,6 @@ def _lots(ranges: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[int, int
         nbytes += item[1]
     if lot:
         yield lot
-
-
-def digests_for(gpu: Gpu) -> GpuDigests | HostDigests:
-    """What computes the digests of what lies on a GPU."""
-    if digest_path(gpu) == "host":
-        return HostDigests(gpu)
-    from weightd.daemon.devices.gpu_digests import GpuDigests
-
-    return GpuDigests(gpu)
 
 
 @cache

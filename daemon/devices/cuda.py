@@ -24,6 +24,7 @@ from weightd.ipc.errors import DeviceUnavailable
 
 log = logging.getLogger(__name__)
 
+_LARGE_PAGE = 2 << 20
 IPC_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _REFUSALS = frozenset({1, 800, 801})  # invalid value, not permitted, not supported
 
@@ -78,14 +79,14 @@ class CudaDevice:
         if not self.gpu.active:
             return None
         free, _ = self.gpu.memory()
-        return max(0, free - self._limits.reserve)
+        return free - self._limits.reserve
 
     def describe(self) -> dict[str, str | int | None]:
-        path = self._path
+        path, available = self._path, self.available()
         return {
             "uuid": self.uuid,
             "total_bytes": self.gpu.total_bytes,
-            "available_bytes": self.available(),
+            "available_bytes": None if available is None else max(0, available),
             "fill_path": path.name if path else None,
             "digest_path": copying.digest_path(self.gpu) if path else None,
         }
@@ -93,7 +94,9 @@ class CudaDevice:
     def footprint(self, nbytes: int) -> int:
         if not self._granularity:
             minimum = driver().CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-            self._granularity = int(call("cuMemGetAllocationGranularity", self._properties(False), minimum))
+            self._granularity = _LARGE_PAGE  # of plain allocations, where there are no others
+            if "fd" in self.handles:
+                self._granularity = int(call("cuMemGetAllocationGranularity", self._properties(False), minimum))
         return max(1, -(-nbytes // self._granularity)) * self._granularity
 
     def allocate(self, nbytes: int, label: str, handle: str = "fd") -> FdSegment | IpcSegment:
@@ -125,7 +128,7 @@ class CudaDevice:
             return self._buffers.setdefault(nbytes, PinnedBuffers(self.gpu, nbytes))
 
     def copier(self) -> copying.CudaCopier:
-        return copying.CudaCopier(self.gpu)
+        return copying.CudaCopier(self.gpu, self.buffers)
 
     def streams_into(self) -> int | None:
         return self.gpu.ordinal if self._path is not None and self._path.name == "streamer" else None
@@ -151,11 +154,13 @@ class CudaDevice:
     def _properties(self, fabric: bool) -> object:
         cuda = driver()
         kinds = cuda.CUmemAllocationHandleType
-        wanted = kinds.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        wanted = int(kinds.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR)
+        if fabric:
+            wanted |= int(kinds.CU_MEM_HANDLE_TYPE_FABRIC)
         properties = cuda.CUmemAllocationProp()
         properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         properties.location = self.gpu.location
-        properties.requestedHandleTypes = kinds(wanted | kinds.CU_MEM_HANDLE_TYPE_FABRIC) if fabric else wanted
+        properties.requestedHandleTypes = wanted  # a set of kinds; the bindings' enumeration has single ones only
         properties.allocFlags.gpuDirectRDMACapable = int(
             bool(self.gpu.attribute("GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED"))
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import random
-import tempfile
 from typing import Literal, NamedTuple
 
 from weightd.daemon.sources import libstreamer
@@ -59,10 +58,12 @@ def _test(gpu: Gpu) -> None:
     try:
         call("cuMemsetD8", address, 0, _FILE_BYTES)
         call("cuCtxSynchronize")
-        with tempfile.NamedTemporaryFile(prefix="weightd-") as file:
-            file.write(data)
-            file.flush()
-            _read(gpu, file.name, pieces, address)
+        fd = os.memfd_create("weightd:self-test", os.MFD_CLOEXEC)  # a container may have no disk to write to
+        try:
+            os.write(fd, data)
+            _read(gpu, f"/proc/self/fd/{fd}", pieces, address)
+        finally:
+            os.close(fd)
         found = ctypes.create_string_buffer(_FILE_BYTES)
         call("cuMemcpyDtoH", ctypes.addressof(found), address, _FILE_BYTES)
     finally:
@@ -76,7 +77,7 @@ def _read(gpu: Gpu, path: str, pieces: list[tuple[int, int, int]], address: int)
     streamer = libstreamer.Streamer()
     try:
         for offset, nbytes, position in pieces:
-            streamer.submit(os.path.abspath(path), [offset], [nbytes], [address + position], gpu.ordinal)
+            streamer.submit(path, [offset], [nbytes], [address + position], gpu.ordinal)
         for _ in pieces:
             response = streamer.response(_TIMEOUT)
             if response is None:
