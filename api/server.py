@@ -28,7 +28,7 @@ from weightd.daemon.residency import Residency
 from weightd.daemon.settings import Settings
 from weightd.daemon.sockets import Listeners
 from weightd.daemon.sources import Allow
-from weightd.ipc import cuda
+from weightd.ipc import CudaError, cuda
 from weightd.ipc.runtime_dir import API_SOCKET, LEASE_SOCKET
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class _Stop:
         self._server.end()
 
 
-def _crash(deposits: Deposits, error: cuda.CudaError) -> None:
+def _crash(deposits: Deposits, error: CudaError) -> None:
     """End at once: nothing that this process does with that GPU can work any more, and the next one adopts it all."""
     log.critical("the GPU has failed, and with it this process: %s", error)
     deposits.dying(str(error))

@@ -12,6 +12,7 @@ from weightd.daemon.devices import Copier, Segment
 from weightd.daemon.digests import LEAF, leaf_digest
 from weightd.daemon.limits import FillLimits
 from weightd.daemon.recipe import Block
+from weightd.daemon.slots import address_of
 
 _CHUNK = 8 << 20
 _PIN = 64 << 20
@@ -42,18 +43,14 @@ def _host_to_host(source: Segment, target: Segment, at: int, size: int) -> None:
 
 def _to_or_from_gpu(gpu: Segment, host: Segment, limits: FillLimits, *, to_gpu: bool) -> None:
     """The GPU reads or writes the host's segment itself where it can be pinned; else through bounce buffers."""
-    from weightd.daemon.devices.cuda import CudaDevice
-    from weightd.daemon.devices.pinned import address_of, pinned
-
-    assert isinstance(gpu.device, CudaDevice)
-    device = gpu.device
-    buffers = device.buffers(limits.extent_bytes)
+    buffers = gpu.device.buffers(limits.extent_bytes)
 
     def copy(at: int, size: int) -> None:
-        copier = device.copier()
+        copier = gpu.device.copier()
+        assert copier is not None
         try:
-            with pinned(device.gpu, host_address + at, size, read_only=to_gpu) as can:
-                if can:
+            with copier.pin(host_address + at, size, read_only=to_gpu) as pinned:
+                if pinned:
                     _cross(copier, host_address + at, gpu.address + at, size, to_gpu=to_gpu)
                     return
             for start in range(at, at + size, limits.extent_bytes):

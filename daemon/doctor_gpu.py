@@ -11,8 +11,8 @@ from weightd.daemon.devices import streaming
 from weightd.daemon.devices.copier import digest_path
 from weightd.daemon.devices.pinned import numa_node
 from weightd.daemon.finding import Finding
-from weightd.ipc.cuda import CudaError, Gpu, call, gpus
-from weightd.ipc.errors import DeviceUnavailable
+from weightd.ipc.cuda import Gpu, call, gpus
+from weightd.ipc.errors import CudaError, DeviceUnavailable
 
 _INITIAL_NAMESPACES = {"pid": 0xEFFFFFFC, "ipc": 0xEFFFFFFF}
 """Inodes of the namespaces that the system started with: include/linux/proc_ns.h."""

@@ -7,8 +7,6 @@ same for all sources happens here. Methods may be called from any thread.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import hashlib
 import logging
 import mmap
 import random
@@ -27,8 +25,9 @@ from weightd.daemon.extents import Extent, Scatter
 from weightd.daemon.header import TensorInfo
 from weightd.daemon.ledger import Ledger, fingerprint, leaf_counts
 from weightd.daemon.limits import FillLimits
-from weightd.daemon.recipe import Block, Recipe
-from weightd.daemon.slots import Slots
+from weightd.daemon.ordered_hash import OrderedHash
+from weightd.daemon.recipe import Block, Recipe, copy_block
+from weightd.daemon.slots import Slots, address_of
 
 if TYPE_CHECKING:
     from prometheus_client import Counter
@@ -58,7 +57,7 @@ class Landing:
         self.slot = slot
         self.device = device
         self.holders = 1
-        """Who still reads from it."""
+        """Who still reads from it: what puts its bytes to their places, and the file's SHA-256 in its turn."""
 
 
 class Fill:
@@ -101,7 +100,7 @@ class Fill:
         self.leaves = [[next(found) for _ in recipe.entries] for recipe in recipes]
         self.tensor_leaves = dict(zip(hashed, found, strict=True))
         """Checkpoint tensors (by index) that are hashed in a bounce buffer, whole, as the checkpoint has them."""
-        self.sha256 = {file: _OrderedHash(prefix) for file, prefix in (sha256_prefixes or {}).items()}
+        self.sha256 = {file: OrderedHash(prefix) for file, prefix in (sha256_prefixes or {}).items()}
         self._tensors = tensors
         self._recipes = recipes
         self._segments = segments
@@ -120,8 +119,10 @@ class Fill:
         self._arrivals = Arrivals(segments, self._digest, self._fail) if on_device else None
         self._native = native
         self._buffered = on_device or (buffered and all(segment.buffered for segment in segments))
-        # Each reading thread has one at a time, and the last one is kept for the urgent.
-        count = max(limits.bounce_buffers, limits.threads + 1) if self._buffered else limits.bounce_buffers
+        # Each reading thread has one at a time, and the last one is kept for the urgent; on the way to a GPU as many
+        # again are being copied.
+        least = limits.threads * (2 if on_device else 1) + 1
+        count = max(limits.bounce_buffers, least) if self._buffered else limits.bounce_buffers
         largest = max((extent.nbytes for extent in extents), default=0)
         # Those of a device are kept for the next stage: all of one size, then.
         size = max(largest, limits.extent_bytes) if on_device else largest
@@ -207,7 +208,7 @@ class Fill:
             slot = self._slots.take(wait, self._stop, lambda: ordered is None or ordered.position == extent.offset)
         if slot is None:
             return None
-        return Landing([memoryview(slot)[: extent.nbytes]], ctypes.addressof(ctypes.c_char.from_buffer(slot)), slot)
+        return Landing([memoryview(slot)[: extent.nbytes]], address_of(slot), slot)
 
     def abandon(self, landing: Landing) -> None:
         """Give a landing back that nothing writes to any more."""
@@ -230,10 +231,16 @@ class Fill:
                 leaves = self.tensor_leaves[tensor]
                 self._hash(leaves, leaf, landing.views[0], 0, extent.nbytes)
                 self._compare(self._tensors[tensor].name, leaves, leaf, leaf_count(extent.nbytes))
+        ordered = self.sha256.get(extent.file)
+        landing.holders = 2 if ordered else 1
         if self._arrivals is None:
             self._land_on_host(extent, landing)
         else:
             self._send(extent, landing, self._arrivals)
+        if ordered:
+            with self.phase("verifying"):
+                ordered.add(extent.offset, extent.nbytes, landing.views[:], lambda: self._let_go(landing))
+            self._slots.wake()
 
     # ------------------------------------------------------------------ host memory
 
@@ -266,17 +273,8 @@ class Fill:
                 entry = self._recipes[segment].entries[index]
                 self._hash(self.leaves[segment][index], 0, self._segments[segment].view, entry.offset, entry.nbytes)
             self._landed[extent.index] = 1
-            self._in_order(extent, landing)
-            self._let_go(landing)
+        self._let_go(landing)
         self._tell(complete)
-
-    def _in_order(self, extent: Extent, landing: Landing) -> None:
-        """Where the file's SHA-256 is wanted, the landing is held until the extent's turn in it has come."""
-        if ordered := self.sha256.get(extent.file):
-            with self._lock:
-                landing.holders += 1
-            ordered.add(extent.offset, extent.nbytes, landing.views[:], lambda: self._let_go(landing))
-            self._slots.wake()
 
     # ------------------------------------------------------------------ device memory
 
@@ -298,8 +296,6 @@ class Fill:
                     touched.add(scatter.segment)
             marks = arrivals.marks(touched)
         arrivals.add(extent, marks, lambda: self._let_go(landing))
-        with self.phase("verifying"):
-            self._in_order(extent, landing)
 
     def _digest(self, extents: Sequence[Extent]) -> None:
         """These extents' bytes are in device memory: hash what lies there. Raises DigestMismatch."""
@@ -447,19 +443,8 @@ class Fill:
         block = scatter.block
         if block.rows == 1:
             segment.write(block.target, landing.views[0][block.source : block.source + block.run])
-            return
-        # numpy's strided copy drops the GIL. Imported here: most stages never need it.
-        import numpy
-        from numpy.lib.stride_tricks import as_strided
-
-        def rows(view: memoryview, start: int, stride: int) -> numpy.ndarray:
-            flat = numpy.frombuffer(view, numpy.uint8)[start:]
-            return as_strided(flat, (block.rows, block.run), (stride, 1))
-
-        numpy.copyto(
-            rows(segment.view, block.target, block.target_stride),
-            rows(landing.views[0], block.source, block.source_stride),
-        )
+        else:
+            copy_block(block, landing.views[0], segment.view)
 
 
 def ledger_for(tensors: Sequence[TensorInfo], recipes: Sequence[Recipe], extents: Sequence[Extent]) -> Ledger:
@@ -471,42 +456,3 @@ def ledger_for(tensors: Sequence[TensorInfo], recipes: Sequence[Recipe], extents
 def _hashed_tensors(extents: Sequence[Extent]) -> list[int]:
     """Checkpoint tensors that are hashed as such, by index."""
     return sorted({extent.tensor[0] for extent in extents if extent.tensor is not None})
-
-
-class _OrderedHash:
-    """SHA-256 of a file whose ranges land in any order: each waits, in its place, for those before it."""
-
-    def __init__(self, prefix: bytes) -> None:
-        self._hash = hashlib.sha256(prefix)
-        self.position = len(prefix)
-        """Where in the file the next range begins."""
-        self._waiting: dict[int, tuple[int, list[memoryview], Callable[[], None]]] = {}
-        self._busy = False
-        self._lock = threading.Lock()
-
-    def add(self, offset: int, nbytes: int, views: list[memoryview], release: Callable[[], None]) -> None:
-        with self._lock:
-            self._waiting[offset] = (nbytes, views, release)
-            if self._busy:
-                return
-            self._busy = True
-        while True:
-            with self._lock:
-                item = self._waiting.pop(self.position, None)
-                if item is None:
-                    self._busy = False
-                    return
-            size, parts, done = item
-            for part in parts:
-                self._hash.update(part)
-            parts.clear()
-            self.position += size
-            done()
-
-    def clear(self) -> None:
-        """Forget what waits: no more comes."""
-        with self._lock:
-            self._waiting.clear()
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()

@@ -37,7 +37,7 @@ from weightd.daemon.sources import Source
 from weightd.daemon.stage import Stage
 from weightd.daemon.staging import Loading, allocated, make_plan
 from weightd.daemon.turns import Turns
-from weightd.ipc.cuda import CudaError
+from weightd.ipc.errors import CudaError
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from weightd.daemon.limits import FillLimits
 from weightd.daemon.manifests import SealedManifest, segment_leaves
 from weightd.daemon.residency import Residency
 from weightd.daemon.stage import Stage
-from weightd.ipc.cuda import CudaError
+from weightd.ipc.errors import CudaError
 
 
 async def move_segments(

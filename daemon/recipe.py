@@ -76,6 +76,22 @@ class Block(NamedTuple):
     rows: int
 
 
+def copy_block(block: Block, source: memoryview, target: memoryview) -> None:
+    """Copy a block of several rows in host memory. Drops the GIL."""
+    # numpy's strided copy drops the GIL. Imported here: most stages never need it.
+    import numpy
+    from numpy.lib.stride_tricks import as_strided
+
+    def rows(view: memoryview, start: int, stride: int) -> numpy.ndarray:
+        flat = numpy.frombuffer(view, numpy.uint8)[start:]
+        return as_strided(flat, (block.rows, block.run), (stride, 1))
+
+    numpy.copyto(
+        rows(target, block.target, block.target_stride),
+        rows(source, block.source, block.source_stride),
+    )
+
+
 def contiguous(shape: Sequence[int]) -> Box:
     """The box that a whole row-major tensor of this shape is."""
     strides = []

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from weightd.daemon.devices.base import Buffers
+if TYPE_CHECKING:
+    from weightd.daemon.devices.base import Buffers
+
+
+def address_of(buffer: mmap.mmap | memoryview) -> int:
+    """Where a writable buffer lies."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 class Slots:

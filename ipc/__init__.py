@@ -6,6 +6,7 @@ Importing it costs no torch, no CUDA and no HTTP client: these come when a tenso
 from weightd.ipc.client import Client
 from weightd.ipc.errors import (
     AttachTimeout,
+    CudaError,
     DaemonUnavailable,
     DeviceUnavailable,
     DigestMismatch,
@@ -23,6 +24,7 @@ from weightd.ipc.weights import Weights, attach
 __all__ = [
     "AttachTimeout",
     "Client",
+    "CudaError",
     "DaemonUnavailable",
     "DeviceUnavailable",
     "DigestMismatch",

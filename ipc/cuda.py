@@ -14,34 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any
 
-from weightd.ipc.errors import DeviceUnavailable, WeightdError
-
-OUT_OF_MEMORY = 2
-STICKY = frozenset({214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999})
-"""``CUresult`` values after which nothing works in this process any more: the context is corrupt, or the GPU is gone.
-
-Source: CUDA driver API, "the context cannot be used": illegal address, launch timeout, assert, hardware stack, illegal
-instruction, misaligned address, invalid address space or program counter, launch failure, uncorrectable ECC or NVLink
-errors, a contained GPU, unknown.
-"""
-
-
-class CudaError(WeightdError):
-    """The driver refused a call. ``result`` is its ``CUresult``."""
-
-    def __init__(self, message: str, result: int) -> None:
-        super().__init__(message, code="cuda_error", details={"result": result})
-        self.result = result
-
-    @property
-    def out_of_memory(self) -> bool:
-        return self.result == OUT_OF_MEMORY
-
-    @property
-    def sticky(self) -> bool:
-        """Whether every further call of this process fails as well."""
-        return self.result in STICKY
-
+from weightd.ipc.errors import CudaError, DeviceUnavailable
 
 _on_sticky: list[Callable[[CudaError], None]] = []
 

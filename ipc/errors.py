@@ -22,6 +22,31 @@ class DeviceUnavailable(WeightdError):
     """This process cannot use the GPU that is meant: no driver, no bindings, or it does not see that one."""
 
 
+class CudaError(WeightdError):
+    """The CUDA driver refused a call. ``result`` is its ``CUresult``."""
+
+    def __init__(self, message: str, result: int) -> None:
+        super().__init__(message, code="cuda_error", details={"result": result})
+        self.result = result
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the GPU has no room: nothing else is wrong with it."""
+        return self.result == _OUT_OF_MEMORY
+
+    @property
+    def sticky(self) -> bool:
+        """Whether every further call of this process fails as well."""
+        return self.result in _STICKY
+
+
+_OUT_OF_MEMORY = 2
+_STICKY = frozenset({214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999})
+# CUDA driver API, what it says of CUresult: "the context cannot be used". Illegal address, launch timeout, destroyed
+# context, assert, hardware stack, illegal instruction, misaligned address, invalid address space or program counter,
+# launch failure, tensor memory leak, uncorrectable ECC and NVLink errors, a contained GPU, unknown.
+
+
 class RequestRefused(WeightdError):
     """The daemon will not do it: the request is wrong, not allowed, or does not fit. ``code`` says which."""
 

@@ -61,7 +61,7 @@ def attach(
     context. Who wants to change weights there asks for a copy of its own with ``private``, which takes as much memory
     again.
 
-    Raises DaemonUnavailable, DeviceUnavailable, RequestRefused, StageFailed, DigestMismatch, AttachTimeout.
+    Raises DaemonUnavailable, DeviceUnavailable, CudaError, RequestRefused, StageFailed, DigestMismatch, AttachTimeout.
 
     >>> with attach("s3://models/llama-3-8b") as weights:
     ...     embedding = weights["model.embed_tokens.weight"]
@@ -203,13 +203,19 @@ class Weights(Mapping[str, "torch.Tensor"]):
         found: memoryview | DeviceBytes = self._mapping.bytes(self._checked(name))
         return found
 
-    def cupy(self, name: str) -> cupy.ndarray:
-        """The tensor as a CuPy array that shares the segment's memory. Raises KeyError, UnsupportedDtype, NotReady.
+    def cupy(self) -> Mapping[str, cupy.ndarray]:
+        """The same tensors as CuPy arrays, which share the segment's memory as well.
 
-        Raises DeviceUnavailable where the weights are in host memory.
+        Raises DeviceUnavailable where the weights are in host memory; the mapping, what this one raises.
+
+        >>> norm = weights.cupy()["model.norm.weight"]
         """
         if not isinstance(self._mapping, CudaMapping):
             raise DeviceUnavailable("the weights are in host memory, where CuPy has no arrays", code="not_on_gpu")
+        return _CupyArrays(self)
+
+    def _cupy_array(self, name: str) -> Any:
+        assert isinstance(self._mapping, CudaMapping)
         return self._mapping.cupy(self._checked(name))
 
     @property
@@ -318,3 +324,19 @@ class Weights(Mapping[str, "torch.Tensor"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _CupyArrays(Mapping[str, "cupy.ndarray"]):
+    """What ``Weights.cupy`` gives; keeps the lease, as the weights themselves do."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> cupy.ndarray:
+        return self._weights._cupy_array(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from weightd.daemon.recipe import Block
@@ -77,6 +78,9 @@ class Copier(Protocol):
 
     def mark(self) -> Mark:
         """After what was asked for so far. Waited for once."""
+
+    def pin(self, address: int, nbytes: int, *, read_only: bool) -> AbstractContextManager[bool]:
+        """Make host memory fit for copies that need no bounce buffer, for a while; yields whether that worked."""
 
     def leaves(self, ranges: Sequence[tuple[int, int]]) -> Sequence[int]:
         """Leaf digests of (address, bytes) in device memory, of what has been copied there."""

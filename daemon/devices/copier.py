@@ -8,13 +8,15 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib import util
 from typing import TYPE_CHECKING
 
-from weightd.daemon.devices.pinned import PinnedBuffers, address_of
+from weightd.daemon.devices.pinned import PinnedBuffers, pinned
 from weightd.daemon.digests import LEAF, leaf_digest
 from weightd.daemon.recipe import Block
+from weightd.daemon.slots import address_of
 from weightd.ipc.cuda import Gpu, call, driver
 
 if TYPE_CHECKING:
@@ -34,10 +36,6 @@ class Stream:
         self.gpu = gpu
         with gpu.context():
             self.handle = call("cuStreamCreate", _NON_BLOCKING)
-
-    def mark(self) -> Event:
-        """After what was asked for so far."""
-        return Event(self)
 
     def close(self) -> None:
         """Wait for all of it, and let the stream go."""
@@ -95,7 +93,10 @@ class CudaCopier:
             call("cuMemcpyDtoHAsync", target, address, nbytes, self._stream.handle)
 
     def mark(self) -> Event:
-        return self._stream.mark()
+        return Event(self._stream)
+
+    def pin(self, address: int, nbytes: int, *, read_only: bool) -> AbstractContextManager[bool]:
+        return pinned(self._gpu, address, nbytes, read_only=read_only)
 
     def leaves(self, ranges: Sequence[tuple[int, int]]) -> Sequence[int]:
         if self._digests is None:
@@ -138,7 +139,7 @@ class HostDigests:
             for address, nbytes in ranges:
                 call("cuMemcpyDtoHAsync", target + position, address, nbytes, stream.handle)
                 position += nbytes
-        stream.mark().wait()
+        Event(stream).wait()
         found, position = [], 0
         with memoryview(buffer) as view:
             for _, nbytes in ranges:

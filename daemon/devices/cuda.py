@@ -19,8 +19,9 @@ from weightd.daemon.devices import streaming
 from weightd.daemon.devices.pinned import PinnedBuffers
 from weightd.daemon.errors import DeviceFailed, InsufficientCapacity
 from weightd.daemon.limits import CudaLimits
-from weightd.ipc.cuda import CudaError, DeviceRange, Gpu, call, driver, gpus
-from weightd.ipc.errors import DeviceUnavailable
+from weightd.daemon.slots import address_of
+from weightd.ipc.cuda import DeviceRange, Gpu, call, driver, gpus
+from weightd.ipc.errors import CudaError, DeviceUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -189,13 +190,13 @@ class _CudaSegment:
             call("cuCtxSynchronize")  # a memset returns before it is done
 
     def write(self, offset: int, data: memoryview) -> None:
-        source = ctypes.addressof(ctypes.c_char.from_buffer(data))
+        source = address_of(data)
         with self.device.gpu.context():
             call("cuMemcpyHtoD", self.address + offset, source, len(data))
 
     def read_into(self, offset: int, target: memoryview) -> None:
         if target:
-            place = ctypes.addressof(ctypes.c_char.from_buffer(target))
+            place = address_of(target)
             with self.device.gpu.context():
                 call("cuMemcpyDtoH", place, self.address + offset, len(target))
 
@@ -243,7 +244,11 @@ class FdSegment(_CudaSegment):
         return os.dup(self.fd)
 
     def seal(self) -> None:
-        self._memory.allow(writable=False)
+        try:
+            self._memory.allow(writable=False)
+        except CudaError as error:
+            # It would have guarded against ourselves. Engines map it read-only in any case.
+            log.warning("%s: a segment stays writable to the daemon: %s", self.device.name, error)
 
     def close(self) -> None:
         if self.fd >= 0:

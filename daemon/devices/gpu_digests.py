@@ -11,7 +11,8 @@ import cupy
 import numpy
 
 from weightd.daemon.digests import LEAF, leaf_digest
-from weightd.ipc.cuda import CudaError, Gpu, report
+from weightd.ipc.cuda import Gpu, report
+from weightd.ipc.errors import CudaError
 
 _LANES_BLOCK = 32  # few leaves are then spread over all multiprocessors; the kernel takes 128 at most
 _FINISH_BLOCK = 128

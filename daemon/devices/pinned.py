@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import mmap
 import os
@@ -12,7 +11,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from weightd.ipc.cuda import CudaError, Gpu, call
+from weightd.daemon.slots import address_of
+from weightd.ipc.cuda import Gpu, call
+from weightd.ipc.errors import CudaError
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +94,6 @@ def pinned(gpu: Gpu, address: int, nbytes: int, *, read_only: bool) -> Iterator[
     finally:
         with gpu.context():
             call("cuMemHostUnregister", first)
-
-
-def address_of(buffer: mmap.mmap) -> int:
-    """Where a writable buffer lies."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def cpus_near(gpu: Gpu) -> set[int]:

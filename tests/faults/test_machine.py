@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from tests.conftest import command, lacking
 from tests.servers import Daemon, until
 from weightd.daemon.deposits import Deposits
-from weightd.daemon.devices import CpuDevice
+from weightd.daemon.devices.cpu import CpuDevice
 from weightd.daemon.ledger import Ledger
 from weightd.daemon.metrics import Metrics
 from weightd.daemon.request import StageRequest
@@ -121,9 +121,8 @@ def test_without_descriptors_it_refuses_and_works_again_once_there_are_some(
     assert len(held) > 10
 
     other = checkpoint(tmp_path / "other")
-    record = daemon.stage(other)
-    assert record["state"] == "failed"
-    assert "Too many open files" in record["error"]["message"]
+    with pytest.raises(RequestRefused, match="Too many open files"):
+        daemon.stage(other)
     assert all(float(weights["w3"].max()) == 3 for weights in held)
 
     while held:
@@ -136,7 +135,7 @@ def test_without_descriptors_it_refuses_and_works_again_once_there_are_some(
 
 
 @pytest.mark.parametrize("limit", [f"--as={6 * GiB}", f"--fsize={GiB}"])
-def test_memory_that_the_system_refuses_fails_the_stage_and_nothing_else(
+def test_memory_that_the_system_refuses_is_507_and_nothing_else_suffers(
     start_daemon: Start, folder: Path, tmp_path: Path, limit: str
 ) -> None:
     """Once the address space is too small for the segment, once no file may be as large as it."""
@@ -147,10 +146,9 @@ def test_memory_that_the_system_refuses_fails_the_stage_and_nothing_else(
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + nbytes)
     daemon = start_daemon("--capacity", "cpu=100GiB", command=prlimit(limit))
-    record = daemon.stage(huge)
-    assert record["state"] == "failed"
-    assert record["error"]["code"] == "insufficient_capacity"
-    assert str(nbytes) in record["error"]["message"]
+    with pytest.raises(RequestRefused, match=str(nbytes)) as refused:
+        daemon.stage(huge)
+    assert (refused.value.code, refused.value.details["status"]) == ("insufficient_capacity", 507)
     until(lambda: daemon.used_bytes == 0, "nothing is taken for it")
     goes_on(daemon, folder)
 
