@@ -3,7 +3,9 @@
 # make check   lint, format, types
 # make soak    kill -9 at random moments, ROUNDS times (SEED=... for the same ones again)
 # make bench   speed against its limits and rivals (ARGS="--size 4GiB")
-# Each sets up what it needs below .venv.
+# Each sets up what it needs below .venv. On a machine with a GPU, in a Python that has torch for it (docs/gpu.md):
+# make gpu-test   the proof on the real driver (PYTHON=python3 WHEELS=folder with the wheels that it lacks)
+# make gpu-bench  speed on the GPU against its limits and rivals (ARGS="--size 4GiB --sections file,digest")
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,11 +13,13 @@ MODEL ?=
 ARGS ?=
 ROUNDS ?= 200
 SEED ?= 0
+WHEELS ?=
+GPU ?= build/gpu
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES = $(shell find api daemon ipc -name '*.py' -o -name '*.cu') pyproject.toml README.md
 AZURITE = 3.35.0
 
-.PHONY: demo test check soak bench clean
+.PHONY: demo test check soak bench gpu-test gpu-bench gpu-path clean
 
 demo: $(VENV)/weightd.stamp
 	@$(VENV)/bin/python -m tests.demo $(if $(MODEL),"$(MODEL)")
@@ -33,6 +37,21 @@ soak: $(VENV)/weightd.stamp $(VENV)/test.stamp
 
 bench: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m tests.bench $(ARGS)
+
+gpu-test: gpu-path
+	$(GPU_ENV) $(PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
+
+gpu-bench: gpu-path
+	$(GPU_ENV) $(PYTHON) -m tests.gpu.bench $(ARGS)
+
+# Nothing is installed and nothing is fetched: the package is the checkout's folders under its name, the wheels beside it.
+GPU_ENV = PYTHONPATH=$(abspath $(GPU)):$(abspath $(GPU))/wheels:$$PYTHONPATH PATH=$(abspath $(GPU))/wheels/bin:$$PATH
+gpu-path:
+	rm -rf $(GPU)
+	mkdir -p $(GPU)/weightd $(GPU)/wheels
+	ln -s $(CURDIR)/api $(CURDIR)/daemon $(CURDIR)/ipc $(GPU)/weightd/
+	$(if $(WHEELS),$(PYTHON) -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-cache-dir \
+	  --target $(GPU)/wheels $(wildcard $(WHEELS)/*.whl))
 
 # torch first, by its pin: what depends on it would bring the build for CUDA along.
 $(VENV)/base.stamp: constraints.txt pyproject.toml

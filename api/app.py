@@ -177,6 +177,7 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
             )
         if found.finished and found.state != "ready":
             raise found.error or NotPlanned(f"stage {found.id} is {found.state}")
+        node.residency.check_lendable(found, None)
         return lend_by_handle(node, found, rank, http.scope.get("state", {}).get("peer"))
 
     @app.post("/v1/leases", response_class=EventSourceResponse, responses=responses(404, 409, 429, 507))

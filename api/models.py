@@ -201,11 +201,11 @@ class LeaseRequest(BaseModel):
 
 
 class LeaseEvent(BaseModel):
-    """What the holder of a lease is told: ``progress`` until the stage is ready, ``lease``, ``revoked``."""
+    """What the holder of a lease is told: ``progress`` until the stage is ready, ``lease``, ``revoked``; ``error``."""
 
     model_config = ConfigDict(extra="allow")
 
-    type: Literal["progress", "lease", "revoked"] = Field(description="Which of the three.")
+    type: Literal["progress", "lease", "revoked", "error"] = Field(description="Which of these.")
     lease: str | None = Field(None, description="Name of the lease.")
     stage: str | None = Field(None, description="The stage's id.")
     gpu: str | None = Field(None, description="UUID of the GPU that the segment is on.")
@@ -217,6 +217,8 @@ class LeaseEvent(BaseModel):
     digest: str | None = Field(None, description="Digest of the segment's values.")
     manifest: str | None = Field(None, description="Route with what lies where in it.")
     seconds: float | None = Field(None, description="Seconds left to let go, where it is revoked.")
+    code: str | None = Field(None, description="Stable name of the error, which is the last event.")
+    message: str | None = Field(None, description="The error in words.")
 
 
 class LeaseList(BaseModel):

@@ -6,6 +6,7 @@ so that a GPU is given as many leaves at once as have come meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 class Arrivals:
     """What is on its way into ``segments``, all of them in device memory.
 
-    ``copied(done)`` is told of each ``add``'s callback to run once its copies are done; ``digest`` is given the extents
-    whose bytes are all there, in the second thread; ``failed`` is told once of what either raises.
+    ``digest`` is given the extents whose bytes are all there, in the second thread; ``failed`` is told of what either
+    thread raises.
     """
 
     def __init__(
@@ -53,6 +54,11 @@ class Arrivals:
         """Copy one block from host memory at ``source``; the block counts from there, and from the segment's start."""
         target = self._segments[segment]
         self._copiers[target.device.name].put(target.address, block, source)
+
+    def check(self, segment: int, block: Block, source: int) -> bool:
+        """Whether what was put is what lies there."""
+        target = self._segments[segment]
+        return self._copiers[target.device.name].holds(target.address, block, source)
 
     def marks(self, segments: set[int]) -> list[Mark]:
         """After what was put into these so far."""
@@ -95,8 +101,9 @@ class Arrivals:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        for copier in self._copiers.values():
-            copier.close()
+        with contextlib.ExitStack() as stack:  # all of them, whatever becomes of one
+            for copier in self._copiers.values():
+                stack.callback(copier.close)
         self._copiers = {}
 
     # ------------------------------------------------------------------ the two threads
@@ -137,8 +144,7 @@ class Arrivals:
                 self._changed.notify_all()
 
     def _break(self, error: BaseException) -> None:
+        self._failed(error)  # before anybody who waits can go on
         with self._changed:
-            first, self._broken = not self._broken, True
+            self._broken = True
             self._changed.notify_all()
-        if first:
-            self._failed(error)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib import util
 
 from weightd.daemon.devices import streaming
-from weightd.daemon.devices.copier import digest_path
+from weightd.daemon.devices.copier import choose_digests
 from weightd.daemon.devices.pinned import numa_node
 from weightd.daemon.finding import Finding
 from weightd.ipc.cuda import Gpu, call, gpus
@@ -103,11 +103,13 @@ def _paths(gpu: Gpu, name: str) -> Iterator[Finding]:
             f"{name} fill path", "warning", f"pinned bounce buffers: {path.reason}",
             "they are correct too; pip install 'weightd[daemon]' brings the streamer's release that has been tried",
         )  # fmt: skip
-    if digest_path(gpu) == "gpu":
-        yield Finding(f"{name} digests", "ok", "computed on the GPU")
+    with gpu.context():
+        digests = choose_digests(gpu)
+    if digests.name == "gpu":
+        yield Finding(f"{name} digests", "ok", f"computed on the GPU: {digests.reason}")
     else:
         yield Finding(
-            f"{name} digests", "warning", "computed on the host, of bytes that are read back",
+            f"{name} digests", "warning", f"computed on the host, of bytes that are read back: {digests.reason}",
             "pip install 'weightd[cuda13]', or cuda12 with an older driver",
         )  # fmt: skip
 

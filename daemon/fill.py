@@ -163,7 +163,7 @@ class Fill:
             raise self._failure
 
     def _fail(self, error: BaseException) -> None:
-        self._failure = error
+        self._failure = self._failure or error
         self.stop()
 
     def close(self) -> None:
@@ -177,6 +177,8 @@ class Fill:
 
     def check_complete(self) -> None:
         """Raise where a reader has returned before every byte has landed: nothing may be sealed then."""
+        if missing := sum(not landed for landed in self._landed):
+            raise SourceFailed(f"{missing} of {len(self._landed)} extents have not come")
         for recipe, pending in zip(self._recipes, self._pending, strict=True):
             for entry, nbytes in zip(recipe.entries, pending, strict=True):
                 if nbytes:
@@ -236,7 +238,7 @@ class Fill:
         if self._arrivals is None:
             self._land_on_host(extent, landing)
         else:
-            self._send(extent, landing, self._arrivals)
+            self._send(extent, landing, self._arrivals, read_back=ordered is not None or extent.tensor is not None)
         if ordered:
             with self.phase("verifying"):
                 ordered.add(extent.offset, extent.nbytes, landing.views[:], lambda: self._let_go(landing))
@@ -278,24 +280,39 @@ class Fill:
 
     # ------------------------------------------------------------------ device memory
 
-    def _send(self, extent: Extent, landing: Landing, arrivals: Arrivals) -> None:
+    def _send(self, extent: Extent, landing: Landing, arrivals: Arrivals, *, read_back: bool) -> None:
+        """Copy it on; ``read_back`` where something is expected of the bytes that came, which no digest of what lies in
+        the GPU's memory can be compared with."""
         if landing.device is not None:  # it is there already
             arrivals.add(extent)
             return
         with self.phase("copying"):
-            touched = set()
-            if extent.scatters is None:
-                position = 0
+            scatters = extent.scatters
+            if scatters is None:
+                position, scatters = 0, []
                 for run in extent.runs:
-                    arrivals.put(run.segment, Block(position, 0, run.offset, 0, run.nbytes, 1), landing.address)
+                    scatters.append(Scatter(run.segment, Block(position, 0, run.offset, 0, run.nbytes, 1)))
                     position += run.nbytes
-                    touched.add(run.segment)
-            else:
-                for scatter in extent.scatters:
-                    arrivals.put(scatter.segment, scatter.block, landing.address)
-                    touched.add(scatter.segment)
-            marks = arrivals.marks(touched)
-        arrivals.add(extent, marks, lambda: self._let_go(landing))
+            for scatter in scatters:
+                arrivals.put(scatter.segment, scatter.block, landing.address)
+            marks = arrivals.marks({scatter.segment for scatter in scatters})
+
+        def copied() -> None:
+            if read_back:
+                for scatter in scatters:
+                    if not arrivals.check(scatter.segment, scatter.block, landing.address):
+                        self._changed_on_the_way(extent)
+            self._let_go(landing)
+
+        arrivals.add(extent, marks, copied)
+
+    def _changed_on_the_way(self, extent: Extent) -> None:
+        piece = extent.pieces[0]
+        name = self._recipes[piece.segment].entries[piece.entry].name
+        raise DigestMismatch(
+            f"tensor {name!r}: bytes changed between the host and {self._segments[piece.segment].device.name}",
+            tensor=name,
+        )
 
     def _digest(self, extents: Sequence[Extent]) -> None:
         """These extents' bytes are in device memory: hash what lies there. Raises DigestMismatch."""
@@ -309,6 +326,8 @@ class Fill:
                 if piece.leaf >= 0
             ]
             self._hash_on_device(whole)
+            for segment, entry, leaf, _, nbytes in whole:
+                self._compare_entry(segment, entry, leaf, leaf_count(nbytes))
             late = []
             for extent in extents:
                 done = self._count(extent)
@@ -323,7 +342,7 @@ class Fill:
         self._tell(complete)
 
     def _hash_on_device(self, places: Sequence[tuple[int, int, int, int, int]]) -> None:
-        """Hash whole leaves from (segment, entry, first leaf, offset, bytes), and compare them."""
+        """Hash whole leaves from (segment, entry, first leaf, offset, bytes)."""
         assert self._arrivals is not None
         ranges = [
             (segment, start, min(LEAF, offset + nbytes - start))
@@ -335,7 +354,6 @@ class Fill:
             leaves = self.leaves[segment][entry]
             for leaf in range(first, first + leaf_count(nbytes)):
                 leaves[leaf] = next(found)
-            self._compare_entry(segment, entry, first, leaf_count(nbytes))
 
     # ------------------------------------------------------------------ accounts
 

@@ -41,7 +41,7 @@ async def resolve(node: Node, message: dict[str, Any]) -> tuple[Stage, int]:
     if isinstance(message.get("stage"), str):
         stage = node.get(message["stage"])
     elif rank is not None and isinstance(request, dict) and request.get("parallel") is None:
-        stage = node.find_rank(str(request.get("model", "")), rank)
+        stage = node.find_rank(parse_request({**request, "parallel": None}), rank)
     else:
         stage, _ = await node.stage(parse_request(request))
     ranks = stage.request.ranks
@@ -57,15 +57,19 @@ async def resolve(node: Node, message: dict[str, Any]) -> tuple[Stage, int]:
 async def lend_by_handle(node: Node, stage: Stage, rank: int, peer: Peer | None) -> AsyncIterator[dict[str, Any]]:
     """Lend a ``cuda_ipc`` segment as long as this is being read: ``progress`` while it loads, ``lease``, ``revoked``.
 
-    Raises what ``Residency.lease`` raises, and why the stage has ended where it has.
+    What it cannot be lent for comes as an ``error``, the last event.
     """
-    while stage.state != "ready":
-        if stage.finished:
-            raise stage.error or InvalidRequest(f"stage {stage.id} is {stage.state}")
-        yield _progress(stage)
-        await stage.changed(_PROGRESS_INTERVAL)
-    who = (peer.uid, peer.gid, peer.pid) if peer else (None, None, None)
-    lease = node.residency.lease(stage, rank, uid=who[0], gid=who[1], pid=who[2])
+    try:
+        while stage.state != "ready":
+            if stage.finished:
+                raise stage.error or InvalidRequest(f"stage {stage.id} is {stage.state}")
+            yield _progress(stage)
+            await stage.changed(_PROGRESS_INTERVAL)
+        uid, gid, pid = (peer.uid, peer.gid, peer.pid) if peer else (None, None, None)
+        lease = node.residency.lease(stage, rank, uid=uid, gid=gid, pid=pid)
+    except DaemonError as error:
+        yield {"type": "error", "code": error.code, "message": str(error), "details": error.details}
+        return
     index = stage.request.ranks.index(rank)
     segment = stage.segments[index]
     assert isinstance(segment, IpcSegment)

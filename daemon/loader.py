@@ -116,7 +116,7 @@ class Loader:
 
     async def _run(self, stage: Stage, source: Source) -> None:
         loading: Loading | None = None
-        turns: Turns | None = None
+        turns: list[Turns] = []
         try:
             stage.enter("planning")
             assert stage.listing is not None
@@ -130,12 +130,14 @@ class Loader:
                 return
             self._admit(stage, allocated(plan.recipes, devices))
             stage.plan, stage.infos, stage.metadata = plan, plan.infos, plan.metadata
-            own = self._turns.setdefault((stage.source_kind, stage.device), Turns(self._limits.concurrent_loads))
-            if not own.free:
-                stage.planned.set()
-                stage.enter("queued")
-            await own.take(lambda: stage.priority, stage.cancelled.is_set)
-            turns = own
+            # One for each device, always in the same order, so that nobody waits for each other.
+            for name in sorted(set(stage.devices)):
+                own = self._turns.setdefault((stage.source_kind, name), Turns(self._limits.concurrent_loads))
+                if not own.free:
+                    stage.planned.set()
+                    stage.enter("queued")
+                await own.take(lambda: stage.priority, stage.cancelled.is_set)
+                turns.append(own)
             if stage.finished:
                 return
             stage.enter("loading")
@@ -167,10 +169,13 @@ class Loader:
         finally:
             self._loading.pop(stage.id, None)
             stage.settle()
-            if turns is not None:
-                turns.give()
+            for taken in turns:
+                taken.give()
             if loading is not None:
-                await self.in_thread(loading.close)
+                try:
+                    await self.in_thread(loading.close)
+                except Exception:
+                    log.exception("stage %s: not everything that loaded it could be closed", stage.id)
                 loading = None
             if stage.state != "ready":
                 self._residency.release(stage)

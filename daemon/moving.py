@@ -10,7 +10,7 @@ from weightd.daemon import record
 from weightd.daemon.copying import copy_segment, segment_digests
 from weightd.daemon.deposits import Deposits
 from weightd.daemon.devices import Device, Segment
-from weightd.daemon.errors import DeviceFailed, DigestMismatch, InvalidRequest, NotMovable
+from weightd.daemon.errors import DeviceFailed, DigestMismatch, InsufficientCapacity, InvalidRequest, NotMovable
 from weightd.daemon.limits import FillLimits
 from weightd.daemon.manifests import SealedManifest, segment_leaves
 from weightd.daemon.residency import Residency
@@ -37,9 +37,13 @@ async def move_segments(
     await in_thread(device.open)
     _check_movable(residency, stage)
     here = dict(stage.reserved)
-    more = sum(device.footprint(segment.nbytes) for segment in stage.segments if segment.device is not device)
-    residency.make_room(stage.uri, {device.name: more})
-    stage.moving = device.name
+    more = sum(device.footprint(segment.nbytes) for segment in stage.segments)
+    stage.moving = device.name  # so that it is not itself what goes to make room
+    try:
+        residency.make_room(stage.uri, {device.name: more})
+    except InsufficientCapacity:
+        stage.moving = None
+        raise
     stage.reserved = {**here, device.name: here.get(device.name, 0) + more}
     fresh: list[Segment] = []
     manifests: list[SealedManifest] = []
@@ -60,8 +64,7 @@ async def move_segments(
         failure = error.with_traceback(None)  # whose frames hold views of what is to be closed
         failure.__context__ = failure.__cause__ = None
     stage.moving = None
-    if stage.reserved:  # unless it has been let go of meanwhile
-        stage.reserved = here
+    stage.reserved = here if stage.segments else {}
     for segment in fresh:
         segment.close()
     for manifest in manifests:

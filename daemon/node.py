@@ -160,19 +160,29 @@ class Node:
             raise _Unlisted(uri, devices, request, error) from None
         return self._find(request, uri, devices, listing), source, listing
 
-    def find_rank(self, model: str, rank: int) -> Stage:
+    def find_rank(self, request: StageRequest, rank: int) -> Stage:
         """The live stage of a model that has a segment for a tensor-parallel rank, for callers who know no more.
+
+        Where they say a device, it is that segment's.
 
         Raises UnknownStage where there is none, InvalidRequest where there are several.
         """
-        uri = canonical(model)
+        uri = canonical(request.model)
+        where = self.device(request.device).name if isinstance(request.device, str) else None
         found = [
             stage
             for stage in self.stages()
-            if stage.uri == uri and _live(stage) and stage.request.parallel is not None and rank in stage.request.ranks
+            if (stage.uri, stage.request.handle) == (uri, request.handle)
+            and _live(stage)
+            and stage.request.parallel is not None
+            and rank in stage.request.ranks
+            and where in (None, stage.devices[stage.request.ranks.index(rank)])
         ]
         if not found:
-            raise UnknownStage(f"no stage of {uri} has a segment for tp_rank {rank}: stage it, or say tp_size and map")
+            place = f" on {where}" if where else ""
+            raise UnknownStage(
+                f"no stage of {uri} has a segment for tp_rank {rank}{place}: stage it, or say tp_size and map"
+            )
         if len(found) > 1:
             raise InvalidRequest(
                 f"{len(found)} stages of {uri} have a segment for tp_rank {rank}: name one of "
@@ -277,7 +287,8 @@ class Node:
                     self._adopted(record.restore(parts, self.devices))
                 except (ValueError, OSError) as error:
                     nbytes = sum(os.fstat(fd).st_size for part, fd in parts.items() if part.startswith("segment/"))
-                    log.error("%s: its %d bytes are left alone: %s", stage_id, nbytes, error)
+                    log.error("%s: its %d bytes of host memory, and what it has on GPUs, are left alone: %s",
+                              stage_id, nbytes, error)  # fmt: skip
                     self.residency.unadopted.append({"name": stage_id, "nbytes": nbytes, "reason": str(error)})
             for fd in parts.values():
                 os.close(fd)

@@ -90,8 +90,14 @@ class Residency:
         available = self.devices[device].available()
         if available is None:
             return free
-        promised = sum(stage.reserved[device] for stage in self.on(device) if not stage.segments)
-        return min(free, available - promised)
+        taken = sum(
+            segment.footprint
+            for stage in self.on(device)
+            for segment in stage.segments
+            if segment.device.name == device
+        )
+        promised = sum(stage.reserved[device] for stage in self.on(device)) - taken
+        return min(free, available - max(0, promised))
 
     def victims(self, needed: Mapping[str, int]) -> list[Stage] | None:
         """What would go for so many bytes of each device; None where they do not fit whatever goes."""
@@ -121,7 +127,8 @@ class Residency:
 
     def insufficient(self, uri: str, needed: Mapping[str, int]) -> InsufficientCapacity:
         """The error that says what is missing of the first device that lacks it, and what is in the way."""
-        device = next(name for name in needed if self.victims({name: needed[name]}) is None)
+        # By now others may have let go of some: then it is the first one that is said.
+        device = next((name for name in needed if self.victims({name: needed[name]}) is None), next(iter(needed)))
         held, at = list(self.on(device)), now()
         used, capacity = self.used(device), self.devices[device].capacity
         free = sum(stage.reserved[device] for stage in held if evictable(stage, at))
@@ -253,13 +260,7 @@ class Residency:
         """
         if rank not in stage.request.ranks:
             raise InvalidRequest(f"stage {stage.id} has no tp_rank {rank}, it has {list(stage.request.ranks)}")
-        if stage.revoked_until is not None:
-            raise StageRevoked(f"stage {stage.id} is being taken away: stage {stage.uri} again once it has gone")
-        if sum(lease.uid == uid for lease in self.leases()) >= self._max_leases_per_user:
-            raise LeaseLimit(
-                f"uid {uid} holds {self._max_leases_per_user} leases, which is all that "
-                "WEIGHTD_MAX_LEASES_PER_USER allows"
-            )
+        self.check_lendable(stage, uid)
         lease_id = renews if renews and renews not in stage.leases else "le-" + secrets.token_hex(6)
         if renews:
             stage.awaited = max(0, stage.awaited - 1)
@@ -268,6 +269,16 @@ class Residency:
         stage.lent = True
         self.used_now(stage)
         return lease
+
+    def check_lendable(self, stage: Stage, uid: int | None) -> None:
+        """Raises StageRevoked, LeaseLimit."""
+        if stage.revoked_until is not None:
+            raise StageRevoked(f"stage {stage.id} is being taken away: stage {stage.uri} again once it has gone")
+        if sum(lease.uid == uid for lease in self.leases()) >= self._max_leases_per_user:
+            who = "TCP clients hold" if uid is None else f"uid {uid} holds"
+            raise LeaseLimit(
+                f"{who} {self._max_leases_per_user} leases, which is all that WEIGHTD_MAX_LEASES_PER_USER allows"
+            )
 
     def end_lease(self, lease: Lease) -> None:
         """Its connection is closed."""

@@ -83,6 +83,7 @@ class Loading:
     limits: FillLimits
 
     def __post_init__(self) -> None:
+        self._fill: Fill | None = None
         self._second: Fill | None = None
         self._reader: Reader | None = None
 
@@ -93,7 +94,9 @@ class Loading:
         digest = request.expect_digest if isinstance(request.expect_digest, str) else None
         self._digest = digest if digest and digest.startswith("xxh3:") else None
         on_host = all(device.uuid is None for device in self.devices)
-        self._native = not on_host and all(device.streams_into() is not None for device in self.devices)
+        # The library is not known to let go of what it had on several GPUs in the right contexts.
+        several = len(set(self.devices)) > 1
+        self._native = not on_host and not several and self.devices[0].streams_into() is not None
         demands = Demands(
             # What is worth reading at once is a matter of the processor's caches, which GPUs do not hash from.
             min(self.limits.extent_bytes, self.source.max_extent) if on_host else self.limits.extent_bytes,
@@ -138,7 +141,7 @@ class Loading:
             if entries:
                 on_verified(segment, entries)
 
-        self.fill = Fill(
+        self._fill = Fill(
             checkpoint.tensors,
             self.plan.recipes,
             segments,
@@ -152,7 +155,13 @@ class Loading:
             on_verified=verified,
         )
         self._reader = self.source.reader(checkpoint.listing.weights, native=self._native)
-        return self.fill
+        return self._fill
+
+    @property
+    def fill(self) -> Fill:
+        """Once prepared."""
+        assert self._fill is not None
+        return self._fill
 
     def run(self, on_landed: Callable[[], None]) -> None:
         """Bring all bytes, verify them, seal the segments; ``on_landed()`` is told when reading is over.
@@ -181,16 +190,21 @@ class Loading:
 
     def stop(self) -> None:
         """Make ``run`` raise Cancelled soon. Callable from any thread, more than once."""
-        self.fill.stop()
+        if self._fill is not None:
+            self._fill.stop()
         if self._second is not None:
             self._second.stop()
 
     def close(self) -> None:
         """Return when nothing can write to the segments any more, which may take as long as a stalled request."""
-        if self._reader is not None:
-            self.stop()
-            self._reader.close()
-            self.fill.close()
+        if self._fill is None:
+            return
+        self.stop()
+        try:
+            if self._reader is not None:
+                self._reader.close()
+        finally:
+            self._fill.close()
 
     def _check_cancelled(self) -> None:
         if self.fill.stopped:

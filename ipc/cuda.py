@@ -127,8 +127,11 @@ class Gpu:
         call("cuCtxPushCurrent", self._context)
         try:
             yield
-        finally:
-            call("cuCtxPopCurrent")
+        except BaseException:
+            with contextlib.suppress(CudaError):  # what failed inside says more
+                call("cuCtxPopCurrent")
+            raise
+        call("cuCtxPopCurrent")
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes, whoever uses them."""

@@ -213,6 +213,9 @@ def test_one_reading_fills_many_gpus_with_their_ranks(path: str, machine: NewMac
     assert [s["digest"] for s in record["segments"]] == [s["digest"] for s in on_host["segments"]]
     reader = gpus.attach(daemon, stage=record["id"], tp_rank=2)
     assert reader.found["device"] == "cuda:3"
+    assert gpus.attach(daemon, model, device="cuda:3", tp_rank=2).found["digests"] == reader.found["digests"]
+    elsewhere = gpus.attach(daemon, model, device="cuda:1", tp_rank=2).found
+    assert (elsewhere["code"], "cuda:1" in elsewhere["message"]) == ("unknown_stage", True)
     part = numpy.frombuffer(SHARDS["a.safetensors"]["wide"][2], numpy.uint16).reshape(512, 4096)[:, 2048:3072]
     assert reader.found["digests"]["wide"] == hashlib.sha256(part.tobytes()).hexdigest()
     with pytest.raises(RequestRefused, match="2 devices for 4 ranks"):
@@ -263,6 +266,23 @@ def test_a_bit_that_flips_in_gpu_memory_is_caught_and_named(path: str, machine: 
     assert (record["state"], record["error"]["code"]) == ("failed", "digest_mismatch")
     assert record["error"]["details"]["tensor"] in EXPECTED
     assert daemon.stage(model, expect_digest=digest)["state"] == "ready"
+
+
+@pytest.mark.parametrize("parallel", [None, {"tp_size": 2, "tp_rank": "all", "map": {"wide": 1, "*": "replicate"}}])
+def test_a_bit_that_flips_behind_a_file_with_the_right_sha256_is_caught(
+    parallel: dict[str, Any] | None, machine: NewMachine, model: Path
+) -> None:
+    gpus = machine()
+    daemon = gpus.daemon(WEIGHTD_EXTENT="1MiB")
+    whole = {name: hashlib.sha256((model / name).read_bytes()).hexdigest() for name in SHARDS}
+    daemon.stage(model, tensors={"include": ["norm"]})  # the self-test is over
+    gpus.fake.set(flip_at=2)
+    record = daemon.stage(model, expect_digest=whole, parallel=parallel)
+    assert (record["state"], record["error"]["code"]) == ("failed", "digest_mismatch")
+    for _ in range(2):  # and nothing of it is remembered
+        record = daemon.stage(model, expect_digest=whole, parallel=parallel)
+        assert (record["state"], record["error"]) == ("ready", None)
+        daemon.client.remove(record["id"])
 
 
 def test_a_streamer_that_corrupts_bytes_is_not_used(machine: NewMachine, model: Path) -> None:
@@ -433,6 +453,30 @@ def test_each_kind_of_handle_is_refused_where_the_other_is_lent(machine: NewMach
     with pytest.raises(RequestRefused) as unknown, lent_over_http(daemon, stage="st-0"):
         pass
     assert unknown.value.code == "unknown_stage"
+
+
+def test_what_is_being_taken_away_is_not_lent_by_legacy_handle(machine: NewMachine, model: Path) -> None:
+    gpus = machine()
+    daemon = gpus.daemon()
+    stage = daemon.stage(model, handle="cuda_ipc")["id"]
+    with lent_over_http(daemon, stage=stage) as events:
+        *_, _ = until_lent(events)
+        daemon.client.remove(stage, force=True, grace=60)
+        with pytest.raises(RequestRefused) as refused, lent_over_http(daemon, stage=stage):
+            pass
+        assert refused.value.code == "stage_revoked"
+    until(lambda: not daemon.used_bytes, "it has gone")
+
+
+def test_a_load_that_fails_ends_the_stream_of_its_lease_with_the_reason(
+    machine: NewMachine, model: Path, tmp_path: Path
+) -> None:
+    gpus = machine()
+    daemon = gpus.daemon()
+    request = {"model": str(model), "handle": "cuda_ipc", "expect_digest": "xxh3:" + "0" * 32}
+    with lent_over_http(daemon, request=request) as events:
+        *_, last = events
+    assert (last["type"], last["code"]) == ("error", "digest_mismatch")
 
 
 def test_a_legacy_segment_is_lost_with_its_daemon_and_staged_again_when_asked(machine: NewMachine, model: Path) -> None:
@@ -629,6 +673,23 @@ def test_a_bit_that_flips_on_the_way_to_a_gpu_stops_the_move(machine: NewMachine
     assert gpus.attach(daemon, stage=record["id"]).found["digests"] == EXPECTED
 
 
+def test_a_move_makes_room_without_evicting_what_it_moves(machine: NewMachine, model: Path) -> None:
+    gpus = machine(devices=2, memory=20 * MiB)
+    daemon = gpus.daemon()
+    parallel = {"tp_size": 2, "tp_rank": "all", "map": {"*": "replicate"}}
+    record = daemon.stage(model, device=["cuda:0", "cuda:1"], parallel=parallel)
+    size = record["footprint_bytes"] // 2
+    assert size < 20 * MiB < 3 * size
+    with pytest.raises(RequestRefused) as refused:
+        daemon.client.move(record["id"], "cuda:0")
+    assert refused.value.code == "insufficient_capacity"
+    assert daemon.client.show(record["id"])["state"] == "ready"
+    assert daemon.used_bytes == 2 * size
+    assert daemon.client.move(record["id"], "cpu")["device"] == "cpu"
+    assert [gpus.fake.used(i) for i in range(2)] == [0, 0]
+    assert devices(daemon)["cuda:0"]["used_bytes"] == devices(daemon)["cuda:1"]["used_bytes"] == 0
+
+
 # ---------------------------------------------------------------------- saying how it is
 
 
@@ -656,6 +717,16 @@ def test_the_doctor_looks_at_every_gpu(machine: NewMachine) -> None:
     found = findings()
     assert found["cuda:0 handles"]["level"] == "error"
     assert found["cuda:0 fill path"]["level"] == "ok"
+
+
+def test_a_cupy_that_does_not_work_leaves_digests_to_the_host(machine: NewMachine, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "cupy").mkdir()
+    (tmp_path / "cupy" / "__init__.py").write_text("raise ImportError('no libcudart.so.13')")
+    gpus = machine()
+    daemon = gpus.daemon(PYTHONPATH=str(tmp_path))
+    assert gpus.attach(daemon, model).found["digests"] == EXPECTED
+    assert devices(daemon)["cuda:0"]["digest_path"] == "host"
+    assert "no libcudart.so.13" in daemon.log.read_text()
 
 
 def test_a_driver_that_does_not_start_leaves_the_host_to_serve(tmp_path: Path, model: Path) -> None:

@@ -178,13 +178,14 @@ class Compiler:
         nvrtc = self._nvrtc
         program = self._done(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"xxh3.cu", 0, [], []))
         compiled, *_ = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        said = b" " * self._done(nvrtc.nvrtcGetProgramLogSize(program))
+        # NVRTC writes into the bytes that it is given: never into those of one byte, which the interpreter shares.
+        said = bytes(self._done(nvrtc.nvrtcGetProgramLogSize(program)) + 1)
         self._done(nvrtc.nvrtcGetProgramLog(program, said))
-        assert int(compiled) == 0, said.decode()
-        ptx = b" " * self._done(nvrtc.nvrtcGetPTXSize(program))
+        assert int(compiled) == 0, said.rstrip(b"\0").decode()
+        ptx = bytes(self._done(nvrtc.nvrtcGetPTXSize(program)) + 1)
         self._done(nvrtc.nvrtcGetPTX(program, ptx))
         self._done(nvrtc.nvrtcDestroyProgram(program))
-        return ptx.decode(), said.decode()
+        return ptx.rstrip(b"\0").decode(), said.rstrip(b"\0").decode()
 
 
 @pytest.fixture(scope="module")

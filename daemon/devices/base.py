@@ -76,6 +76,9 @@ class Copier(Protocol):
     def fetch(self, target: int, address: int, nbytes: int) -> None:
         """Copy bytes from device memory at ``address`` to host memory at ``target``."""
 
+    def holds(self, address: int, block: Block, source: int) -> bool:
+        """Whether device memory has what ``put`` was told to copy there. Waits for it."""
+
     def mark(self) -> Mark:
         """After what was asked for so far. Waited for once."""
 

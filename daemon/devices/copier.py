@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
+import ctypes
 import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from functools import cache
 from importlib import util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from weightd.daemon.devices.pinned import PinnedBuffers, pinned
 from weightd.daemon.digests import LEAF, leaf_digest
@@ -21,8 +20,6 @@ from weightd.ipc.cuda import Gpu, call, driver
 
 if TYPE_CHECKING:
     from weightd.daemon.devices.gpu_digests import GpuDigests
-
-log = logging.getLogger(__name__)
 
 _NON_BLOCKING = 0x1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream
 _NO_TIMING = 0x2  # CU_EVENT_DISABLE_TIMING
@@ -64,9 +61,10 @@ class Event:
 class CudaCopier:
     """One stream for copies; digests are computed beside it. May be used by many threads at once."""
 
-    def __init__(self, gpu: Gpu, buffers: Callable[[int], PinnedBuffers]) -> None:
-        """``buffers(nbytes)`` gives the GPU's bounce buffers of so many bytes."""
+    def __init__(self, gpu: Gpu, buffers: Callable[[int], PinnedBuffers], digests: str) -> None:
+        """``buffers(nbytes)`` gives the GPU's bounce buffers of so many bytes; ``digests`` is a DigestPath's name."""
         self._gpu = gpu
+        self._path = digests
         self._buffers = buffers
         self._stream = Stream(gpu)
         self._digests: GpuDigests | HostDigests | None = None
@@ -76,17 +74,25 @@ class CudaCopier:
             if block.rows == 1:
                 call("cuMemcpyHtoDAsync", address + block.target, source + block.source, block.run, self._stream.handle)
                 return
-            cuda = driver()
-            copy = cuda.CUDA_MEMCPY2D()
-            copy.srcMemoryType = cuda.CUmemorytype.CU_MEMORYTYPE_HOST
-            copy.srcHost = source + block.source
-            copy.srcPitch = block.source_stride
-            copy.dstMemoryType = cuda.CUmemorytype.CU_MEMORYTYPE_DEVICE
-            copy.dstDevice = cuda.CUdeviceptr(address + block.target)
-            copy.dstPitch = block.target_stride
-            copy.WidthInBytes = block.run
-            copy.Height = block.rows
+            copy = _rows(block.run, block.rows)
+            _host_side(copy, "src", source + block.source, block.source_stride)
+            _device_side(copy, "dst", address + block.target, block.target_stride)
             call("cuMemcpy2DAsync", copy, self._stream.handle)
+
+    def holds(self, address: int, block: Block, source: int) -> bool:
+        import numpy
+        from numpy.lib.stride_tricks import as_strided
+
+        found = numpy.empty((block.rows, block.run), numpy.uint8)
+        copy = _rows(block.run, block.rows)
+        _device_side(copy, "src", address + block.target, block.target_stride or block.run)
+        _host_side(copy, "dst", found.ctypes.data, block.run)
+        with self._gpu.context():
+            call("cuMemcpy2DAsync", copy, self._stream.handle)
+            call("cuStreamSynchronize", self._stream.handle)
+        span = (block.rows - 1) * block.source_stride + block.run
+        sent = numpy.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(source + block.source))
+        return bool(numpy.array_equal(found, as_strided(sent, found.shape, (block.source_stride, 1))))
 
     def fetch(self, target: int, address: int, nbytes: int) -> None:
         with self._gpu.context():
@@ -100,7 +106,7 @@ class CudaCopier:
 
     def leaves(self, ranges: Sequence[tuple[int, int]]) -> Sequence[int]:
         if self._digests is None:
-            if digest_path(self._gpu) == "gpu":
+            if self._path == "gpu":
                 from weightd.daemon.devices.gpu_digests import GpuDigests
 
                 self._digests = GpuDigests(self._gpu)
@@ -112,6 +118,25 @@ class CudaCopier:
         if self._digests is not None:
             self._digests.close()
         self._stream.close()
+
+
+def _rows(run: int, rows: int) -> Any:
+    """A copy of so many rows, whose two sides are still to be said."""
+    copy = driver().CUDA_MEMCPY2D()
+    copy.WidthInBytes, copy.Height = run, rows
+    return copy
+
+
+def _host_side(copy: Any, side: str, address: int, pitch: int) -> None:
+    setattr(copy, f"{side}MemoryType", driver().CUmemorytype.CU_MEMORYTYPE_HOST)
+    setattr(copy, f"{side}Host", address)
+    setattr(copy, f"{side}Pitch", pitch)
+
+
+def _device_side(copy: Any, side: str, address: int, pitch: int) -> None:
+    setattr(copy, f"{side}MemoryType", driver().CUmemorytype.CU_MEMORYTYPE_DEVICE)
+    setattr(copy, f"{side}Device", driver().CUdeviceptr(address))
+    setattr(copy, f"{side}Pitch", pitch)
 
 
 class HostDigests:
@@ -172,17 +197,22 @@ def _lots(ranges: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[int, int
         yield lot
 
 
-@cache
-def digest_path(gpu: Gpu) -> str:
-    """Where digests are computed: ``gpu``, or ``host`` where there is no CuPy that can do it there."""
+class DigestPath(NamedTuple):
+    """Where digests of a GPU's memory are computed, and why."""
+
+    name: Literal["gpu", "host"]
+    reason: str
+
+
+def choose_digests(gpu: Gpu) -> DigestPath:
+    """On the GPU, where CuPy is there and computes there what the host computes; else on the host."""
     # find_spec of a top-level package reads no code of it: importing CuPy takes half a second and 100 MB.
     if util.find_spec("cupy") is None:
-        return "host"
-    from weightd.daemon.devices.gpu_digests import GpuDigests
-
+        return DigestPath("host", "CuPy is not installed")
     try:
+        from weightd.daemon.devices.gpu_digests import GpuDigests
+
         GpuDigests(gpu).check()
-    except Exception as error:
-        log.warning("cuda:%d: digests are computed on the host, CuPy cannot: %s", gpu.ordinal, error)
-        return "host"
-    return "gpu"
+    except Exception as error:  # CuPy, NVRTC and the CUDA runtime have exceptions of their own for what is missing
+        return DigestPath("host", f"CuPy cannot: {type(error).__name__}: {error}")
+    return DigestPath("gpu", "CuPy passed its self-test")

@@ -12,6 +12,7 @@ import ctypes
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 
 from weightd.daemon.devices import copier as copying
@@ -26,6 +27,8 @@ from weightd.ipc.errors import CudaError, DeviceUnavailable
 log = logging.getLogger(__name__)
 
 _LARGE_PAGE = 2 << 20
+_FREEING_SECONDS = 1.0
+"""Seconds after which memory that was let go of is free: the keeper's descriptor of it is closed a moment later."""
 IPC_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _REFUSALS = frozenset({1, 800, 801})  # invalid value, not permitted, not supported
 
@@ -41,6 +44,12 @@ def discover(capacity: Mapping[str, int], limits: CudaLimits) -> list[CudaDevice
     except (DeviceUnavailable, CudaError) as error:
         log.warning("GPUs are not used: %s", error)
         return []
+
+
+class _HandleKinds(int):
+    """A set of kinds, of which the bindings' enumeration has single ones only; some releases ask for its ``value``."""
+
+    value = property(int)
 
 
 class CudaDevice:
@@ -63,7 +72,10 @@ class CudaDevice:
         self._lock = threading.Lock()
         self._buffers: dict[int, PinnedBuffers] = {}
         self._path: streaming.FillPath | None = None
+        self._digests: copying.DigestPath | None = None
         self._granularity = 0
+        self.freed_at = float("-inf")
+        """When a segment was closed last, in monotonic seconds."""
 
     def open(self) -> None:
         with self._lock:
@@ -71,10 +83,13 @@ class CudaDevice:
                 return
             try:
                 with self.gpu.context():
-                    self._path = streaming.choose(self.gpu, self._limits.fill_path)
+                    path = streaming.choose(self.gpu, self._limits.fill_path)
+                    self._digests = copying.choose_digests(self.gpu)
             except CudaError as error:
                 raise DeviceFailed(f"{self.name} ({self.uuid}) cannot be opened: {error}", device=self.name) from None
-            log.info("%s (%s): filled by %s: %s", self.name, self.uuid, self._path.name, self._path.reason)
+            self._path = path
+            log.info("%s (%s): filled by %s: %s; digests on the %s: %s",
+                     self.name, self.uuid, path.name, path.reason, *self._digests)  # fmt: skip
 
     def available(self) -> int | None:
         if not self.gpu.active:
@@ -89,7 +104,7 @@ class CudaDevice:
             "total_bytes": self.gpu.total_bytes,
             "available_bytes": None if available is None else max(0, available),
             "fill_path": path.name if path else None,
-            "digest_path": copying.digest_path(self.gpu) if path else None,
+            "digest_path": self._digests.name if self._digests else None,
         }
 
     def footprint(self, nbytes: int) -> int:
@@ -102,20 +117,24 @@ class CudaDevice:
 
     def allocate(self, nbytes: int, label: str, handle: str = "fd") -> FdSegment | IpcSegment:
         footprint = self.footprint(nbytes)
-        try:
-            if handle == "cuda_ipc":
-                return IpcSegment(self, nbytes, footprint)
-            return FdSegment.new(self, nbytes, footprint)
-        except CudaError as error:
-            if not error.out_of_memory:
-                raise DeviceFailed(f"{self.name} cannot hold {label}: {error}", device=self.name) from None
+        while True:
+            try:
+                if handle == "cuda_ipc":
+                    return IpcSegment(self, nbytes, footprint)
+                return FdSegment.new(self, nbytes, footprint)
+            except CudaError as error:
+                if not error.out_of_memory:
+                    raise DeviceFailed(f"{self.name} cannot hold {label}: {error}", device=self.name) from None
             free, total = self.gpu.memory()
+            if time.monotonic() < self.freed_at + _FREEING_SECONDS:
+                time.sleep(0.02)
+                continue
             raise InsufficientCapacity(
                 f"{self.name} has no {footprint} bytes left: {free} of {total} are free, others use the rest",
                 device=self.name,
                 needed_bytes=footprint,
                 free_bytes=free,
-            ) from None
+            )
 
     def adopt(self, fd: int, nbytes: int) -> FdSegment:
         try:
@@ -129,7 +148,7 @@ class CudaDevice:
             return self._buffers.setdefault(nbytes, PinnedBuffers(self.gpu, nbytes))
 
     def copier(self) -> copying.CudaCopier:
-        return copying.CudaCopier(self.gpu, self.buffers)
+        return copying.CudaCopier(self.gpu, self.buffers, self._digests.name if self._digests else "host")
 
     def streams_into(self) -> int | None:
         return self.gpu.ordinal if self._path is not None and self._path.name == "streamer" else None
@@ -161,7 +180,7 @@ class CudaDevice:
         properties = cuda.CUmemAllocationProp()
         properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         properties.location = self.gpu.location
-        properties.requestedHandleTypes = wanted  # a set of kinds; the bindings' enumeration has single ones only
+        properties.requestedHandleTypes = _HandleKinds(wanted)
         properties.allocFlags.gpuDirectRDMACapable = int(
             bool(self.gpu.attribute("GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED"))
         )
@@ -254,7 +273,11 @@ class FdSegment(_CudaSegment):
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-            self._memory.close()
+            self.device.freed_at = time.monotonic()
+            try:
+                self._memory.close()
+            except CudaError as error:
+                log.error("%s: a segment cannot be unmapped: %s", self.device.name, error)
 
 
 class IpcSegment(_CudaSegment):

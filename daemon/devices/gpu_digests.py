@@ -28,7 +28,7 @@ class GpuDigests:
         self._gpu = gpu
         self._lock = threading.Lock()
         source = resources.files("weightd.daemon.devices").joinpath("xxh3.cu").read_text()
-        with cupy.cuda.Device(gpu.ordinal):
+        with gpu.context(), cupy.cuda.Device(gpu.ordinal):
             module = cupy.RawModule(code=source)
             self._accumulate = module.get_function("xxh3_lanes")
             self._finish = module.get_function("xxh3_finish")
@@ -42,7 +42,8 @@ class GpuDigests:
         misaligned = int(((table[:, 0] % 16 != 0) & (table[:, 1] > 240)).sum())
         assert not misaligned, "the kernels load 16 bytes at once"
         try:
-            with self._lock, cupy.cuda.Device(self._gpu.ordinal), self._stream:
+            # In its context first: CuPy would go back to device 0 afterwards, and make a context there.
+            with self._lock, self._gpu.context(), cupy.cuda.Device(self._gpu.ordinal), self._stream:
                 addresses = cupy.asarray(table[:, 0].copy())
                 sizes = cupy.asarray(table[:, 1].astype(numpy.uint32))
                 lanes = cupy.empty(count * _WORDS, cupy.uint64)
@@ -60,7 +61,7 @@ class GpuDigests:
     def check(self) -> None:
         """Compare with the host on bytes of every length that the algorithm tells apart. Raises ValueError."""
         data = numpy.random.default_rng(0).integers(0, 256, LEAF, numpy.uint8)
-        with cupy.cuda.Device(self._gpu.ordinal):
+        with self._gpu.context(), cupy.cuda.Device(self._gpu.ordinal):
             there = cupy.asarray(data)
             cupy.cuda.get_current_stream().synchronize()
             sizes = [1, 3, 8, 16, 17, 128, 129, 240, 241, 1024, 1025, 4097, LEAF - 1, LEAF]
