@@ -326,8 +326,8 @@ class Fill:
                 if piece.leaf >= 0
             ]
             self._hash_on_device(whole)
-            for segment, entry, leaf, _, nbytes in whole:
-                self._compare_entry(segment, entry, leaf, leaf_count(nbytes))
+            for segment, index, leaf, _, nbytes in whole:
+                self._compare_entry(segment, index, leaf, leaf_count(nbytes))
             late = []
             for extent in extents:
                 done = self._count(extent)
