@@ -117,7 +117,10 @@ class Device(Protocol):
         """Kinds of handle that its segments can have."""
 
     def open(self) -> None:
-        """Make it ready for segments, where that has not been done; may take a second. Raises DeviceFailed."""
+        """Make it ready for segments, where that has not been done; may take a second.
+
+        Raises DeviceFailed, InsufficientCapacity.
+        """
 
     def available(self) -> int | None:
         """Bytes that an allocation may take now, whoever else uses the device; negative where they use of the reserve.

@@ -86,7 +86,8 @@ class CudaDevice:
                     path = streaming.choose(self.gpu, self._limits.fill_path)
                     self._digests = copying.choose_digests(self.gpu)
             except CudaError as error:
-                raise DeviceFailed(f"{self.name} ({self.uuid}) cannot be opened: {error}", device=self.name) from None
+                kind = InsufficientCapacity if error.out_of_memory else DeviceFailed
+                raise kind(f"{self.name} ({self.uuid}) cannot be opened: {error}", device=self.name) from None
             self._path = path
             log.info("%s (%s): filled by %s: %s; digests on the %s: %s",
                      self.name, self.uuid, path.name, path.reason, *self._digests)  # fmt: skip

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from weightd.ipc import CudaError, WeightdError, Weights, attach
-from weightd.ipc.cuda import Gpu, call, driver, gpu_by_uuid, gpus
+from weightd.ipc.cuda import Gpu, call, driver, gpu_by_name, gpu_by_uuid, gpus
 
 
 class Engine:
@@ -43,12 +43,18 @@ class Engine:
     def attach(self, runtime_dir: str, **options: Any) -> dict[str, Any]:
         """``weightd.ipc.attach``; the lease lasts until ``close``."""
         weights = self.weights = attach(socket=runtime_dir, timeout=300, **options)
-        self.gpu = gpus()[int(weights.device.partition(":")[2])]
+        weights.wait(300)
+        self.gpu = None if weights.device == "cpu" else gpu_by_name(weights.device)
         self.places = {}
         for name in weights:
             raw: Any = weights.raw(name)
-            self.places[name] = (raw.address, raw.nbytes)
-        return {"lease": weights.lease, "digest": weights.digest, "device": weights.device, "gpu": self.gpu.uuid}
+            self.places[name] = (raw.address if self.gpu else 0, raw.nbytes)
+        return {
+            "lease": weights.lease,
+            "digest": weights.digest,
+            "device": weights.device,
+            "gpu": self.gpu.uuid if self.gpu else None,
+        }
 
     def open_handle(
         self, gpu: str, handle: str, offset: int, tensors: Sequence[Mapping[str, Any]], **_: Any
@@ -69,14 +75,21 @@ class Engine:
         assert self.weights is not None
         self.weights.close()
 
+    def let_go(self) -> None:
+        """End the lease, and unmap what was mapped."""
+        self.close()
+        self.weights, self.places = None, {}
+
     # ------------------------------------------------------------------ using it
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each tensor, read back from the GPU."""
         return {name: hashlib.sha256(self._bytes(name)).hexdigest() for name in self.places}
 
-    def _bytes(self, name: str) -> ctypes.Array[ctypes.c_char]:
-        assert self.gpu is not None
+    def _bytes(self, name: str) -> Any:
+        if self.gpu is None:
+            assert self.weights is not None
+            return self.weights.raw(name)
         address, nbytes = self.places[name]
         found = ctypes.create_string_buffer(nbytes)
         if nbytes:
