@@ -264,9 +264,10 @@ class BaseDirectory:
 
     def skip(self, what: str, why: object) -> None:
         """Say, once for each, that something found outside is left out."""
+        what = what[:300]
         if what not in self._skipped and len(self._skipped) < _MAX_SKIPPED:
-            self._skipped.add(what[:300])
-            log.warning("%s: left out %r: %s", self.name, what[:300], why)
+            self._skipped.add(what)
+            log.warning("%s: left out %r: %s", self.name, what, why)
 
     def heard(self) -> None:
         """The directory has just said who is there."""

@@ -6,7 +6,8 @@ Three things nothing here can mend, so that who holds an agent must be able to l
 - Over TCP UCX moves bytes by having the other process read or write whatever address it is told, registered or not.
   Whoever reaches its port, or hands over made-up metadata, can read and write this process, or end it.
 - A transfer that is cut off, by the end of the reader or of the network, can end the process that is being *read*
-  (over TCP: assertion in ``uct_tcp_ep_pending_purge``); so can unmapping memory that somebody still reads.
+  (over TCP: assertion below ``uct_tcp_ep_pending_purge``, or "unexpected error: Endpoint timeout"; 10 times of 12 where
+  it was stalled meanwhile); so can unmapping memory that somebody still reads.
 - A transfer cannot be cancelled (ai-dynamo/nixl#2044, #2067): releasing it says "success" while bytes keep landing.
 """
 
@@ -24,6 +25,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from importlib.machinery import PathFinder
 from types import ModuleType
@@ -35,13 +37,13 @@ _BUILDS = {13: "nixl_cu13", 12: "nixl_cu12"}
 _NEEDED = ("nixlAgent", "nixlAgentConfig", "nixlRegDList", "nixlXferDList", "nixlRemoteDisconnectError")
 
 _IDLE_POLL_US = 100_000
-"""How often the progress thread looks without being woken. It is woken by its descriptors; this is for lost wake-ups."""
+"""How often the progress thread looks by itself. It is woken by its descriptors; this is for lost wake-ups."""
 
 _ENVIRONMENT = {
     "UCX_TCP_TX_SEG_SIZE": "64k",  # 8 KiB by default, at half the speed
     "UCX_TCP_RX_SEG_SIZE": "64k",
     "UCX_HANDLE_ERRORS": "none",  # no handlers for SIGSEGV and the like, which dump and may wait for a debugger
-    "UCX_DEBUG_SIGNO": "SIGUSR2",  # else UCX takes SIGHUP for itself
+    "UCX_DEBUG_SIGNO": "0",  # else UCX takes SIGHUP for itself
 }
 """Settings of UCX, where whoever runs the daemon has not chosen."""
 
@@ -51,6 +53,8 @@ _NAME = re.compile(rb"[0-9A-Za-z._-]{1,64}")
 _HEAD = b"nixlSerDes|Agent"  # what NIXL's own metadata begins with; then the name's length and the name
 
 _loading = threading.Lock()
+_kept: list[tuple[mmap.mmap, mmap.mmap]] = []
+"""Buffers of self-tests that have failed."""
 
 
 class NixlUnavailable(RuntimeError):
@@ -58,9 +62,11 @@ class NixlUnavailable(RuntimeError):
 
 
 class TransferFailed(RuntimeError):
-    """The peer is gone, cannot be reached or cannot be read. Nothing of it lands any more unless ``landing`` is True."""
+    """The peer is gone, cannot be reached or cannot be read. Nothing lands any more, unless ``landing`` is True."""
 
-    landing = False
+    def __init__(self, message: str, *, landing: bool = False) -> None:
+        super().__init__(message)
+        self.landing = landing
 
 
 def _driver_major() -> int | None:
@@ -119,7 +125,7 @@ def load() -> ModuleType:
             raise NixlUnavailable(f"{package} cannot be loaded ({error}): reinstall it") from None
         lacking = [attribute for attribute in _NEEDED if not hasattr(module, attribute)]
         if lacking:
-            raise NixlUnavailable(f"{package} is not the version that weightd knows, 1.5: it lacks {', '.join(lacking)}")
+            raise NixlUnavailable(f"{package} is not of the version that weightd knows, 1.5: no {', '.join(lacking)}")
         sys.modules[name] = module
         return module
 
@@ -150,25 +156,24 @@ class Agent:
         config.pthrDelay = _IDLE_POLL_US
         config.syncMode = self.nixl.NIXL_THREAD_SYNC_RW  # STRICT would have every call wait for a post, which may copy
         try:
-            self._agent: Any = self.nixl.nixlAgent(self.name, config)
-            self.backend: int = self._agent.createBackend("UCX", {})
+            self.raw: Any = self.nixl.nixlAgent(self.name, config)
+            """The agent of the bindings. No frame keeps it in a variable: a traceback would then keep it alive."""
+            self.backend: int = self.raw.createBackend("UCX", {})
         except Exception as error:  # classes of NIXL's own, all below Exception
             raise NixlUnavailable(
                 f"NIXL does not start ({error!r}): see what it says on stderr, and look at UCX_TLS and UCX_NET_DEVICES"
             ) from error
 
     @contextlib.contextmanager
-    def calling(self) -> Iterator[Any]:
-        """The agent of the bindings, for one call; ``close`` waits for it. Raises RuntimeError once closed."""
+    def calling(self) -> Iterator[None]:
+        """Around calls to ``raw``: ``close`` waits for them. Raises RuntimeError once closed."""
         with self._idle:
             if self._closing:
                 raise RuntimeError(f"agent {self.name} is closed")
             self._calls += 1
-            agent = self._agent
         try:
-            yield agent
+            yield
         finally:
-            del agent
             with self._idle:
                 self._calls -= 1
                 self._idle.notify_all()
@@ -181,9 +186,9 @@ class Agent:
         if nbytes <= 0 or address <= 0:
             raise ValueError(f"no memory: {nbytes} bytes at {address:#x}")
         region = Region(self, address, nbytes, gpu)
-        with self.calling() as agent:
+        with self.calling():
             try:
-                agent.registerMem(region.descriptors, [self.backend])
+                self.raw.registerMem(region.descriptors, [self.backend])
             except Exception as error:
                 raise ValueError(f"NIXL cannot register {nbytes} bytes at {address:#x}: {error!r}") from error
         self.regions.append(region)
@@ -196,10 +201,9 @@ class Agent:
         is intact is believed: one wrong byte in it can end this process, so it has to come from a trusted daemon.
         """
         name, blob = _unpack(metadata)
-        if name == self.name or name in self.peers:
-            raise ValueError(f"there is a peer {name} already")
         peer = Peer(self, name)
-        self.peers[name] = peer
+        if name == self.name or self.peers.setdefault(name, peer) is not peer:
+            raise ValueError(f"there is an agent {name} already")
         try:
             peer.load(blob)
         except BaseException:
@@ -208,7 +212,7 @@ class Agent:
         return peer
 
     def close(self, *, drain: float = 5.0) -> None:
-        """End it: afterwards nothing writes to any region any more. Idempotent.
+        """End it: afterwards nothing writes to any region any more. Idempotent. Some ms.
 
         Waits up to ``drain`` seconds for transfers first, because cutting one off can end the peer's process. What it
         serves to others is cut off: tell them first.
@@ -222,11 +226,13 @@ class Agent:
                 return
             self._closing = True
             self._idle.wait_for(lambda: not self._calls)
-            agent, self._agent = self._agent, None
         for transfer in list(self.transfers):
-            transfer.cut_off(agent)
+            transfer.cut_off()
         # Regions are not deregistered one by one: that would free what a transfer under way still points to.
-        del agent  # the last reference: joins the progress thread, destroys the workers and with them every endpoint
+        alive = weakref.ref(self.raw)
+        self.raw = None  # the last reference: joins the progress thread, destroys the worker and so every endpoint
+        if alive() is not None:
+            raise RuntimeError(f"agent {self.name} is still in use: transfers may go on")
         self.transfers.clear()
         self.regions.clear()
         self.peers.clear()
@@ -245,8 +251,8 @@ class Region:
 
     def metadata(self) -> bytes:
         """What a peer needs to read this region, and no other of the agent: some hundred bytes, not secret, no key."""
-        with self.agent.calling() as agent:
-            blob: bytes = agent.getLocalPartialMD(self.descriptors, True, [self.agent.backend])
+        with self.agent.calling():
+            blob: bytes = self.agent.raw.getLocalPartialMD(self.descriptors, True, [self.agent.backend])
         return _MAGIC + hashlib.sha256(blob).digest() + blob
 
     def close(self) -> None:
@@ -259,8 +265,8 @@ class Region:
         if landing:
             raise RuntimeError(f"{landing} transfers may still write to it: wait, abandon them, or close the agent")
         if self in self.agent.regions:
-            with self.agent.calling() as agent:
-                agent.deregisterMem(self.descriptors, [self.agent.backend])
+            with self.agent.calling():
+                self.agent.raw.deregisterMem(self.descriptors, [self.agent.backend])
             self.agent.regions.remove(self)
 
 
@@ -285,18 +291,16 @@ class Peer:
     def load(self, blob: bytes) -> None:
         """Give NIXL its own form of metadata."""
         nixl = self.agent.nixl
-        with self.agent.calling() as agent:
+        with self.agent.calling():
             try:
-                agent.loadRemoteMD(blob)
+                self.agent.raw.loadRemoteMD(blob)
             except (nixl.nixlMismatchError, nixl.nixlInvalidParamError, nixl.nixlNotFoundError) as error:
                 # What it has taken in until then stays: the name cannot be used with this agent any more.
                 raise ValueError(f"NIXL does not understand the metadata of {self.name}: {error!r}") from error
             except Exception as error:
                 raise TransferFailed(f"{self.name} cannot be reached: {error!r}") from error
 
-    def read(
-        self, pairs: Sequence[tuple[int, int, int]], region: Region, *, gpu: int | None = None
-    ) -> Transfer:
+    def read(self, pairs: Sequence[tuple[int, int, int]], region: Region, *, gpu: int | None = None) -> Transfer:
         """Start reading (local address, remote address, bytes) into a local region, from the peer's memory or its GPU.
 
         One transfer of 1 to 64 MiB in all, some at a time, is best. Within a machine this may return only when all is
@@ -304,8 +308,8 @@ class Peer:
         registered, TransferFailed when the peer is gone.
         """
         ours = self.agent
-        if not pairs:
-            raise ValueError("nothing to read")
+        if not pairs or region.agent is not ours:
+            raise ValueError("nothing to read, or into a region of another agent")
         for local, remote, nbytes in pairs:
             if nbytes <= 0 or remote < 0 or local < region.address or local + nbytes > region.address + region.nbytes:
                 raise ValueError(f"{nbytes} bytes from {remote:#x} to {local:#x}: not within the region")
@@ -313,15 +317,15 @@ class Peer:
             kind(ours, region.gpu), [(local, nbytes, region.gpu or 0) for local, _, nbytes in pairs]
         )
         source = ours.nixl.nixlXferDList(kind(ours, gpu), [(remote, nbytes, gpu or 0) for _, remote, nbytes in pairs])
-        with ours.calling() as agent:
+        with ours.calling():
             try:
-                handle = agent.createXferReq(ours.nixl.NIXL_READ, into, source, self.name, "", [ours.backend])
+                handle = ours.raw.createXferReq(ours.nixl.NIXL_READ, into, source, self.name, "", [ours.backend])
             except (ours.nixl.nixlNotFoundError, ours.nixl.nixlInvalidParamError) as error:
                 raise ValueError(f"{self.name} offers no such memory, or it is not known yet: {error!r}") from error
             except Exception as error:
                 raise TransferFailed(f"{self.name}: {error!r}") from error
             transfer = Transfer(self, region, handle, sum(nbytes for _, _, nbytes in pairs))
-            transfer.post(agent)
+            transfer.post()
         return transfer
 
     def close(self) -> None:
@@ -330,8 +334,9 @@ class Peer:
         if landing:  # they would go on, and NIXL would not say when they end
             raise RuntimeError(f"{landing} transfers from it may still write: wait, abandon them, or close the agent")
         if self.agent.peers.get(self.name) is self:
-            with contextlib.suppress(self.agent.nixl.nixlNotFoundError), self.agent.calling() as agent:
-                agent.invalidateRemoteMD(self.name)
+            nixl = self.agent.nixl
+            with contextlib.suppress(nixl.nixlNotFoundError, nixl.nixlInvalidParamError), self.agent.calling():
+                self.agent.raw.invalidateRemoteMD(self.name)
             del self.agent.peers[self.name]
 
 
@@ -345,36 +350,34 @@ class Transfer:
         self.nbytes = nbytes
         self._agent = peer.agent
         self._handle: int | None = handle
-        self._error: TransferFailed | None = None
+        self._failure: str | None = None
+        self._landing = True
         self._lock = threading.Lock()  # a handle that is released while it is looked at is used after free (#1955)
 
-    def post(self, agent: Any) -> None:
+    def post(self) -> None:
         """Start it. Raises TransferFailed."""
-        nixl = self._agent.nixl
         self._agent.transfers.add(self)
         with self._lock:
             try:
-                if agent.postXferReq(self._handle, "") == nixl.NIXL_SUCCESS:
-                    self._settle(agent)
+                if self._agent.raw.postXferReq(self._handle, "") == self._agent.nixl.NIXL_SUCCESS:
+                    self._settle()
             except Exception as error:
-                raise self._fail(agent, error) from error
+                self._fail(error)
+                raise self._failed() from error
 
     def done(self) -> bool:
         """Whether all bytes are there. Raises TransferFailed, each time."""
-        nixl = self._agent.nixl
         with self._lock:
-            if self._error is not None:
-                raise self._error
-            if self._handle is None:
-                return True
-            with self._agent.calling() as agent:
-                try:
-                    if agent.getXferStatus(self._handle) != nixl.NIXL_SUCCESS:
-                        return False
-                except Exception as error:
-                    raise self._fail(agent, error) from error
-                self._settle(agent)
-                return True
+            if self._failure is None and self._handle is not None:
+                with self._agent.calling():
+                    try:
+                        if self._agent.raw.getXferStatus(self._handle) == self._agent.nixl.NIXL_SUCCESS:
+                            self._settle()
+                    except Exception as error:
+                        self._fail(error)
+            if self._failure is not None:
+                raise self._failed()
+            return self._handle is None
 
     def wait(self, seconds: float) -> None:
         """Return when all bytes are there. Raises TransferFailed, and TimeoutError, after which it still goes on.
@@ -402,32 +405,32 @@ class Transfer:
             return False
         return True
 
-    def cut_off(self, agent: Any) -> None:
+    def cut_off(self) -> None:
         """For ``Agent.close``: release the handle, which does not stop it, right before the agent goes, which does."""
         with self._lock:
-            if self._error is None:
-                self._error = TransferFailed(f"cut off: agent {self._agent.name} was closed")
-            self._error.landing = False
-            self._release(agent)
+            if self._failure is None:
+                self._failure = f"agent {self._agent.name} was closed"
+            self._settle()
 
-    def _settle(self, agent: Any) -> None:
-        self._release(agent)
-        self._agent.transfers.discard(self)
-
-    def _release(self, agent: Any) -> None:
+    def _settle(self) -> None:
+        """Nothing of it lands any more."""
         handle, self._handle = self._handle, None
         if handle is not None:
             with contextlib.suppress(Exception):
-                agent.releaseXferReq(handle)
+                self._agent.raw.releaseXferReq(handle)
+        self._landing = False
+        self._agent.transfers.discard(self)
 
-    def _fail(self, agent: Any, error: Exception) -> TransferFailed:
+    def _fail(self, error: Exception) -> None:
         """Note an error. When the connection is gone, so is everything on it; after any other, parts may still land."""
-        self._error = TransferFailed(f"{self.nbytes} bytes from {self.peer.name}: {error!r}")
+        self._failure = repr(error)
         if isinstance(error, self._agent.nixl.nixlRemoteDisconnectError):
-            self._settle(agent)
-        else:
-            self._error.landing = True
-        return self._error
+            self._settle()
+
+    def _failed(self) -> TransferFailed:
+        return TransferFailed(
+            f"{self.nbytes} bytes from {self.peer.name} failed: {self._failure}", landing=self._landing
+        )
 
 
 def kind(agent: Agent, gpu: int | None) -> Any:
@@ -459,8 +462,8 @@ def self_test(agent: Agent) -> None:
     """Read random bytes from the agent to itself, at odd offsets, and compare. Raises NixlUnavailable. Some ms."""
     size = 1 << 20
     source, target = mmap.mmap(-1, size), mmap.mmap(-1, size)
-    expected = bytearray(size)
     source[:] = secrets.token_bytes(size)
+    expected = bytearray(size)
     pairs = [(13, 1, 100_003), (100_017, 200_001, 1), (100_019, 300_007, 700_001)]
     addresses = [ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in (source, target)]
     regions: list[Region] = []
@@ -470,7 +473,7 @@ def self_test(agent: Agent) -> None:
         transfer = Peer(agent, agent.name).read(there, regions[1])
         transfer.wait(10)
     except (TransferFailed, TimeoutError, ValueError) as error:
-        # Buffers that may still be written to live on: mmap refuses to unmap what a ctypes object looks at.
+        _kept.append((source, target))  # they may still be written to
         raise NixlUnavailable(f"NIXL's self-test failed ({error}): look at UCX_TLS and UCX_NET_DEVICES") from error
     for region in regions:
         region.close()

@@ -25,7 +25,7 @@ import os
 import socket
 import ssl
 from base64 import b64decode, b64encode
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -200,16 +200,17 @@ class EtcdDirectory(BaseDirectory):
     async def _watch(self, revision: int) -> None:
         begin = self._prefix.encode()
         request = {"key": _b64(begin), "range_end": _b64(_end(begin)), "start_revision": revision, "fragment": True}
-        async for answer in self._stream("watch", {"create_request": request}):
-            if answer.get("canceled"):
-                compacted = answer.get("compact_revision")
-                reason = f"revision {revision} is compacted up to {compacted}" if compacted else "without a reason"
-                raise EtcdError(f"the watch was cancelled: {answer.get('cancel_reason') or reason}")
-            for event in answer.get("events", []):
-                key = b64decode(event["kv"]["key"])
-                deleted = event.get("type") == "DELETE"
-                member = None if deleted else self._member(key, b64decode(event["kv"].get("value", "")))
-                self.put(key.decode(errors="replace"), member)
+        async with contextlib.aclosing(self._stream("watch", {"create_request": request})) as answers:
+            async for answer in answers:
+                if answer.get("canceled"):
+                    compacted = answer.get("compact_revision")
+                    reason = f"revision {revision} is compacted up to {compacted}" if compacted else "without a reason"
+                    raise EtcdError(f"the watch was cancelled: {answer.get('cancel_reason') or reason}")
+                for event in answer.get("events", []):
+                    key = b64decode(event["kv"]["key"])
+                    deleted = event.get("type") == "DELETE"
+                    member = None if deleted else self._member(key, b64decode(event["kv"].get("value", "")))
+                    self.put(key.decode(errors="replace"), member)
         raise EtcdError("the watch has ended")
 
     async def _announce(self) -> None:
@@ -256,12 +257,16 @@ class EtcdDirectory(BaseDirectory):
 
     async def _call(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         async with asyncio.timeout(ANSWER_TIMEOUT), contextlib.aclosing(self._answers(path, body)) as answers:
-            found = [answer async for answer in answers]
-        if not found:
+            found = None
+            async for answer in answers:
+                if found is not None:
+                    raise EtcdError(f"{path}: more than one answer")
+                found = answer
+        if found is None:
             raise EtcdError(f"{path}: an empty answer")
-        return found[0]
+        return found
 
-    async def _stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The results as they come; the first one says that the stream is there, and has to come in time."""
         async with contextlib.aclosing(self._answers(path, body)) as answers:
             limit: float | None = ANSWER_TIMEOUT
@@ -326,7 +331,7 @@ def _client() -> httpx.AsyncClient:
 
 def _entry(node: str, address: str, stages: Mapping[str, float]) -> bytes:
     """What is published: never more than others would take."""
-    kept = {key: share for key, share in list(stages.items())[:MAX_STAGES] if is_stage_key(key)}
+    kept = dict([(key, share) for key, share in stages.items() if is_stage_key(key)][:MAX_STAGES])
     if len(kept) < len(stages):
         log.debug("etcd: %d of %d stages are not published", len(stages) - len(kept), len(stages))
     text = json.dumps({"node": node, "address": address, "stages": kept}, ensure_ascii=False, separators=(",", ":"))

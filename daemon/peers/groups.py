@@ -1,0 +1,101 @@
+"""Groups: a plan's extents, put together so that peers can give the same bytes as the origin.
+
+The origin is read by ranges of files, a peer by ranges of its segments, which are laid out as ours. A group is the
+smallest set of extents whose bytes are both: one extent, where it brings whole leaves of entries; all extents of an
+entry together, where its bytes are gathered from strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from weightd.daemon.digests import LEAF, leaf_count
+from weightd.daemon.extents import Extent
+from weightd.daemon.recipe import Recipe
+
+_STRIPE = 64 << 20
+
+
+class Span(NamedTuple):
+    """Whole leaves of one entry: where they lie in the segment, and the number of the first."""
+
+    segment: int
+    entry: int
+    offset: int
+    nbytes: int
+    leaf: int
+
+
+@dataclass(slots=True)
+class Group:
+    """``extents`` bring it from the origin, ``spans`` are where it lies."""
+
+    index: int
+    extents: list[Extent]
+    spans: list[Span]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the segments."""
+        return sum(span.nbytes for span in self.spans)
+
+    @property
+    def stripe(self) -> str:
+        """By what nodes agree on who reads it first, however large each one's extents are."""
+        first = self.extents[0]
+        return f"{first.file}:{first.offset // _STRIPE}"
+
+
+def plan_groups(extents: Sequence[Extent], recipes: Sequence[Recipe]) -> list[Group]:
+    """Every extent is in exactly one group, in the order of the plan."""
+    found: dict[int, list[Extent]] = {}
+    leader = _Joined(len(extents))
+    by_entry: dict[tuple[int, int], int] = {}
+    for number, extent in enumerate(extents):
+        for piece in extent.pieces:
+            if piece.leaf < 0:
+                first = by_entry.setdefault((piece.segment, piece.entry), number)
+                leader.join(first, number)
+    for number, extent in enumerate(extents):
+        found.setdefault(leader.of(number), []).append(extent)
+    return [Group(index, members, _spans(members, recipes)) for index, members in enumerate(found.values())]
+
+
+def _spans(extents: Sequence[Extent], recipes: Sequence[Recipe]) -> list[Span]:
+    spans: dict[tuple[int, int, int], Span] = {}
+    for extent in extents:
+        for piece in extent.pieces:
+            if piece.leaf >= 0:
+                span = Span(piece.segment, piece.entry, piece.offset, piece.nbytes, piece.leaf)
+            else:
+                entry = recipes[piece.segment].entries[piece.entry]
+                span = Span(piece.segment, piece.entry, entry.offset, entry.nbytes, 0)
+            spans[span.segment, span.entry, span.leaf] = span
+    return sorted(spans.values())
+
+
+def leaf_ranges(span: Span) -> list[tuple[int, int, int]]:
+    """Each leaf of a span: its number, and where it lies in the segment: offset, bytes."""
+    return [
+        (span.leaf + i, span.offset + i * LEAF, min(LEAF, span.nbytes - i * LEAF))
+        for i in range(leaf_count(span.nbytes))
+    ]
+
+
+class _Joined:
+    """Sets that grow together: union-find."""
+
+    def __init__(self, count: int) -> None:
+        self._parent = list(range(count))
+
+    def of(self, item: int) -> int:
+        while self._parent[item] != item:
+            self._parent[item] = self._parent[self._parent[item]]
+            item = self._parent[item]
+        return item
+
+    def join(self, a: int, b: int) -> None:
+        a, b = self.of(a), self.of(b)
+        self._parent[max(a, b)] = min(a, b)
