@@ -7,7 +7,6 @@ same for all sources happens here. Methods may be called from any thread.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import mmap
 import random
@@ -15,7 +14,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from weightd.daemon.arrivals import Arrivals
@@ -91,7 +90,6 @@ class Fill:
         self.in_flight_bytes = limits.in_flight_bytes
         self.extent_bytes = limits.extent_bytes
         self.bytes_read = 0
-        self.peer_bytes = 0
         self.retries = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)
         hashed = _hashed_tensors(extents)
@@ -103,12 +101,6 @@ class Fill:
         self.tensor_leaves = dict(zip(hashed, found, strict=True))
         """Checkpoint tensors (by index) that are hashed in a bounce buffer, whole, as the checkpoint has them."""
         self.sha256 = {file: OrderedHash(prefix) for file, prefix in (sha256_prefixes or {}).items()}
-        starts = [list(itertools.accumulate(map(len, of_segment), initial=0)) for of_segment in self.leaves]
-        self._leaf_starts = starts
-        self.there = [bytearray(of_segment[-1]) for of_segment in starts]
-        """For each segment a byte for each leaf of its entries, one after another: 1 once it is there, and hashed."""
-        self.on_landed: Callable[[Extent], None] = lambda extent: None
-        """Told of each extent that is there, in any thread."""
         self._tensors = tensors
         self._recipes = recipes
         self._segments = segments
@@ -141,7 +133,6 @@ class Fill:
                 self.bytes_read += extent.nbytes
                 for piece in extent.pieces:
                     self._pending[piece.segment][piece.entry] -= piece.nbytes
-                self._mark(extent)
         for segment, pending in enumerate(self._pending):
             if there := [index for index, nbytes in enumerate(pending) if not nbytes]:
                 on_verified(segment, there)
@@ -283,7 +274,7 @@ class Fill:
             for segment, index in self._deferred(extent, complete):
                 entry = self._recipes[segment].entries[index]
                 self._hash(self.leaves[segment][index], 0, self._segments[segment].view, entry.offset, entry.nbytes)
-        self._mark(extent)
+            self._landed[extent.index] = 1
         self._let_go(landing)
         self._tell(complete)
 
@@ -346,8 +337,8 @@ class Fill:
                 for segment, entries in done.items():
                     complete.setdefault(segment, []).extend(entries)
             self._hash_on_device(late)
-        for extent in extents:
-            self._mark(extent)
+            for extent in extents:
+                self._landed[extent.index] = 1
         self._tell(complete)
 
     def _hash_on_device(self, places: Sequence[tuple[int, int, int, int, int]]) -> None:
@@ -366,7 +357,7 @@ class Fill:
 
     # ------------------------------------------------------------------ accounts
 
-    def _count(self, extent: Extent, *, by_source: bool = True) -> dict[int, list[int]]:
+    def _count(self, extent: Extent) -> dict[int, list[int]]:
         """The extent's bytes are there; returns the entries, by segment, of which that was the last."""
         complete: dict[int, list[int]] = {}
         with self._lock:
@@ -376,67 +367,9 @@ class Fill:
                 pending[piece.entry] -= piece.nbytes
                 if not pending[piece.entry]:
                     complete.setdefault(piece.segment, []).append(piece.entry)
-        if self._bytes_counter is not None and by_source:
+        if self._bytes_counter is not None:
             self._bytes_counter.inc(extent.nbytes)
         return complete
-
-    def _mark(self, extent: Extent) -> None:
-        """All bytes of the extent are there, and hashed as far as they can be."""
-        self._landed[extent.index] = 1
-        for piece in extent.pieces:
-            start = self._leaf_starts[piece.segment][piece.entry]
-            if piece.leaf >= 0:
-                first, count = start + piece.leaf, leaf_count(piece.nbytes)
-            elif not self._pending[piece.segment][piece.entry]:
-                first, count = start, len(self.leaves[piece.segment][piece.entry])
-            else:
-                continue
-            self.there[piece.segment][first : first + count] = b"\1" * count
-        self.on_landed(extent)
-
-    def missing(self) -> list[Extent]:
-        """Extents that have not landed, taken from the queue: ``give`` puts them back."""
-        found = list(self._queue)
-        self._queue.clear()
-        return found
-
-    @property
-    def queued(self) -> int:
-        """Extents that no reader has taken."""
-        return len(self._queue)
-
-    def give(self, extents: Iterable[Extent]) -> None:
-        """Let the reader read these."""
-        self._queue.extend(extents)
-
-    def leaf_starts(self, segment: int) -> Sequence[int]:
-        """Where each entry's leaves begin in ``there``, and where the last one's end."""
-        return self._leaf_starts[segment]
-
-    def hash_places(self, places: Sequence[tuple[int, int, int]]) -> list[int]:
-        """Leaf digests of (segment, offset, bytes) as they lie in the segments."""
-        if self._arrivals is not None:
-            return self._arrivals.leaves(places)
-        return [leaf_digest(self._segments[segment].view[at : at + nbytes]) for segment, at, nbytes in places]
-
-    def arrived(self, extents: Sequence[Extent], digests: Iterable[tuple[int, int, int, int]]) -> None:
-        """These extents came by another way: (segment, entry, leaf, digest) of all their leaves, or of whole entries.
-
-        Raises DigestMismatch where others were expected.
-        """
-        self.peer_bytes += sum(extent.nbytes for extent in extents)
-        for segment, entry, leaf, digest in digests:
-            self.leaves[segment][entry][leaf] = digest
-            self._compare_entry(segment, entry, leaf, 1)
-        complete: dict[int, list[int]] = {}
-        for extent in extents:
-            if extent.tensor is not None:  # whose own leaves nobody has seen
-                self.tensor_leaves.pop(extent.tensor[0], None)
-            for segment, entries in self._count(extent, by_source=False).items():
-                complete.setdefault(segment, []).extend(entries)
-        for extent in extents:
-            self._mark(extent)
-        self._tell(complete)
 
     def _deferred(self, extent: Extent, complete: Mapping[int, Sequence[int]]) -> list[tuple[int, int]]:
         """(segment, entry) of those that could not be hashed before all of them was there."""

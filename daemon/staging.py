@@ -21,7 +21,6 @@ from weightd.daemon.header import TensorInfo
 from weightd.daemon.layout import checkpoint_layout
 from weightd.daemon.ledger import Ledger, fingerprint
 from weightd.daemon.limits import FillLimits
-from weightd.daemon.peers.pulling import Fleet, PeerReader
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.request import Parallel, StageRequest
 from weightd.daemon.sources import Reader, Source
@@ -73,7 +72,7 @@ def _expected_sha256(checkpoint: Checkpoint, request: StageRequest) -> dict[int,
 class Loading:
     """One load, from its plan to sealed segments: ``lay_out``, ``prepare``, ``run`` in a thread, and ``close``.
 
-    ``devices`` has each segment's. ``fleet`` is whom to load from besides the source what goes by ``key`` there.
+    ``devices`` has each segment's.
     """
 
     source: Source
@@ -82,8 +81,6 @@ class Loading:
     devices: Sequence[Device]
     cache: Cache
     limits: FillLimits
-    fleet: Fleet | None = None
-    key: str = ""
 
     def __post_init__(self) -> None:
         self._fill: Fill | None = None
@@ -157,20 +154,8 @@ class Loading:
             sha256_prefixes={file: checkpoint.prefixes[file] for file in self._sha256},
             on_verified=verified,
         )
-        files = checkpoint.listing.weights
-        if self.fleet is not None and self._from_peers():
-            self._reader = PeerReader(
-                self.key, self.fleet, self.plan.recipes, segments, lambda: self.source.reader(files)
-            )
-        else:
-            self._reader = self.source.reader(files, native=self._native)
+        self._reader = self.source.reader(checkpoint.listing.weights, native=self._native)
         return self._fill
-
-    def _from_peers(self) -> bool:
-        """Whether peers can bring it: to host memory, and not where digests are expected that only the origin gives."""
-        on_host = all(device.uuid is None for device in self.devices)
-        expecting = self._digest is not None or bool(self._sha256)
-        return on_host and not expecting and "peer" in self.request.sources
 
     @property
     def fill(self) -> Fill:
