@@ -23,6 +23,8 @@ from weightd.api.models import (
     LeaseRequest,
     Move,
     NodeRecord,
+    PeerList,
+    PeerRecord,
     SegmentManifest,
     StageList,
     StageRecord,
@@ -209,6 +211,22 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
                 )
                 for lease in node.residency.leases()
             ]
+        )
+
+    @app.get("/v1/peers")
+    async def list_peers() -> PeerList:
+        """The other daemons of the fleet, as far as the directory knows them."""
+        if node.directory is None:
+            return PeerList(directory="none", peers=[])
+        members = node.directory.members()
+        return PeerList(
+            directory=node.directory.status(),
+            peers=[
+                PeerRecord(
+                    node=member.node, address=member.address, stages=dict(member.stages) if member.stages else None
+                )
+                for member in members
+            ],
         )
 
     @app.get("/v1/node")

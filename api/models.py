@@ -67,6 +67,8 @@ class StageRecord(BaseModel):
     phase_seconds: dict[str, float] = Field(
         description="Thread-seconds of loading by phase: source, buffers, copying, verifying."
     )
+    peer_bytes: int = Field(description="Bytes of it that came from peers, not from its source.")
+    key: str | None = Field(description="What peers know it by, once planned, where there are peers.")
     footprint_bytes: int = Field(description="Bytes of its devices' capacity that it takes.")
     segments: list[SegmentRecord] = Field(description="One for each rank, once planned.")
     checkpoint_digest: str | None = Field(
@@ -264,6 +266,25 @@ class NodeRecord(BaseModel):
     versions: dict[str, str | None] = Field(description="Versions of weightd and of what moves its bytes.")
 
 
+class PeerRecord(BaseModel):
+    """One peer, as its directory knows it."""
+
+    node: str = Field(description="Its name; its address where the directory knows none.")
+    address: str = Field(description="HOST:PORT of its peers' port.")
+    stages: dict[str, float] | None = Field(
+        description="How much it has of what, 0 to 1, by stage key; null where it has to be asked."
+    )
+
+
+class PeerList(BaseModel):
+    """The other daemons of the fleet."""
+
+    directory: str = Field(
+        description="ok, or what is wrong with where they are found; none where there are to be none."
+    )
+    peers: list[PeerRecord] = Field(description="Each peer.")
+
+
 class Health(BaseModel):
     """The daemon is there."""
 
@@ -294,6 +315,8 @@ def stage_record(stage: Stage) -> StageRecord:
         eta_seconds=left / rate if rate and stage.state == "loading" else None,
         state_seconds=seconds,
         phase_seconds=dict(stage.fill.seconds) if stage.fill else stage.phase_seconds,
+        peer_bytes=stage.fill.peer_bytes if stage.fill else stage.peer_bytes,
+        key=stage.key or None,
         footprint_bytes=stage.footprint,
         segments=[
             SegmentRecord(

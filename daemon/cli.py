@@ -278,6 +278,27 @@ def leases(as_json: Json = False) -> None:
 
 
 @app.command()
+def peers(as_json: Json = False) -> None:
+    """List the other daemons of the fleet."""
+    with Client() as client:
+        found = client.peers()
+
+    def table(found: dict[str, Any]) -> None:
+        out.print("directory:", found["directory"], markup=False)
+        view = Table(box=None, header_style="bold")
+        for column in ("NODE", "ADDRESS", "STAGES"):
+            view.add_column(column, overflow="fold")
+        for peer in found["peers"]:
+            held = "to be asked" if peer["stages"] is None else ", ".join(
+                f"{key[:12]} {share:.0%}" for key, share in peer["stages"].items()
+            )  # fmt: skip
+            view.add_row(peer["node"], peer["address"], held)
+        out.print(view)
+
+    _print(found, as_json, table)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Check what staging and attaching need, and say how to mend what is missing. Exit code 1 where something is."""
     from weightd.daemon.doctor import examine

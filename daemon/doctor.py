@@ -11,6 +11,7 @@ from pathlib import Path
 from weightd.daemon.devices.cpu import available_memory
 from weightd.daemon.doctor_gpu import examine_gpus
 from weightd.daemon.finding import Finding
+from weightd.daemon.peers.mover import unavailable
 from weightd.daemon.reload import NoKeeper, keeper_status
 from weightd.daemon.settings import Settings
 from weightd.daemon.sources import libstreamer
@@ -51,11 +52,18 @@ def _keeper() -> Iterator[Finding]:
 def _daemon() -> Iterator[Finding]:
     try:
         with Client() as client:
-            node = client.node()
+            node, fleet = client.node(), client.peers()
     except WeightdError as error:
         yield Finding("daemon", "error", str(error), "weightd serve")
         return
     yield Finding("daemon", "ok", f"pid {node['pid']} at {client.address}")
+    found = fleet["directory"]
+    if found == "none" and Settings().peers != "none":
+        found = unavailable() or "the daemon was started without them"
+    if found not in ("none", "ok"):
+        yield Finding("peers", "error", found, "see WEIGHTD_PEERS; stages load from their sources meanwhile")
+    elif found == "ok":
+        yield Finding("peers", "ok", f"{len(fleet['peers'])} daemons in the directory")
     for device in node["devices"]:
         yield Finding(
             f"device {device['name']}",

@@ -7,6 +7,7 @@ same for all sources happens here. Methods may be called from any thread.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import mmap
 import random
@@ -14,7 +15,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from weightd.daemon.arrivals import Arrivals
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_FROM_PEER = 2
+"""What the ledger has for an extent that came from a peer."""
 PHASES = ("source", "buffers", "copying", "verifying")
 """Where a loading thread's time goes: waiting on the source, waiting for a bounce buffer, copying, hashing."""
 
@@ -90,6 +93,7 @@ class Fill:
         self.in_flight_bytes = limits.in_flight_bytes
         self.extent_bytes = limits.extent_bytes
         self.bytes_read = 0
+        self.peer_bytes = 0
         self.retries = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)
         hashed = _hashed_tensors(extents)
@@ -101,6 +105,12 @@ class Fill:
         self.tensor_leaves = dict(zip(hashed, found, strict=True))
         """Checkpoint tensors (by index) that are hashed in a bounce buffer, whole, as the checkpoint has them."""
         self.sha256 = {file: OrderedHash(prefix) for file, prefix in (sha256_prefixes or {}).items()}
+        starts = [list(itertools.accumulate(map(len, of_segment), initial=0)) for of_segment in self.leaves]
+        self._leaf_starts = starts
+        self.there = [bytearray(of_segment[-1]) for of_segment in starts]
+        """For each segment a byte for each leaf of its entries, one after another: 1 once it is there, and hashed."""
+        self.on_landed: Callable[[Extent], None] = lambda extent: None
+        """Told of each extent that is there, in any thread."""
         self._tensors = tensors
         self._recipes = recipes
         self._segments = segments
@@ -130,9 +140,17 @@ class Fill:
         for index, extent in enumerate(extents):
             extent.index = index
             if self._landed[index]:
+                if self._landed[index] == _FROM_PEER:
+                    self._without_leaves(extent)
                 self.bytes_read += extent.nbytes
                 for piece in extent.pieces:
                     self._pending[piece.segment][piece.entry] -= piece.nbytes
+                whole = [
+                    (piece.segment, piece.entry)
+                    for piece in extent.pieces
+                    if piece.leaf < 0 and not self._pending[piece.segment][piece.entry]
+                ]
+                self._mark(extent, whole, self._landed[index])
         for segment, pending in enumerate(self._pending):
             if there := [index for index, nbytes in enumerate(pending) if not nbytes]:
                 on_verified(segment, there)
@@ -230,9 +248,10 @@ class Fill:
         if extent.tensor is not None:
             with self.phase("verifying"):
                 tensor, leaf = extent.tensor
-                leaves = self.tensor_leaves[tensor]
-                self._hash(leaves, leaf, landing.views[0], 0, extent.nbytes)
-                self._compare(self._tensors[tensor].name, leaves, leaf, leaf_count(extent.nbytes))
+                leaves = self.tensor_leaves.get(tensor)
+                if leaves is not None:
+                    self._hash(leaves, leaf, landing.views[0], 0, extent.nbytes)
+                    self._compare(self._tensors[tensor].name, leaves, leaf, leaf_count(extent.nbytes))
         ordered = self.sha256.get(extent.file)
         landing.holders = 2 if ordered else 1
         if self._arrivals is None:
@@ -271,10 +290,11 @@ class Fill:
                     position += run.nbytes
         with self.phase("verifying"):
             complete = self._count(extent)
-            for segment, index in self._deferred(extent, complete):
+            late = self._deferred(extent, complete)
+            for segment, index in late:
                 entry = self._recipes[segment].entries[index]
                 self._hash(self.leaves[segment][index], 0, self._segments[segment].view, entry.offset, entry.nbytes)
-            self._landed[extent.index] = 1
+        self._mark(extent, late)
         self._let_go(landing)
         self._tell(complete)
 
@@ -329,16 +349,18 @@ class Fill:
             for segment, index, leaf, _, nbytes in whole:
                 self._compare_entry(segment, index, leaf, leaf_count(nbytes))
             late = []
+            whole_of: dict[int, list[tuple[int, int]]] = {}
             for extent in extents:
                 done = self._count(extent)
-                for segment, index in self._deferred(extent, done):
+                whole_of[extent.index] = self._deferred(extent, done)
+                for segment, index in whole_of[extent.index]:
                     entry = self._recipes[segment].entries[index]
                     late.append((segment, index, 0, entry.offset, entry.nbytes))
                 for segment, entries in done.items():
                     complete.setdefault(segment, []).extend(entries)
             self._hash_on_device(late)
-            for extent in extents:
-                self._landed[extent.index] = 1
+        for extent in extents:
+            self._mark(extent, whole_of[extent.index])
         self._tell(complete)
 
     def _hash_on_device(self, places: Sequence[tuple[int, int, int, int, int]]) -> None:
@@ -357,7 +379,7 @@ class Fill:
 
     # ------------------------------------------------------------------ accounts
 
-    def _count(self, extent: Extent) -> dict[int, list[int]]:
+    def _count(self, extent: Extent, *, by_source: bool = True) -> dict[int, list[int]]:
         """The extent's bytes are there; returns the entries, by segment, of which that was the last."""
         complete: dict[int, list[int]] = {}
         with self._lock:
@@ -367,9 +389,74 @@ class Fill:
                 pending[piece.entry] -= piece.nbytes
                 if not pending[piece.entry]:
                     complete.setdefault(piece.segment, []).append(piece.entry)
-        if self._bytes_counter is not None:
+        if self._bytes_counter is not None and by_source:
             self._bytes_counter.inc(extent.nbytes)
         return complete
+
+    def _mark(self, extent: Extent, whole: Sequence[tuple[int, int]], how: int = 1) -> None:
+        """All bytes of the extent are there, and hashed as far as they can be: with it all of the entries ``whole``."""
+        self._landed[extent.index] = how
+        for piece in extent.pieces:
+            if piece.leaf >= 0:
+                first = self._leaf_starts[piece.segment][piece.entry] + piece.leaf
+                count = leaf_count(piece.nbytes)
+                self.there[piece.segment][first : first + count] = b"\1" * count
+        for segment, entry in whole:
+            first, count = self._leaf_starts[segment][entry], len(self.leaves[segment][entry])
+            self.there[segment][first : first + count] = b"\1" * count
+        self.on_landed(extent)
+
+    def missing(self) -> list[Extent]:
+        """Extents that have not landed, taken from the queue: ``give`` puts them back."""
+        found = list(self._queue)
+        self._queue.clear()
+        return found
+
+    def has(self, extent: Extent) -> bool:
+        """Whether it has landed."""
+        return bool(self._landed[extent.index])
+
+    @property
+    def queued(self) -> int:
+        """Extents that no reader has taken."""
+        return len(self._queue)
+
+    def give(self, extents: Iterable[Extent]) -> None:
+        """Let the reader read these."""
+        self._queue.extend(extents)
+
+    def leaf_starts(self, segment: int) -> Sequence[int]:
+        """Where each entry's leaves begin in ``there``, and where the last one's end."""
+        return self._leaf_starts[segment]
+
+    def hash_places(self, places: Sequence[tuple[int, int, int]]) -> list[int]:
+        """Leaf digests of (segment, offset, bytes) as they lie in the segments."""
+        if self._arrivals is not None:
+            return self._arrivals.leaves(places)
+        return [leaf_digest(self._segments[segment].view[at : at + nbytes]) for segment, at, nbytes in places]
+
+    def arrived(self, extents: Sequence[Extent], digests: Iterable[tuple[int, int, int, int]]) -> None:
+        """These extents came by another way: (segment, entry, leaf, digest) of all their leaves, or of whole entries.
+
+        Raises DigestMismatch where others were expected.
+        """
+        self.peer_bytes += sum(extent.nbytes for extent in extents)
+        for segment, entry, leaf, digest in digests:
+            self.leaves[segment][entry][leaf] = digest
+            self._compare_entry(segment, entry, leaf, 1)
+        complete: dict[int, list[int]] = {}
+        for extent in extents:
+            self._without_leaves(extent)
+            for segment, entries in self._count(extent, by_source=False).items():
+                complete.setdefault(segment, []).extend(entries)
+        for extent in extents:
+            self._mark(extent, self._deferred(extent, complete), _FROM_PEER)
+        self._tell(complete)
+
+    def _without_leaves(self, extent: Extent) -> None:
+        """A checkpoint tensor is not hashed as such where a part of it came from a peer, laid out already."""
+        if extent.tensor is not None:
+            self.tensor_leaves.pop(extent.tensor[0], None)
 
     def _deferred(self, extent: Extent, complete: Mapping[int, Sequence[int]]) -> list[tuple[int, int]]:
         """(segment, entry) of those that could not be hashed before all of them was there."""

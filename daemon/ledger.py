@@ -1,9 +1,9 @@
 """A ledger: how far a stage's bytes have come, in memory that outlives the process which writes it.
 
 Layout, native byte order: ``leases`` u32, ``extents`` u32, ``last_used`` f64 (monotonic seconds), ``lent`` u32, the
-plan's fingerprint (16 bytes), then a byte for each extent (1 once all of it has landed and is hashed), padding to 8
-bytes, then the leaf digests (u64 each): those of all entries of all segments in their order, then those of the
-checkpoint tensors that are hashed as such.
+plan's fingerprint (16 bytes), then a byte for each extent (1 once all of it has landed and is hashed, 2 where it came
+from a peer), padding to 8 bytes, then the leaf digests (u64 each): those of all entries of all segments in their order,
+then those of the checkpoint tensors that are hashed as such.
 
 It needs no checksums: it is memory, which a killed process leaves as it was, and each mark is set after what it stands
 for.

@@ -32,6 +32,8 @@ from weightd.daemon.ledger import Ledger
 from weightd.daemon.limits import FillLimits, NodeLimits
 from weightd.daemon.manifests import SealedManifest, entry_files, segment_manifest
 from weightd.daemon.metrics import Metrics
+from weightd.daemon.peers.pulling import Fleet
+from weightd.daemon.peers.serving import key_of
 from weightd.daemon.residency import Residency
 from weightd.daemon.sources import Source
 from weightd.daemon.stage import Stage
@@ -56,7 +58,9 @@ class Loader:
         metrics: Metrics,
         fill_limits: FillLimits,
         limits: NodeLimits,
+        fleet: Fleet | None,
     ) -> None:
+        self._fleet = fleet
         self._devices = devices
         self._residency = residency
         self._deposits = deposits
@@ -130,6 +134,8 @@ class Loader:
                 return
             self._admit(stage, allocated(plan.recipes, devices))
             stage.plan, stage.infos, stage.metadata = plan, plan.infos, plan.metadata
+            if self._fleet is not None:
+                stage.key = await self.in_thread(key_of, stage)
             # One for each device, always in the same order, so that nobody waits for each other.
             for name in sorted(set(stage.devices)):
                 own = self._turns.setdefault((stage.source_kind, name), Turns(self._limits.concurrent_loads))
@@ -141,7 +147,9 @@ class Loader:
             if stage.finished:
                 return
             stage.enter("loading")
-            loading = Loading(source, plan, stage.request, devices, self._cache, self._fill_limits)
+            loading = Loading(
+                source, plan, stage.request, devices, self._cache, self._fill_limits, self._fleet, stage.key
+            )
             manifests = await self.in_thread(self._load, stage, loading)
             if stage.finished:
                 for manifest in manifests:

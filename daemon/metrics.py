@@ -35,6 +35,10 @@ class Metrics:
             "copying, verifying.",
             "source", "phase",
         )  # fmt: skip
+        self.peer_bytes = counter("weightd_peer_read_bytes_total", "Bytes of weights read from peers, and verified.")
+        self.peers_dropped = counter(
+            "weightd_peers_dropped_total", "Peers given up while a stage was read from them, for whatever reason."
+        )
         self.finished = counter("weightd_stages_finished_total", "Stages that ended, by state.", "state")
         self.evictions = counter(
             "weightd_evictions_total",

@@ -29,6 +29,9 @@ from weightd.daemon.limits import FillLimits, NodeLimits
 from weightd.daemon.loader import Loader, refused
 from weightd.daemon.metrics import Metrics
 from weightd.daemon.moving import move_segments
+from weightd.daemon.peers.directory import Directory
+from weightd.daemon.peers.pulling import Fleet
+from weightd.daemon.peers.serving import key_of
 from weightd.daemon.request import StageRequest
 from weightd.daemon.residency import Residency
 from weightd.daemon.sources import Allow, Source, canonical, open_source
@@ -69,7 +72,12 @@ class Node:
         fill_limits: FillLimits,
         limits: NodeLimits,
         metrics: Metrics,
+        fleet: Fleet | None = None,
+        directory: Directory | None = None,
     ) -> None:
+        self._fleet = fleet
+        self.directory = directory
+        """Where peers are found; None where there are to be none."""
         self.devices = devices
         self.default_device = next((name for name, device in devices.items() if device.uuid), "cpu")
         self.residency = residency
@@ -80,7 +88,7 @@ class Node:
         self._cache = cache
         self._fill_limits = fill_limits
         self._limits = limits
-        self._loader = Loader(devices, residency, deposits, cache, metrics, fill_limits, limits)
+        self._loader = Loader(devices, residency, deposits, cache, metrics, fill_limits, limits, fleet)
         self._listings: dict[str, asyncio.Task[tuple[Source, Listing]]] = {}
         metrics.watch(self)
 
@@ -302,6 +310,8 @@ class Node:
             self._deposits.drop(stage.id)
             return
         self.residency.await_lessees(stage)
+        if stage.state == "ready" and self._fleet is not None:
+            stage.key = key_of(stage)
         if stage.state != "ready":
             self._loader.spawn(self._loader.resume(stage, self._list(stage.uri)), stage.id)
         elif stage.revoked_until is not None:

@@ -95,6 +95,12 @@ class StageRequest(BaseModel):
             "file, or a map from file name to SHA-256. The whole checkpoint (or file) is read to know."
         ),
     )
+    sources: list[Literal["peer", "origin"]] = Field(
+        ["peer", "origin"],
+        min_length=1,
+        max_length=2,
+        description="Where bytes may come from: daemons that have them, and what the URI names.",
+    )
     priority: int = Field(0, ge=-1000, le=1000, description="Higher loads first where stages wait for their turn.")
     pin: bool = Field(False, description="Never evict it, whatever else wants its memory.")
     ttl_seconds: float | None = Field(

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, SecretStr, TypeAdapter, field_validator
+from pydantic import ByteSize, Field, SecretStr, TypeAdapter, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from weightd.daemon.digests import LEAF
 from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.limits import CudaLimits, FillLimits, NodeLimits
+from weightd.daemon.peers.directory import parse as parse_directory
 from weightd.daemon.sources import Allow
 from weightd.ipc.runtime_dir import runtime_dir
 
@@ -71,6 +72,18 @@ class Settings(BaseSettings):
     )
     extent: ByteSize = Field(
         ByteSize(8 << 20), ge=LEAF, le=1 << 30, description="Bytes of one read, and of a bounce buffer."
+    )
+    peers: str = Field(
+        "none",
+        description="Where daemons find each other: none, static:HOST:PORT,..., dns:NAME:PORT or etcd:http://HOST:2379.",
+    )
+    peer_listen: str = Field(
+        "", description="HOST:PORT where peers may read what this daemon has; empty: nowhere. Not the API's port."
+    )
+    peer_address: str = Field("", description="HOST:PORT where peers reach it; default: peer_listen.")
+    peer_token: SecretStr | None = Field(None, description="Bearer token that daemons of one fleet show each other.")
+    peer_stall: float = Field(
+        10.0, gt=0, le=3600, description="Seconds after which a peer that brings nothing is given up."
     )
     cuda_reserve: ByteSize = Field(
         ByteSize(1 << 30), ge=0, description="Bytes of each GPU that segments leave to others, whatever the capacity."
@@ -134,14 +147,27 @@ class Settings(BaseSettings):
         except InvalidRequest as error:
             raise ValueError(str(error).removeprefix("model: ")) from None
 
-    @field_validator("listen")
+    @field_validator("peers")
+    @classmethod
+    def _directory(cls, value: str) -> str:
+        parse_directory(value)
+        return value
+
+    @field_validator("listen", "peer_listen", "peer_address")
     @classmethod
     def _address(cls, value: str) -> str:
         if value and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):\d{1,5}", value):
             raise ValueError(f"expected HOST:PORT, as in 127.0.0.1:7400, found {value!r}")
         return value
 
-    @field_validator("token")
+    @model_validator(mode="after")
+    def _reachable(self) -> Settings:
+        address = self.peer_address or self.peer_listen
+        if address and self.peers != "none":
+            parse_directory(self.peers)(node=address, address=address)
+        return self
+
+    @field_validator("token", "peer_token")
     @classmethod
     def _no_empty_token(cls, value: SecretStr | None) -> SecretStr | None:
         return value if value and value.get_secret_value() else None

@@ -95,6 +95,7 @@ class Stage:
         self.fill: Fill | None = None
         """Only while loading."""
         self.bytes_read = 0
+        self.peer_bytes = 0
         self.phase_seconds: dict[str, float] = {}
         """Thread-seconds of loading by phase (``fill.PHASES``)."""
         self.segments: list[Segment] = []
@@ -106,6 +107,8 @@ class Stage:
         self.segment_digests: list[str] = []
         """Digest of each segment, once ready."""
         self.checkpoint_digest: str | None = None
+        self.key = ""
+        """What peers know it by, once planned: equal where the bytes are, and where they lie."""
         self.manifests: list[SealedManifest] = []
         """Manifest of each segment, once ready."""
         self.verified: list[list[int]] = []
@@ -160,6 +163,7 @@ class Stage:
         """Loading is over: keep its figures, let its buffers go."""
         if self.fill is not None:
             self.bytes_read, self.phase_seconds = self.fill.bytes_read, dict(self.fill.seconds)
+            self.peer_bytes = self.fill.peer_bytes
             self.fill = None
 
     def enter(self, state: str, error: DaemonError | None = None) -> None:

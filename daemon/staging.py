@@ -14,13 +14,21 @@ from weightd.daemon.cache import Cache
 from weightd.daemon.checkpoint import Checkpoint, Listing, open_checkpoint
 from weightd.daemon.devices import Device, Segment
 from weightd.daemon.digests import LEAF, Leaves, checkpoint_digest, tensor_digest
-from weightd.daemon.errors import Cancelled, CheckpointChanged, CheckpointNotFound, DigestMismatch, InvalidRequest
+from weightd.daemon.errors import (
+    Cancelled,
+    CheckpointChanged,
+    CheckpointNotFound,
+    DigestMismatch,
+    InvalidRequest,
+    SourceFailed,
+)
 from weightd.daemon.extents import Demands, Extent, plan_extents
 from weightd.daemon.fill import Fill, ledger_for
 from weightd.daemon.header import TensorInfo
 from weightd.daemon.layout import checkpoint_layout
 from weightd.daemon.ledger import Ledger, fingerprint
 from weightd.daemon.limits import FillLimits
+from weightd.daemon.peers.pulling import Fleet, PeerReader
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.request import Parallel, StageRequest
 from weightd.daemon.sources import Reader, Source
@@ -72,7 +80,7 @@ def _expected_sha256(checkpoint: Checkpoint, request: StageRequest) -> dict[int,
 class Loading:
     """One load, from its plan to sealed segments: ``lay_out``, ``prepare``, ``run`` in a thread, and ``close``.
 
-    ``devices`` has each segment's.
+    ``devices`` has each segment's. ``fleet`` is whom to load from besides the source what goes by ``key`` there.
     """
 
     source: Source
@@ -81,6 +89,8 @@ class Loading:
     devices: Sequence[Device]
     cache: Cache
     limits: FillLimits
+    fleet: Fleet | None = None
+    key: str = ""
 
     def __post_init__(self) -> None:
         self._fill: Fill | None = None
@@ -154,8 +164,20 @@ class Loading:
             sha256_prefixes={file: checkpoint.prefixes[file] for file in self._sha256},
             on_verified=verified,
         )
-        self._reader = self.source.reader(checkpoint.listing.weights, native=self._native)
+        files = checkpoint.listing.weights
+        if self.fleet is not None and self._from_peers():
+            self._reader = PeerReader(
+                self.key, self.fleet, self.plan.recipes, segments, lambda: self.source.reader(files)
+            )
+        else:
+            self._reader = self.source.reader(files, native=self._native)
         return self._fill
+
+    def _from_peers(self) -> bool:
+        """Whether peers can bring it: to host memory, and not where digests are expected that only the origin gives."""
+        on_host = all(device.uuid is None for device in self.devices)
+        expecting = self._digest is not None or bool(self._sha256)
+        return on_host and not expecting and "peer" in self.request.sources
 
     @property
     def fill(self) -> Fill:
@@ -216,6 +238,11 @@ class Loading:
                 found = self.source.stat(planned.name)
             except CheckpointNotFound:
                 raise CheckpointChanged(f"{planned.name} was removed while it was read: stage it again") from None
+            except SourceFailed as error:
+                if self.fill.peer_bytes < self.bytes_total:
+                    raise
+                log.warning("the source cannot be asked whether it is still what peers have: %s", error)
+                return
             if found != planned:
                 raise changed(planned, found)
 

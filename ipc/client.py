@@ -84,6 +84,10 @@ class Client:
         found: list[dict[str, Any]] = self._call("GET", "/v1/leases")["leases"]
         return found
 
+    def peers(self) -> dict[str, Any]:
+        """``GET /v1/peers``: the other daemons of the fleet."""
+        return self._call("GET", "/v1/peers")
+
     def node(self) -> dict[str, Any]:
         """``GET /v1/node``."""
         return self._call("GET", "/v1/node")

@@ -71,8 +71,8 @@ class Assignment:
                 return group
         return None
 
-    def from_origin(self, *, impatient: bool = False) -> list[int]:
-        """Groups to read from the origin now: those that no peer has and that fall to this node.
+    def from_origin(self, *, most: int | None = None, impatient: bool = False) -> list[int]:
+        """Groups to read from the origin now, ``most`` of them: those that no peer has and that fall to this node.
 
         ``impatient``: also those that fall to others, who have not brought anything for too long.
         """
@@ -80,7 +80,7 @@ class Assignment:
             group
             for group in sorted(self._free)
             if not self._holders[group] and (impatient or self.owner(group) == self._me)
-        ]
+        ][:most]
         self._free.difference_update(found)
         return found
 

@@ -1,0 +1,270 @@
+"""What this daemon lets its peers read: segments that are ready, and what has come already of those that load.
+
+On the event loop. A peer reads by itself, through a mover process that has the segments mapped; what it is told here is
+where they are, which of their leaves are there, and with what digests. Listening to that is its lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
+
+import xxhash
+
+from weightd.daemon.devices import Segment
+from weightd.daemon.errors import DaemonError, UnknownStage
+from weightd.daemon.manifests import segment_leaves, segment_manifest
+from weightd.daemon.peers.mover import Mover, MoverFailed, Offered
+from weightd.daemon.residency import Residency
+from weightd.daemon.stage import Stage
+from weightd.ipc.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LOOK = 0.05
+"""Seconds between looks at what has come of a stage that loads."""
+_HEARTBEAT = 1.0
+_MAX_LEAVES = 4096
+"""Leaf digests in one event."""
+
+
+class Serving:
+    """Lends segments to peers, and says what there is."""
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+        self._mover: Mover | None = None
+        self._offers: dict[str, _Offering] = {}
+        """Stage → what is offered of it."""
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._lock = asyncio.Lock()
+
+    def stages(self) -> dict[str, float]:
+        """Stage key → how much of it there is, 0 to 1."""
+        return {stage.key: _share(stage) for stage in self._residency.stages.values() if _servable(stage)}
+
+    async def lend(self, key: str) -> AsyncIterator[dict[str, Any]]:
+        """Events for one peer, as long as it listens: ``segments``, ``leaves``, ``complete``; ``gone`` is the last one.
+
+        Raises UnknownStage where no stage has the key.
+        """
+        stage = next((s for s in self._residency.stages.values() if s.key == key and _servable(s)), None)
+        if stage is None:
+            raise UnknownStage(f"no stage has the key {key[:80]!r}")
+        lease = self._residency.lease(stage, stage.request.ranks[0], uid=None, gid=None, pid=None)
+        offering = self._offered(stage)
+        offering.listeners += 1
+        try:
+            # Not cancelled with the one who waits for it: what was mapped has to be known, to be unmapped.
+            mover, offers = await asyncio.shield(offering.made)
+            yield {
+                "type": "segments",
+                "ready": stage.state == "ready",
+                "segments": [
+                    {"address": offer.address, "metadata": base64.b64encode(offer.metadata).decode()}
+                    for offer in offers
+                ],
+            }
+            told = Told()
+            spoke = time.monotonic()
+            while _servable(stage) and mover.alive and stage.revoked_until is None:
+                batch = await asyncio.to_thread(told.news, stage)
+                for event in batch:
+                    yield event
+                if stage.state == "ready" and not batch and not told.complete:
+                    told.complete = True
+                    yield {"type": "complete"}
+                if batch:
+                    spoke = time.monotonic()
+                elif time.monotonic() - spoke >= _HEARTBEAT:
+                    spoke = time.monotonic()
+                    yield {"type": "alive"}
+                await stage.changed(_HEARTBEAT if told.complete else _LOOK)
+            yield {"type": "gone"}
+        except (MoverFailed, OSError) as error:
+            raise DaemonError(f"stage {stage.id} cannot be lent to peers: {error}") from None
+        finally:
+            # Nothing here waits: whoever hangs up cancels every wait.
+            self._residency.end_lease(lease)
+            offering.listeners -= 1
+            if not offering.listeners:
+                self._withdraw(stage, offering)
+
+    def _offered(self, stage: Stage) -> _Offering:
+        found = self._offers.get(stage.id)
+        if found is None or found.broken:
+            if self._mover is None or not self._mover.alive:
+                self._mover = None
+            found = self._offers[stage.id] = _Offering(self._spawn(self._make(stage)))
+        return found
+
+    async def _make(self, stage: Stage) -> tuple[Mover, list[Offered]]:
+        async with self._lock:
+            if self._mover is None or not self._mover.alive:
+                self._mover = await asyncio.to_thread(Mover)
+            mover = self._mover
+        return mover, await asyncio.to_thread(_offer_all, mover, list(stage.segments))
+
+    def _withdraw(self, stage: Stage, offering: _Offering) -> None:
+        if self._offers.get(stage.id) is offering:
+            del self._offers[stage.id]
+
+        async def close() -> None:
+            with contextlib.suppress(Exception):  # then there is nothing to close
+                mover, offers = await offering.made
+                await asyncio.to_thread(_close, mover, offers)
+
+        self._spawn(close())
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """End the process that peers read from."""
+        if self._mover is not None:
+            await asyncio.to_thread(self._mover.kill)
+
+
+class _Offering:
+    """A stage's segments as one mover process has them, and how many peers listen."""
+
+    def __init__(self, made: asyncio.Task[tuple[Mover, list[Offered]]]) -> None:
+        self.made = made
+        self.listeners = 0
+
+    @property
+    def broken(self) -> bool:
+        """Whether it cannot be had, or not any more."""
+        if not self.made.done():
+            return False
+        return self.made.cancelled() or self.made.exception() is not None or not self.made.result()[0].alive
+
+
+def _offer_all(mover: Mover, segments: Sequence[Segment]) -> list[Offered]:
+    offers: list[Offered] = []
+    try:
+        offers.extend(_offered(mover, segment) for segment in segments)
+    except BaseException:
+        _close(mover, offers)
+        raise
+    return offers
+
+
+def _close(mover: Mover, offers: Sequence[Offered]) -> None:
+    for offer in offers:
+        try:
+            mover.close_region(offer.region)
+        except MoverFailed as error:
+            log.warning("peers' mover: %s", error)
+            return
+
+
+class Told:
+    """What one peer has been told of a stage's leaves."""
+
+    def __init__(self) -> None:
+        self.complete = False
+        self._there: list[bytearray] | None = None
+        self._all = False
+
+    def news(self, stage: Stage) -> list[dict[str, Any]]:
+        """Events about leaves that are there and that it has not been told of."""
+        fill = stage.fill
+        if fill is not None:
+            if self._there is None:
+                self._there = [bytearray(len(flags)) for flags in fill.there]
+            events: list[dict[str, Any]] = []
+            for segment, (told, flags) in enumerate(zip(self._there, fill.there, strict=True)):
+                fresh = bytes(flags)
+                starts = fill.leaf_starts(segment)
+                for entry, leaves in enumerate(fill.leaves[segment]):
+                    first = starts[entry]
+                    events += _runs(segment, entry, told, fresh, first, leaves)
+                told[:] = fresh
+            return events
+        if stage.state != "ready" or self._all:
+            return []
+        self._all = True
+        return [
+            {"type": "leaves", "segment": segment, "entry": entry, "first": first, "digests": _hex(leaves, first)}
+            for segment in range(len(stage.segments))
+            for entry, leaves in enumerate(segment_leaves(stage, segment))
+            for first in range(0, len(leaves), _MAX_LEAVES)
+        ]
+
+
+def _runs(
+    segment: int, entry: int, told: bytearray, fresh: bytes, start: int, leaves: memoryview
+) -> Iterator[dict[str, Any]]:
+    count = len(leaves)
+    leaf = 0
+    while leaf < count:
+        leaf = fresh.find(1, start + leaf, start + count) - start
+        if leaf < 0:
+            return
+        end = leaf
+        while end < count and fresh[start + end] and end - leaf < _MAX_LEAVES:
+            end += 1
+        if not all(told[start + leaf : start + end]):
+            digests = "".join(f"{leaves[i]:016x}" for i in range(leaf, end))
+            yield {"type": "leaves", "segment": segment, "entry": entry, "first": leaf, "digests": digests}
+        leaf = end
+
+
+def _hex(leaves: memoryview, first: int) -> str:
+    return "".join(f"{leaf:016x}" for leaf in leaves[first : first + _MAX_LEAVES])
+
+
+def _offered(mover: Mover, segment: Segment) -> Offered:
+    # Opened for reading only: a mapping through it never could be made writable, so that the segment can be sealed.
+    fd = os.open(f"/proc/self/fd/{segment.fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return mover.offer(fd, segment.footprint)
+    finally:
+        os.close(fd)
+
+
+def _servable(stage: Stage) -> bool:
+    """Whether peers can read of it: in host memory, ready or loading."""
+    on_host = bool(stage.segments) and all(segment.device.uuid is None for segment in stage.segments)
+    return bool(stage.key) and on_host and (stage.state == "ready" or stage.fill is not None)
+
+
+def _share(stage: Stage) -> float:
+    if stage.state == "ready" or not stage.bytes_total:
+        return 1.0 if stage.state == "ready" else 0.0
+    return min(stage.bytes_done / stage.bytes_total, 0.99)
+
+
+def stage_key(identity: str, manifests: list[Manifest]) -> str:
+    """Equal for stages with the same bytes in the same places: the checkpoint's identity, and all segments' layouts."""
+    state = xxhash.xxh3_128(identity.encode())
+    for manifest in manifests:
+        for name, dtype, shape, offset in zip(
+            manifest.names, manifest.dtypes, manifest.shapes, manifest.offsets, strict=True
+        ):
+            state.update(f"\0{name}\0{dtype}{tuple(shape)}{offset}".encode())
+        state.update(b"\n")
+    return str(state.hexdigest())
+
+
+def key_of(stage: Stage) -> str:
+    """A planned or ready stage's key."""
+    assert stage.listing is not None
+    if stage.manifests:
+        manifests = [manifest.read()[0] for manifest in stage.manifests]
+    else:
+        assert stage.plan is not None
+        manifests = [segment_manifest(stage, stage.plan, index) for index in range(len(stage.plan.recipes))]
+    return stage_key(stage.listing.identity, manifests)
