@@ -234,10 +234,11 @@ def test_the_mover_has_no_credentials(fleet: Callable[[int], Fleet], s3: Seaweed
     first, second = both.start(), both.start()
     first.stage(uri)
     second.client.stage(uri)
-    for mover in until(lambda: movers_of(first), "peers read"):
-        environment = Path(f"/proc/{mover}/environ").read_bytes()
-        assert b"AWS_" not in environment
-        assert b"WEIGHTD_PEER_TOKEN" not in environment
+    (mover,) = until(lambda: movers_of(first), "peers read")
+    environment = Path(f"/proc/{mover}/environ").read_bytes()
+    assert b"PATH=" in environment
+    assert b"AWS_" not in environment
+    assert b"WEIGHTD_PEER_TOKEN" not in environment
 
 
 def test_a_mover_that_is_killed_costs_nothing_but_time(
@@ -265,9 +266,19 @@ def test_a_mover_that_is_killed_costs_nothing_but_time(
 def movers_of(daemon: Daemon) -> list[int]:
     """Processes of a daemon that move bytes."""
     pid = daemon.status["daemon_pid"]
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    tasks = [child for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
-    return sorted({int(child) for child in [*children, *tasks]})
+    found = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            found.update(int(child) for child in task.read_text().split() if is_mover(int(child)))
+    return sorted(found)
+
+
+def is_mover(pid: int) -> bool:
+    """Whether it has become one: until then a new process is a copy of its parent, environment and all."""
+    try:
+        return b"weightd.daemon.peers.mover" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def test_daemons_find_each_other_by_etcd(
