@@ -430,9 +430,7 @@ class Fill:
         return self._leaf_starts[segment]
 
     def hash_places(self, places: Sequence[tuple[int, int, int]]) -> list[int]:
-        """Leaf digests of (segment, offset, bytes) as they lie in the segments."""
-        if self._arrivals is not None:
-            return self._arrivals.leaves(places)
+        """Leaf digests of (segment, offset, bytes) as they lie in segments in host memory."""
         return [leaf_digest(self._segments[segment].view[at : at + nbytes]) for segment, at, nbytes in places]
 
     def arrived(self, extents: Sequence[Extent], digests: Iterable[tuple[int, int, int, int]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.fakecuda import build
 from tests.servers import Daemon, FakeGCS, Missing, SeaweedFS
 
 sys.dont_write_bytecode = True
@@ -40,6 +41,16 @@ def minilm() -> Path:
     assert spec is not None
     assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the fake CUDA driver, compiled."""
+    try:
+        return build(tmp_path_factory.mktemp("fakecuda")).parent
+    except Missing as error:
+        lacking(str(error))
+        raise
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import lacking
-from tests.fakecuda import FakeCuda, build
-from tests.servers import Missing
+from tests.fakecuda import FakeCuda
 
 MiB = 1 << 20
 
@@ -77,18 +75,9 @@ ok(driver.cuCtxSetCurrent(context))
 """
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        return build(tmp_path_factory.mktemp("fakecuda")).parent
-    except Missing as missing:
-        lacking(str(missing))
-        raise
-
-
 @pytest.fixture
-def fake(library: Path, tmp_path: Path) -> FakeCuda:
-    return FakeCuda(library, tmp_path / "fakecuda")
+def fake(fake_library: Path, tmp_path: Path) -> FakeCuda:
+    return FakeCuda(fake_library, tmp_path / "fakecuda")
 
 
 def start(fake: FakeCuda, script: str, channel: socket.socket | None = None, **env: str) -> subprocess.Popen[str]:
@@ -178,9 +167,9 @@ def test_a_host_that_touches_device_memory_dies_of_it(fake: FakeCuda, touch: str
 
 
 def test_read_only_memory_can_be_read_by_the_host_where_asked_for_and_a_write_kills(
-    library: Path, tmp_path: Path
+    fake_library: Path, tmp_path: Path
 ) -> None:
-    fake = FakeCuda(library, tmp_path / "fakecuda", strict=False)
+    fake = FakeCuda(fake_library, tmp_path / "fakecuda", strict=False)
     process = start(
         fake,
         """
@@ -312,8 +301,8 @@ print(code(driver.cuMemHostRegister(ctypes.addressof(ctypes.create_string_buffer
     assert finish(start(fake, script)) == ["[0] [0] [0]", "800"]
 
 
-def test_visible_devices_are_chosen_and_renumbered(library: Path, tmp_path: Path) -> None:
-    fake = FakeCuda(library, tmp_path / "fakecuda", devices=3)
+def test_visible_devices_are_chosen_and_renumbered(fake_library: Path, tmp_path: Path) -> None:
+    fake = FakeCuda(fake_library, tmp_path / "fakecuda", devices=3)
     script = """
 for ordinal in range(ok(driver.cuDeviceGetCount())):
     print(ok(driver.cuDeviceGetUuid(ordinal)).bytes.hex(), ok(driver.cuDeviceGetPCIBusId(13, ordinal))[:12].decode())
@@ -402,8 +391,8 @@ ok(driver.cuDevicePrimaryCtxRelease(0))
     assert fake.counters()[process.pid]["contexts"] == 0
 
 
-def test_calls_need_a_current_context_and_streams_keep_to_theirs(library: Path, tmp_path: Path) -> None:
-    fake = FakeCuda(library, tmp_path / "fakecuda", devices=2)
+def test_calls_need_a_current_context_and_streams_keep_to_theirs(fake_library: Path, tmp_path: Path) -> None:
+    fake = FakeCuda(fake_library, tmp_path / "fakecuda", devices=2)
     script = """
 address = int(ok(driver.cuMemAlloc(SIZE)))
 stream = ok(driver.cuStreamCreate(1))

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import command, lacking
 from tests.fault_proxy import FaultProxy
 from tests.servers import Daemon, SeaweedFS, free_ports, until
+from tests.test_adoption import ended
 from tests.test_directories import Etcd
 
 MiB = 1 << 20
@@ -140,10 +141,7 @@ def test_daemons_that_start_together_read_the_origin_about_once(
     all_of_them = fleet(3)
     daemons = [all_of_them.start() for _ in range(3)]
     stages = [daemon.client.stage(uri)["id"] for daemon in daemons]
-    records = [
-        until(lambda d=d, s=s: (r := d.client.show(s))["state"] in ("ready", "failed") and r, "it has ended", 120)
-        for d, s in zip(daemons, stages, strict=True)
-    ]
+    records = [ended(d, s) for d, s in zip(daemons, stages, strict=True)]
     assert [record["state"] for record in records] == ["ready"] * 3, [record["error"] for record in records]
     assert len({record["checkpoint_digest"] for record in records}) == 1
     assert all(same(d, s, folder) for d, s in zip(daemons, stages, strict=True))
@@ -166,7 +164,7 @@ def test_a_peer_that_is_stopped_or_killed_is_replaced_by_the_origin(
     until(begun, "it has begun")
     os.kill(first.status["daemon_pid"], signal.SIGSTOP)
     try:
-        record = until(lambda: (r := second.client.show(stage))["state"] in ("ready", "failed") and r, "it ends", 120)
+        record = ended(second, stage)
     finally:
         os.kill(first.status["daemon_pid"], signal.SIGCONT)
     assert (record["state"], record["error"]) == ("ready", None)
@@ -182,7 +180,7 @@ def test_a_peer_whose_daemon_is_killed_comes_back_with_what_it_had(
     kept = first.stage(uri)
     stage = second.client.stage(uri)["id"]
     os.kill(first.status["daemon_pid"], signal.SIGKILL)
-    record = until(lambda: (r := second.client.show(stage))["state"] in ("ready", "failed") and r, "it ends", 120)
+    record = ended(second, stage)
     assert (record["state"], record["error"]) == ("ready", None)
     assert same(second, stage, folder)
     second.client.remove(stage)
@@ -204,7 +202,7 @@ def test_a_mover_that_is_stopped_is_noticed_although_its_daemon_lives(
     for mover in stopped:
         os.kill(mover, signal.SIGSTOP)
     try:
-        record = until(lambda: (r := second.client.show(stage))["state"] in ("ready", "failed") and r, "it ends", 120)
+        record = ended(second, stage)
     finally:
         for mover in stopped:
             with contextlib.suppress(ProcessLookupError):
@@ -252,9 +250,7 @@ def test_a_mover_that_is_killed_costs_nothing_but_time(
         stage = second.client.stage(uri)["id"]
         for mover in until(lambda: movers_of(first), "peers read"):
             os.kill(mover, signal.SIGKILL)
-        record = until(
-            lambda s=stage: (r := second.client.show(s))["state"] in ("ready", "failed") and r, "it ends", 120
-        )
+        record = ended(second, stage)
         assert (record["state"], record["error"]) == ("ready", None)
         assert same(second, stage, folder)
         second.client.remove(stage)

@@ -15,9 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
-
-import httpx
+from typing import TYPE_CHECKING, Any, cast
 
 from weightd.daemon.devices import Segment
 from weightd.daemon.errors import SourceFailed
@@ -28,6 +26,9 @@ from weightd.daemon.peers.groups import Group, leaf_ranges, plan_groups
 from weightd.daemon.peers.mover import Mover, MoverFailed
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.sources import Reader
+
+if TYPE_CHECKING:
+    import httpx
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class Fleet:
 
     def client(self, address: str) -> httpx.Client:
         """A client of one peer's port."""
+        import httpx  # 10 MB that a daemon without peers does without
+
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         return httpx.Client(base_url=f"http://{address}", headers=headers, timeout=httpx.Timeout(5.0, read=10.0))
 
@@ -141,13 +144,13 @@ class PeerReader:
         left = {group.index: len(group.extents) for group in self._groups}
         fill.on_landed = lambda extent: self._events.put(("landed", extent))
         started = progress = looked = time.monotonic()
-        self._look(assignment)
+        self._look()
         try:
             while not assignment.finished and not fill.stopped:
                 now = time.monotonic()
                 if now - looked > _AGAIN:
                     looked = now
-                    self._look(assignment)
+                    self._look()
                 with fill.phase("source"):
                     happened = self._next_event(0.02)
                 for kind, what in happened:
@@ -172,7 +175,7 @@ class PeerReader:
 
     # ------------------------------------------------------------------ listening
 
-    def _look(self, assignment: Assignment) -> None:
+    def _look(self) -> None:
         """Listen to members that are new."""
         now = time.monotonic()
         for address in self._fleet.members():

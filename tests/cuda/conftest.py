@@ -6,28 +6,16 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import write_checkpoint
-from tests.conftest import lacking
 from tests.cuda.fakes import SHARDS, Machine, NewMachine
-from tests.fakecuda import build
-from tests.servers import Missing
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        return build(tmp_path_factory.mktemp("fakecuda")).parent
-    except Missing as error:
-        lacking(str(error))
-        raise
 
 
 @pytest.fixture
-def machine(library: Path, tmp_path: Path) -> Iterator[NewMachine]:
+def machine(fake_library: Path, tmp_path: Path) -> Iterator[NewMachine]:
     """Make a machine: ``machine(devices=2)``. What its daemons leave behind fails the test."""
     made: list[Machine] = []
 
     def make(*, devices: int = 1, memory: int = 1 << 30, strict: bool = True, clean: bool = True) -> Machine:
-        found = Machine(library, tmp_path / f"machine{len(made)}", devices, memory, strict)
+        found = Machine(fake_library, tmp_path / f"machine{len(made)}", devices, memory, strict)
         found.clean = clean  # type: ignore[attr-defined]
         made.append(found)
         return found

@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import lacking
-from tests.fakecuda import build
 from tests.gpu.machine import Checkpoint, Machine, checkpoint, fake_machine, no_gpu, real_machine
-from tests.servers import Missing
 
 _seen: list[str] = []
 
@@ -26,15 +23,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Have a line shown at the end of the run, whether the test passes or not."""
     return lambda text: _seen.append(f"{request.node.name}: {text}")
-
-
-@pytest.fixture(scope="session")
-def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        return build(tmp_path_factory.mktemp("fakecuda")).parent
-    except Missing as missing:
-        lacking(str(missing))
-        raise
 
 
 @pytest.fixture(params=[pytest.param("gpu", marks=pytest.mark.gpu), "fake"])
