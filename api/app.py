@@ -12,7 +12,7 @@ from fastapi.responses import PlainTextResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from weightd.api import problems
-from weightd.api.gate import Gate
+from weightd.api.gate import MAX_BODY_BYTES, BodyLimit, Gate
 from weightd.api.models import (
     Change,
     FitRecord,
@@ -23,8 +23,6 @@ from weightd.api.models import (
     LeaseRequest,
     Move,
     NodeRecord,
-    PeerList,
-    PeerRecord,
     SegmentManifest,
     StageList,
     StageRecord,
@@ -34,6 +32,7 @@ from weightd.api.models import (
     manifest_record,
     stage_record,
 )
+from weightd.api.peer_models import PeerList, peer_list, peers_state
 from weightd.api.problems import NeedsSocket, NotPlanned, responses
 from weightd.daemon.credentials import AllowedPeers
 from weightd.daemon.errors import InvalidRequest
@@ -59,6 +58,7 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
         responses=responses(400, 401, 403, 422),
     )
     problems.install(app, node.metrics)
+    app.add_middleware(BodyLimit, most=MAX_BODY_BYTES)
     app.add_middleware(
         Gate,
         peers=peers,
@@ -216,18 +216,7 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
     @app.get("/v1/peers")
     async def list_peers() -> PeerList:
         """The other daemons of the fleet, as far as the directory knows them."""
-        if node.directory is None:
-            return PeerList(directory="none", peers=[])
-        members = node.directory.members()
-        return PeerList(
-            directory=node.directory.status(),
-            peers=[
-                PeerRecord(
-                    node=member.node, address=member.address, stages=dict(member.stages) if member.stages else None
-                )
-                for member in members
-            ],
-        )
+        return peer_list(node)
 
     @app.get("/v1/node")
     async def describe() -> NodeRecord:
@@ -239,6 +228,7 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
             devices=[device_record(device, node.residency) for device in node.devices.values()],
             mapped_elsewhere_bytes=await node.residency.mapped_elsewhere(),
             unadopted=[Unadopted(**left) for left in node.residency.unadopted],
+            peers=peers_state(node),
             versions={name: _version(name) for name in _VERSIONS},
         )
 

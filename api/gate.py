@@ -36,6 +36,27 @@ class PeerProtocol(H11Protocol):
             self.app_state = {**self.app_state, "peer": peer_of(connection)}
 
 
+class BodyLimit:
+    """ASGI middleware: refuses requests with longer bodies than ``most`` bytes, while they come."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        left = self._most
+
+        async def bounded() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, f"a request's body may have {self._most} bytes")
+            return message
+
+        await self._app(scope, bounded, send)
+
+
 class Gate:
     """ASGI middleware: refuses who may not come in, and measures those who may."""
 
@@ -62,18 +83,8 @@ class Gate:
                 self._metrics.api_seconds.labels(*labels).observe(time.perf_counter() - started)
             await send(message)
 
-        left = MAX_BODY_BYTES
-
-        async def bounded() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise HTTPException(413, f"a request's body may have {MAX_BODY_BYTES} bytes")
-            return message
-
         refusal = self._refusal(scope)
-        await (refusal or self._app)(scope, bounded, measured)
+        await (refusal or self._app)(scope, receive, measured)
 
     def _refusal(self, scope: Scope) -> Callable[..., Any] | None:
         headers = dict(scope["headers"])

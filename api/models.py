@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from weightd.api.peer_models import PeersState, PeerUseRecord, peers_of
 from weightd.daemon.devices import Device
 from weightd.daemon.manifests import entry_files, segment_leaves, segment_manifest
 from weightd.daemon.node import Fit
@@ -67,7 +68,8 @@ class StageRecord(BaseModel):
     phase_seconds: dict[str, float] = Field(
         description="Thread-seconds of loading by phase: source, buffers, copying, verifying."
     )
-    peer_bytes: int = Field(description="Bytes of it that came from peers, not from its source.")
+    bytes_by_source: dict[str, int] = Field(description="Bytes done by where they came from: its source, or peer.")
+    peers: list[PeerUseRecord] = Field(description="Each peer that it was read from, or that was asked.")
     key: str | None = Field(description="What peers know it by, once planned, where there are peers.")
     footprint_bytes: int = Field(description="Bytes of its devices' capacity that it takes.")
     segments: list[SegmentRecord] = Field(description="One for each rank, once planned.")
@@ -263,26 +265,8 @@ class NodeRecord(BaseModel):
         description="Bytes of segments that were freed here and that other processes still map, as far as can be seen."
     )
     unadopted: list[Unadopted] = Field(description="What the keeper holds that this version does not understand.")
+    peers: PeersState = Field(description="Whether it reads from peers and serves them.")
     versions: dict[str, str | None] = Field(description="Versions of weightd and of what moves its bytes.")
-
-
-class PeerRecord(BaseModel):
-    """One peer, as its directory knows it."""
-
-    node: str = Field(description="Its name; its address where the directory knows none.")
-    address: str = Field(description="HOST:PORT of its peers' port.")
-    stages: dict[str, float] | None = Field(
-        description="How much it has of what, 0 to 1, by stage key; null where it has to be asked."
-    )
-
-
-class PeerList(BaseModel):
-    """The other daemons of the fleet."""
-
-    directory: str = Field(
-        description="ok, or what is wrong with where they are found; none where there are to be none."
-    )
-    peers: list[PeerRecord] = Field(description="Each peer.")
 
 
 class Health(BaseModel):
@@ -297,6 +281,7 @@ def stage_record(stage: Stage) -> StageRecord:
     loading = seconds.get("loading", 0.0)
     rate = stage.bytes_done / loading if loading > 0 and stage.bytes_done else None
     left = stage.bytes_total - stage.bytes_done
+    from_peers = stage.fill.peer_bytes if stage.fill else stage.peer_bytes
     return StageRecord(
         id=stage.id,
         model=stage.uri,
@@ -315,7 +300,8 @@ def stage_record(stage: Stage) -> StageRecord:
         eta_seconds=left / rate if rate and stage.state == "loading" else None,
         state_seconds=seconds,
         phase_seconds=dict(stage.fill.seconds) if stage.fill else stage.phase_seconds,
-        peer_bytes=stage.fill.peer_bytes if stage.fill else stage.peer_bytes,
+        bytes_by_source={stage.source_kind: stage.bytes_done - from_peers, "peer": from_peers},
+        peers=peers_of(stage),
         key=stage.key or None,
         footprint_bytes=stage.footprint,
         segments=[

@@ -5,13 +5,17 @@ import hmac
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, Path
+from fastapi import Depends, FastAPI, Header, Path, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from weightd.api import problems
-from weightd.daemon.errors import UnknownStage
+from weightd.api.gate import BodyLimit
+from weightd.daemon.errors import PeersOff, UnknownStage
 from weightd.daemon.metrics import Metrics
+from weightd.daemon.peers.fleet import Fleet
+from weightd.daemon.peers.following import FORMAT
 from weightd.daemon.peers.serving import Serving
 
 StageKey = Annotated[
@@ -19,25 +23,46 @@ StageKey = Annotated[
 ]
 
 
-def create_peer_app(serving: Serving, metrics: Metrics, *, node: str, token: str | None) -> FastAPI:
-    """The application; ``token`` is the fleet's, None where none is needed."""
+class HasRead(BaseModel):
+    """What a peer has read of this daemon's memory since it said so last."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    by: str = Field(max_length=300, description="HOST:PORT of its own port; empty where it has none.")
+    nbytes: int = Field(ge=0, lt=1 << 53, description="Bytes.")
+
+
+def create_peer_app(serving: Serving, metrics: Metrics, fleet: Fleet) -> FastAPI:
+    """The application."""
+    members = fleet.members
 
     async def known(authorization: Annotated[str, Header()] = "") -> None:
-        if token is not None and not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
+        expected = f"Bearer {fleet.token}".encode()
+        if fleet.token is not None and not hmac.compare_digest(authorization.encode(), expected):
             raise HTTPException(401, "the fleet's bearer token is needed here: WEIGHTD_PEER_TOKEN")
 
     app = FastAPI(title="weightd for peers", dependencies=[Depends(known)], docs_url=None, redoc_url=None)
     problems.install(app, metrics)
+    app.add_middleware(BodyLimit, most=4096)
 
     @app.get("/peer/v1/stages")
     async def stages() -> dict[str, Any]:
         """This node, and how much it has of what."""
-        return {"node": node, "stages": serving.stages()}
+        return {"node": fleet.me, "format": FORMAT, "stages": serving.stages()}
 
-    async def lending(key: StageKey) -> AsyncIterator[dict[str, Any]]:
+    async def lending(
+        key: StageKey,
+        speaks: Annotated[int, Query(alias="format", ge=0, lt=1 << 31, description="What the peer understands.")],
+        by: Annotated[str, Query(max_length=300, description="HOST:PORT of the peer's own port.")] = "",
+    ) -> AsyncIterator[dict[str, Any]]:
+        if speaks != FORMAT:
+            raise HTTPException(400, f"this daemon speaks format {FORMAT}, the peer {speaks}: upgrade the older one")
+        if fleet.off:
+            raise PeersOff(fleet.off)
         if key not in serving.stages():
             raise UnknownStage(f"no stage has the key {key!r}")
-        return serving.lend(key)
+        # Whoever is in no directory is served, and neither counted nor followed.
+        return serving.lend(key, by if any(by == name for name, _ in members()) else "")
 
     @app.get("/peer/v1/stages/{key}", response_class=EventSourceResponse)
     async def lend(
@@ -47,5 +72,11 @@ def create_peer_app(serving: Serving, metrics: Metrics, *, node: str, token: str
         async with contextlib.aclosing(events) as said:  # type: ignore[type-var]
             async for event in said:
                 yield ServerSentEvent(event=event["type"], data=event)
+
+    @app.post("/peer/v1/read", status_code=204)
+    async def has_read(report: HasRead) -> None:
+        """A peer says how much it has read, which nobody else can see. For figures only."""
+        if any(report.by == name for name, _ in members()):
+            fleet.read_by(report.by, report.nbytes)
 
     return app

@@ -34,6 +34,7 @@ STATUS = {
     "device_failed": 500,
     "lease_limit": 429,
     "queue_full": 429,
+    "peers_off": 503,
 }
 """HTTP status of each error code that a request can be refused with; all others are 500."""
 

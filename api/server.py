@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import resource
 import signal
-import socket
 import sys
-from collections.abc import Iterator
 
 import uvicorn
 
 from weightd.api.app import create_app
 from weightd.api.gate import PeerProtocol
-from weightd.api.peer_app import create_peer_app
+from weightd.api.peering import Peering, open_fleet
+from weightd.api.uvicorn_server import Server
 from weightd.daemon import keeper
 from weightd.daemon.cache import Cache
 from weightd.daemon.credentials import AllowedPeers
@@ -26,10 +24,7 @@ from weightd.daemon.keeper import LISTEN, LOCK
 from weightd.daemon.lending import LeaseServer
 from weightd.daemon.metrics import Metrics
 from weightd.daemon.node import Node
-from weightd.daemon.peers.directory import Directory, open_directory
 from weightd.daemon.peers.mover import unavailable
-from weightd.daemon.peers.pulling import Fleet
-from weightd.daemon.peers.serving import Serving
 from weightd.daemon.residency import Residency
 from weightd.daemon.settings import Settings
 from weightd.daemon.sockets import Listeners
@@ -66,7 +61,7 @@ def serve(settings: Settings) -> int:
         over_http = [listeners.unix(API_SOCKET)]
         if settings.listen:
             over_http.append(listeners.tcp(settings.listen))
-        peer_listener = listeners.tcp(settings.peer_listen) if settings.peer_listen else None
+        peer_listener = listeners.tcp(settings.peer_listen) if settings.peer_listen and not unavailable() else None
         lease_listener = listeners.unix(LEASE_SOCKET)
     except OSError:
         listeners.close()
@@ -83,8 +78,9 @@ def serve(settings: Settings) -> int:
             metrics,
             lease_grace=settings.lease_grace,
             max_leases_per_user=settings.max_leases_per_user,
+            peer_grace=settings.peer_grace,
         )
-        fleet, directory = _fleet(settings, metrics)
+        fleet, directory = open_fleet(settings, metrics)
         node = Node(
             devices,
             residency=residency,
@@ -106,7 +102,7 @@ def serve(settings: Settings) -> int:
             token=settings.token.get_secret_value() if settings.token else None,
             listen_host=settings.listen.rpartition(":")[0],
         )
-        server = _Server(
+        server = Server(
             uvicorn.Config(
                 app,
                 http=PeerProtocol,
@@ -121,7 +117,7 @@ def serve(settings: Settings) -> int:
         stop = _Stop(server, node, deposits, settings.on_stop)
         peering = None
         if fleet is not None and directory is not None:
-            peering = _Peering(node, directory, fleet, peer_listener)
+            peering = Peering(node, settings, directory, fleet, peer_listener)
             await peering.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.signalled)
@@ -164,7 +160,7 @@ class _Stop:
     an order as well.
     """
 
-    def __init__(self, server: _Server, node: Node, deposits: Deposits, on_stop: str) -> None:
+    def __init__(self, server: Server, node: Node, deposits: Deposits, on_stop: str) -> None:
         self._server = server
         self._node = node
         self._deposits = deposits
@@ -202,86 +198,8 @@ def _crash(deposits: Deposits, error: CudaError) -> None:
     os._exit(_GPU_FAILED)
 
 
-def _fleet(settings: Settings, metrics: Metrics) -> tuple[Fleet | None, Directory | None]:
-    """Whom to load from, and where they are found; None where no peers are wanted."""
-    if settings.peers == "none" and not settings.peer_listen:
-        return None, None
-    if missing := unavailable():
-        log.warning("there are no peers: %s", missing)
-        return None, None
-    address = settings.peer_address or settings.peer_listen
-    directory = open_directory(settings.peers, node=address or os.uname().nodename, address=address or "127.0.0.1:1")
-    fleet = Fleet(
-        me=address,
-        members=lambda: [member.address for member in directory.members()],
-        token=settings.peer_token.get_secret_value() if settings.peer_token else None,
-        stall=settings.peer_stall,
-        count_bytes=metrics.peer_bytes.inc,
-        count_dropped=lambda peer, reason: metrics.peers_dropped.inc(),
-    )
-    return fleet, directory
-
-
-class _Peering:
-    """This daemon among its peers: it says what it has, and serves it."""
-
-    def __init__(self, node: Node, directory: Directory, fleet: Fleet, listener: socket.socket | None) -> None:
-        self._directory = directory
-        self._listener = listener
-        self._serving = Serving(node.residency)
-        app = create_peer_app(self._serving, node.metrics, node=fleet.me, token=fleet.token)
-        self._server = _Server(
-            uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, server_header=False,
-                           date_header=False, timeout_graceful_shutdown=1)
-        )  # fmt: skip
-        self._tasks: list[asyncio.Task[None]] = []
-
-    async def start(self) -> None:
-        await self._directory.start()
-        self._tasks.append(asyncio.create_task(self._publish(), name="publish"))
-        if self._listener is not None:
-            self._tasks.append(asyncio.create_task(self._server.serve(sockets=[self._listener]), name="peers"))
-
-    async def _publish(self) -> None:
-        last: dict[str, float] | None = None
-        while True:
-            if self._listener is not None and (now := self._serving.stages()) != last:
-                last = now
-                await self._directory.publish(now)
-            await asyncio.sleep(1.0)
-
-    async def close(self) -> None:
-        self._tasks[0].cancel()
-        self._server.end()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._directory.close()
-        await self._serving.close()
-
-
 def _raise_file_limit() -> None:
     """As many descriptors as the system lets us have: one a shard that is read, one a segment, one a lease."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handling, which ends the process by the signal even after a clean stop.
-
-    And without the tick by which it looks ten times a second whether to stop: an idle daemon sleeps.
-    """
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self._ending = asyncio.Event()
-
-    async def main_loop(self) -> None:
-        await self._ending.wait()
-
-    def end(self) -> None:
-        self.should_exit = True
-        self._ending.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

@@ -96,6 +96,12 @@ class StageRevoked(DaemonError):
     code = "stage_revoked"
 
 
+class PeersOff(DaemonError):
+    """Nothing can be read from this daemon by its peers; the message says why."""
+
+    code = "peers_off"
+
+
 class NotMovable(DaemonError):
     """The stage is not ready, in use, or being moved already."""
 

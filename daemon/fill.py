@@ -6,6 +6,7 @@ same for all sources happens here. Methods may be called from any thread.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import logging
@@ -16,6 +17,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightd.daemon.arrivals import Arrivals
@@ -42,6 +44,20 @@ _FROM_PEER = 2
 """What the ledger has for an extent that came from a peer."""
 PHASES = ("source", "buffers", "copying", "verifying")
 """Where a loading thread's time goes: waiting on the source, waiting for a bounce buffer, copying, hashing."""
+
+
+@dataclass
+class PeerUse:
+    """What a stage has had from one peer."""
+
+    nbytes: int = 0
+    """Bytes that came from it, verified."""
+    seconds: float = 0.0
+    """While any were asked of it."""
+    transport: str = ""
+    """By what they came: rdma, cuda_ipc, shm, tcp; unknown where that cannot be told; empty where none have come."""
+    given_up: str = ""
+    """Why nothing more is had from it."""
 
 
 class Landing:
@@ -94,6 +110,8 @@ class Fill:
         self.extent_bytes = limits.extent_bytes
         self.bytes_read = 0
         self.peer_bytes = 0
+        self.peers: dict[str, PeerUse] = {}
+        """Peer → what came from it."""
         self.retries = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)
         hashed = _hashed_tensors(extents)
@@ -109,8 +127,12 @@ class Fill:
         self._leaf_starts = starts
         self.there = [bytearray(of_segment[-1]) for of_segment in starts]
         """For each segment a byte for each leaf of its entries, one after another: 1 once it is there, and hashed."""
+        self.coming = [bytearray(of_segment[-1]) for of_segment in starts]
+        """The same of leaves that are being read from the source, or are there."""
         self.on_landed: Callable[[Extent], None] = lambda extent: None
         """Told of each extent that is there, in any thread."""
+        self.take_back: Callable[[set[tuple[int, int]]], bool] = lambda entries: True
+        """Asked to take back that entries (segment, entry) are verified; False where clients use them already."""
         self._tensors = tensors
         self._recipes = recipes
         self._segments = segments
@@ -122,6 +144,7 @@ class Fill:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._bytes_counter: Counter | None = None
+        self._saved_counter: Counter | None = None
         self._retry_counter: Counter | None = None
         self._phase_counters: dict[str, Counter] = {}
         self._failure: BaseException | None = None
@@ -158,6 +181,7 @@ class Fill:
     def count_with(self, metrics: Metrics, source: str) -> None:
         """Add to a daemon's counters from now on, under the source's kind."""
         self._bytes_counter = metrics.source_bytes.labels(source)
+        self._saved_counter = metrics.saved_bytes
         self._retry_counter = metrics.source_retries.labels(source)
         self._phase_counters = {phase: metrics.phase_seconds.labels(source, phase) for phase in PHASES}
 
@@ -429,6 +453,47 @@ class Fill:
         """Where each entry's leaves begin in ``there``, and where the last one's end."""
         return self._leaf_starts[segment]
 
+    def begun(self, places: Iterable[tuple[int, int, int, int]]) -> None:
+        """These are being read from the source: (segment, entry, first leaf, leaves)."""
+        for segment, entry, leaf, count in places:
+            first = self._leaf_starts[segment][entry] + leaf
+            self.coming[segment][first : first + count] = b"\1" * count
+
+    def forget(self, extents: Sequence[Extent]) -> bool:
+        """What has landed of these is not to be believed: they are missing again. False where clients use it."""
+        pieces = [piece for extent in extents for piece in extent.pieces]
+        whole = {(p.segment, p.entry) for p in pieces if not self._pending[p.segment][p.entry]}
+        if not self.take_back(whole):
+            return False
+        for extent in extents:
+            self._landed[extent.index] = 0
+        with self._lock:
+            self.bytes_read -= sum(extent.nbytes for extent in extents)
+            self.peer_bytes -= sum(extent.nbytes for extent in extents)
+            for piece in pieces:
+                self._pending[piece.segment][piece.entry] += piece.nbytes
+        for piece in pieces:
+            starts = self._leaf_starts[piece.segment]
+            first, count = starts[piece.entry] + piece.leaf, leaf_count(piece.nbytes)
+            if piece.leaf < 0:
+                first, count = starts[piece.entry], starts[piece.entry + 1] - starts[piece.entry]
+            self.there[piece.segment][first : first + count] = bytes(count)
+        return True
+
+    def from_peers(self, extents: Iterable[Extent]) -> list[Extent]:
+        """Those of ``extents`` that came from peers."""
+        return [extent for extent in extents if self._landed[extent.index] == _FROM_PEER]
+
+    def expected_leaf(self, segment: int, entry: int, leaf: int) -> int | None:
+        """The digest that a leaf of an entry has to have, where that is known."""
+        known = self._expected.get(self._recipes[segment].entries[entry].name)
+        return None if known is None else known[leaf]
+
+    def leaf_at(self, segment: int, leaf: int) -> tuple[int, int]:
+        """The entry that a leaf is of, and its number there, by its number over all entries of the segment."""
+        entry = bisect.bisect_right(self._leaf_starts[segment], leaf) - 1
+        return entry, leaf - self._leaf_starts[segment][entry]
+
     def hash_places(self, places: Sequence[tuple[int, int, int]]) -> list[int]:
         """Leaf digests of (segment, offset, bytes) as they lie in segments in host memory."""
         return [leaf_digest(self._segments[segment].view[at : at + nbytes]) for segment, at, nbytes in places]
@@ -438,7 +503,10 @@ class Fill:
 
         Raises DigestMismatch where others were expected.
         """
-        self.peer_bytes += sum(extent.nbytes for extent in extents)
+        saved = sum(extent.nbytes for extent in extents)
+        self.peer_bytes += saved
+        if self._saved_counter is not None:
+            self._saved_counter.inc(saved)
         for segment, entry, leaf, digest in digests:
             self.leaves[segment][entry][leaf] = digest
             self._compare_entry(segment, entry, leaf, 1)

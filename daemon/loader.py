@@ -32,7 +32,7 @@ from weightd.daemon.ledger import Ledger
 from weightd.daemon.limits import FillLimits, NodeLimits
 from weightd.daemon.manifests import SealedManifest, entry_files, segment_manifest
 from weightd.daemon.metrics import Metrics
-from weightd.daemon.peers.pulling import Fleet
+from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.peers.serving import key_of
 from weightd.daemon.residency import Residency
 from weightd.daemon.sources import Source
@@ -132,9 +132,11 @@ class Loader:
                 await self.in_thread(device.open)
             if stage.finished:
                 return
-            self._admit(stage, allocated(plan.recipes, devices))
+            await self._admit(stage, allocated(plan.recipes, devices))
+            if stage.finished:
+                return
             stage.plan, stage.infos, stage.metadata = plan, plan.infos, plan.metadata
-            if self._fleet is not None:
+            if self._fleet is not None and not self._fleet.off:
                 stage.key = await self.in_thread(key_of, stage)
             # One for each device, always in the same order, so that nobody waits for each other.
             for name in sorted(set(stage.devices)):
@@ -186,14 +188,16 @@ class Loader:
                     log.exception("stage %s: not everything that loaded it could be closed", stage.id)
                 loading = None
             if stage.state != "ready":
+                await self._residency.dismiss([stage])
                 self._residency.release(stage)
             if refused(stage):
                 self._residency.stages.pop(stage.id, None)  # the request is refused, as if it had never been
 
-    def _admit(self, stage: Stage, needed: dict[str, int]) -> None:
+    async def _admit(self, stage: Stage, needed: dict[str, int]) -> None:
         """Promise the stage its bytes, evicting what may go. Raises InsufficientCapacity."""
         if needed != stage.reserved:  # an adopted stage has its bytes already
             stage.reserved = {}
+            await self._residency.dismiss_victims(needed)
             self._residency.make_room(stage.uri, needed)
             stage.reserved = needed
 
@@ -227,6 +231,9 @@ class Loader:
         fill = loading.prepare(stage.segments, stage.ledger, verified)
         stage.fill = fill
         fill.count_with(self._metrics, stage.source_kind)
+        fill.take_back = lambda entries: asyncio.run_coroutine_threadsafe(
+            self._take_back(stage, entries), self._loop
+        ).result()
         self._loading[stage.id] = loading
         if stage.cancelled.is_set():
             loading.stop()
@@ -246,6 +253,15 @@ class Loader:
             )
             for index in range(len(stage.segments))
         ]
+
+    async def _take_back(self, stage: Stage, entries: set[tuple[int, int]]) -> bool:
+        """These are not verified after all; False where somebody may have been told that they are."""
+        told = {(segment, entry) for segment, of in enumerate(stage.verified) for entry in of}
+        if stage.leases and told & entries:
+            return False
+        for segment, of in enumerate(stage.verified):
+            stage.verified[segment] = [entry for entry in of if (segment, entry) not in entries]
+        return True
 
     def _ledger(self, stage: Stage, loading: Loading) -> Ledger:
         try:

@@ -11,6 +11,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 if TYPE_CHECKING:
     from weightd.daemon.node import Node
 
+_MAX_PEERS = 200
+"""Peers with series of their own."""
 STAGE_STATES = ("queued", "planning", "loading", "verifying", "ready", "failed", "cancelled", "evicted")
 
 
@@ -35,10 +37,26 @@ class Metrics:
             "copying, verifying.",
             "source", "phase",
         )  # fmt: skip
-        self.peer_bytes = counter("weightd_peer_read_bytes_total", "Bytes of weights read from peers, and verified.")
-        self.peers_dropped = counter(
-            "weightd_peers_dropped_total", "Peers given up while a stage was read from them, for whatever reason."
+        self.peer_bytes = counter(
+            "weightd_peer_read_bytes_total",
+            "Bytes of weights read from peers, and verified, by transport: rdma, cuda_ipc, shm, tcp, unknown.",
+            "transport",
         )
+        self.saved_bytes = counter(
+            "weightd_origin_saved_bytes_total", "Bytes that were not read from an origin because peers had them."
+        )
+        self.peers_dropped = counter(
+            "weightd_peers_dropped_total",
+            "Peers given up while a stage was read from them, by peer and reason: stalled, gone, failed, unreachable, "
+            "wrong_bytes, nonsense, version.",
+            "peer", "reason",
+        )  # fmt: skip
+        self.slow_paths = counter(
+            "weightd_peer_slow_path_total",
+            "Stages that read from a peer by TCP, or not as fast as this machine can, by the better path there is.",
+            "better",
+        )
+        self._named_peers: set[str] = set()
         self.finished = counter("weightd_stages_finished_total", "Stages that ended, by state.", "state")
         self.evictions = counter(
             "weightd_evictions_total",
@@ -72,6 +90,16 @@ class Metrics:
         )
         for state in ("ready", "failed", "cancelled"):
             self.finished.labels(state)
+
+    def from_peers(self, transport: str, nbytes: int) -> None:
+        """Bytes have come from a peer. Callable from any thread."""
+        self.peer_bytes.labels(transport).inc(nbytes)
+
+    def dropped_peer(self, peer: str, why: str) -> None:
+        """A peer was given up. Of very many, not all have a series of their own. Callable from any thread."""
+        if len(self._named_peers) < _MAX_PEERS:
+            self._named_peers.add(peer)
+        self.peers_dropped.labels(peer if peer in self._named_peers else "other", why).inc()
 
     def watch(self, node: Node) -> None:
         """Read gauges off ``node`` at every scrape."""

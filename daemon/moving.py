@@ -40,6 +40,8 @@ async def move_segments(
     more = sum(device.footprint(segment.nbytes) for segment in stage.segments)
     stage.moving = device.name  # so that it is not itself what goes to make room
     try:
+        await residency.dismiss([stage])
+        await residency.dismiss_victims({device.name: more})
         residency.make_room(stage.uri, {device.name: more})
     except InsufficientCapacity:
         stage.moving = None

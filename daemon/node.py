@@ -30,7 +30,7 @@ from weightd.daemon.loader import Loader, refused
 from weightd.daemon.metrics import Metrics
 from weightd.daemon.moving import move_segments
 from weightd.daemon.peers.directory import Directory
-from weightd.daemon.peers.pulling import Fleet
+from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.peers.serving import key_of
 from weightd.daemon.request import StageRequest
 from weightd.daemon.residency import Residency
@@ -75,7 +75,8 @@ class Node:
         fleet: Fleet | None = None,
         directory: Directory | None = None,
     ) -> None:
-        self._fleet = fleet
+        self.fleet = fleet
+        """None where there are to be no peers."""
         self.directory = directory
         """Where peers are found; None where there are to be none."""
         self.devices = devices
@@ -310,7 +311,7 @@ class Node:
             self._deposits.drop(stage.id)
             return
         self.residency.await_lessees(stage)
-        if stage.state == "ready" and self._fleet is not None:
+        if stage.state == "ready" and self.fleet is not None:
             stage.key = key_of(stage)
         if stage.state != "ready":
             self._loader.spawn(self._loader.resume(stage, self._list(stage.uri)), stage.id)
@@ -332,9 +333,10 @@ class Node:
             self.residency.check_unleased(stage)
         if not stage.finished:
             self._loader.cancel(stage, "cancelled by request")
-        elif stage.state == "ready" and stage.leases:
+        elif stage.state == "ready" and (stage.leases or stage.peer_leases):
             first = stage.revoked_until is None
-            self.residency.revoke(stage, self._limits.revoke_grace if grace is None else grace)
+            usual = self._limits.revoke_grace if stage.leases else 0.0  # peers have a time of their own
+            self.residency.revoke(stage, usual if grace is None else grace)
             if first:
                 self._loader.spawn(self.residency.revoked(stage), stage.id)
         else:

@@ -95,6 +95,7 @@ def _describe(stage: Stage) -> dict[str, Any]:
         "phase_seconds": stage.phase_seconds,
         "bytes_total": stage.bytes_total,
         "bytes_read": stage.bytes_done,
+        "peer_bytes": stage.peer_bytes,
         "footprints": [segment.footprint for segment in stage.segments],
         "infos": [asdict(info) for info in stage.infos],
         "metadata": stage.metadata,
@@ -169,6 +170,7 @@ def _read(fd: int) -> tuple[Stage, list[int], list[str | None], list[int]]:
             "phase_seconds", "seconds",
         ):  # fmt: skip
             setattr(stage, name, table[name])
+        stage.peer_bytes = table.get("peer_bytes", 0)
         stage.infos = tuple(SegmentInfo(**info) for info in table["infos"])
         stage.satisfied = set(table["satisfied"])
         stage.announced = True

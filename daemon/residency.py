@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from weightd.daemon import record
@@ -27,7 +27,7 @@ from weightd.daemon.errors import (
     UnknownStage,
 )
 from weightd.daemon.metrics import Metrics
-from weightd.daemon.stage import Lease, Stage
+from weightd.daemon.stage import Lease, PeerLease, Stage
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Residency:
         *,
         lease_grace: float,
         max_leases_per_user: int,
+        peer_grace: float = 10.0,
     ) -> None:
         self.devices = devices
         self.stages: dict[str, Stage] = {}
@@ -53,7 +54,10 @@ class Residency:
         self._metrics = metrics
         self._lease_grace = lease_grace
         self._max_leases_per_user = max_leases_per_user
+        self._peer_grace = peer_grace
         self._changed = asyncio.Event()
+        self.on_release: Callable[[Stage], None] = lambda stage: None
+        """Told of a stage whose memory is about to be freed."""
         self.unadopted: list[dict[str, Any]] = []
         """What the keeper holds and this version does not understand: name, nbytes, reason. Host memory."""
         self._lent_away: dict[int, int] = {}
@@ -162,6 +166,7 @@ class Residency:
 
     def release(self, stage: Stage) -> None:
         """Let go of all memory that is held for a stage, here and at the keeper, and of its bytes of capacity."""
+        self.on_release(stage)
         self.free(stage)
         stage.reserved = {}
         stage.plan = None
@@ -224,8 +229,26 @@ class Residency:
         """Free a revoked stage once its lessees have let go, or their time is over."""
         while stage.state == "ready" and self._in_use(stage) and (left := stage.revoke_deadline - now()) > 0:
             await stage.changed(left)
+        await self.dismiss([stage])
         if stage.state == "ready":
             self.evict(stage, "revoked")
+
+    async def dismiss(self, stages: Sequence[Stage]) -> None:
+        """Tell peers to read these no more, and wait until they have stopped, or their time is over."""
+        deadline = now() + self._peer_grace
+        for stage in stages:
+            stage.dismissed = True
+            stage.notify()
+        for stage in stages:
+            while stage.peer_leases and (left := deadline - now()) > 0:
+                await stage.changed(left)
+        for stage in stages:  # who is still there after all may be read again
+            stage.dismissed = False
+
+    async def dismiss_victims(self, needed: Mapping[str, int]) -> None:
+        """Before ``make_room``: wait for the peers that read what would go for so many bytes of each device."""
+        if read := [stage for stage in self.victims(needed) or () if stage.peer_leases]:
+            await self.dismiss(read)
 
     @staticmethod
     def _in_use(stage: Stage) -> bool:
@@ -242,6 +265,9 @@ class Residency:
             due = [(when, stage) for stage in self.stages.values() if (when := expires_at(stage)) is not None]
             for when, stage in due:
                 if when <= at:
+                    await self.dismiss([stage])
+                    if expires_at(stage) != when:
+                        continue  # somebody has come for it meanwhile
                     log.info("%s %s goes, %g s without a lease", stage.id, stage.uri, stage.request.ttl_seconds)
                     self.evict(stage, "ttl")
             later = [when - at for when, _ in due if when > at]
@@ -286,6 +312,18 @@ class Residency:
             stage.leases.pop(lease.id, None)
             self.used_now(stage)
             stage.notify()
+
+    def lend_to_peer(self, stage: Stage, by: str) -> PeerLease:
+        """Record that a peer reads a stage; it takes nothing of the leases that users may have."""
+        lease = PeerLease(stage, by)
+        stage.peer_leases.add(lease)
+        stage.lent = True
+        return lease
+
+    def end_peer_lease(self, lease: PeerLease) -> None:
+        """It has hung up."""
+        lease.stage.peer_leases.discard(lease)
+        lease.stage.notify()
 
     def used_now(self, stage: Stage) -> None:
         """A lease began or ended, or it became ready: note it where the next daemon finds it."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, SecretStr, TypeAdapter, field_validator, model_validator
+from pydantic import ByteSize, Field, FilePath, SecretStr, TypeAdapter, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from weightd.daemon.digests import LEAF
 from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.limits import CudaLimits, FillLimits, NodeLimits
+from weightd.daemon.peers.directory import host_port, is_address, joined
 from weightd.daemon.peers.directory import parse as parse_directory
 from weightd.daemon.sources import Allow
 from weightd.ipc.runtime_dir import runtime_dir
@@ -22,6 +24,11 @@ _SIZE: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
 
 def _cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weightd"
+
+
+def _is_loopback(listen: str) -> bool:
+    host = listen.rpartition(":")[0].strip("[]")
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def _own_gids() -> list[int]:
@@ -82,8 +89,18 @@ class Settings(BaseSettings):
     )
     peer_address: str = Field("", description="HOST:PORT where peers reach it; default: peer_listen.")
     peer_token: SecretStr | None = Field(None, description="Bearer token that daemons of one fleet show each other.")
+    peer_tls_cert: FilePath | None = Field(
+        None, description="PEM file with the certificate by which daemons of one fleet know each other (mutual TLS)."
+    )
+    peer_tls_key: FilePath | None = Field(None, description="PEM file with its key.")
+    peer_tls_ca: FilePath | None = Field(
+        None, description="PEM file with the authority of the fleet's certificates: whoever shows one is let in."
+    )
     peer_stall: float = Field(
         10.0, gt=0, le=3600, description="Seconds after which a peer that brings nothing is given up."
+    )
+    peer_grace: float = Field(
+        10.0, ge=0, le=3600, description="Seconds that an eviction waits for peers that read what is to go."
     )
     cuda_reserve: ByteSize = Field(
         ByteSize(1 << 30), ge=0, description="Bytes of each GPU that segments leave to others, whatever the capacity."
@@ -160,11 +177,25 @@ class Settings(BaseSettings):
             raise ValueError(f"expected HOST:PORT, as in 127.0.0.1:7400, found {value!r}")
         return value
 
+    @field_validator("peer_address")
+    @classmethod
+    def _one_spelling(cls, value: str) -> str:
+        return joined(*host_port(value)) if value else value
+
     @model_validator(mode="after")
     def _reachable(self) -> Settings:
         address = self.peer_address or self.peer_listen
         if address and self.peers != "none":
             parse_directory(self.peers)(node=address, address=address)
+        files = {name: getattr(self, f"peer_tls_{name}") for name in ("cert", "key", "ca")}
+        if missing := [f"WEIGHTD_PEER_TLS_{name.upper()}" for name, file in files.items() if file is None]:
+            if len(missing) < len(files):
+                raise ValueError(f"mutual TLS takes a certificate, its key and the authority: {missing[0]} is missing")
+            if self.peer_listen and self.peer_token is None and not _is_loopback(self.peer_listen):
+                raise ValueError(
+                    f"peer_listen {self.peer_listen!r} is open to the network: set WEIGHTD_PEER_TOKEN, or "
+                    "WEIGHTD_PEER_TLS_CERT, _KEY and _CA"
+                )
         return self
 
     @field_validator("token", "peer_token")

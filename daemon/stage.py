@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weightd.daemon.checkpoint import Checkpoint, Listing
 from weightd.daemon.devices import Segment
 from weightd.daemon.errors import DaemonError
-from weightd.daemon.fill import Fill
+from weightd.daemon.fill import Fill, PeerUse
 from weightd.daemon.ledger import Ledger
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.request import StageRequest
@@ -37,6 +37,15 @@ class Lease:
     pid: int | None
     since: float
     """Seconds since the epoch."""
+
+
+@dataclass(frozen=True, eq=False)
+class PeerLease:
+    """One peer's reading of a stage. It is an open connection as well, but an eviction waits for it only so long."""
+
+    stage: Stage
+    by: str
+    """HOST:PORT of its own port for peers; empty where it has none."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,8 @@ class Stage:
         """Only while loading."""
         self.bytes_read = 0
         self.peer_bytes = 0
+        self.peers: dict[str, PeerUse] = {}
+        """Peer → what came from it."""
         self.phase_seconds: dict[str, float] = {}
         """Thread-seconds of loading by phase (``fill.PHASES``)."""
         self.segments: list[Segment] = []
@@ -116,6 +127,9 @@ class Stage:
         self.satisfied: set[str] = set()
         """Expectations that were checked and met: digests, and ``file=sha256:...`` pairs."""
         self.leases: dict[str, Lease] = {}
+        self.peer_leases: set[PeerLease] = set()
+        self.dismissed = False
+        """Whether peers that read it are to stop, because it is about to go."""
         self.last_used = time.monotonic()
         """When a lease began or ended last, or it became ready: monotonic seconds, which outlive a process."""
         self.protected_until = 0.0
@@ -163,7 +177,7 @@ class Stage:
         """Loading is over: keep its figures, let its buffers go."""
         if self.fill is not None:
             self.bytes_read, self.phase_seconds = self.fill.bytes_read, dict(self.fill.seconds)
-            self.peer_bytes = self.fill.peer_bytes
+            self.peer_bytes, self.peers = self.fill.peer_bytes, dict(self.fill.peers)
             self.fill = None
 
     def enter(self, state: str, error: DaemonError | None = None) -> None:

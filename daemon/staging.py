@@ -28,7 +28,8 @@ from weightd.daemon.header import TensorInfo
 from weightd.daemon.layout import checkpoint_layout
 from weightd.daemon.ledger import Ledger, fingerprint
 from weightd.daemon.limits import FillLimits
-from weightd.daemon.peers.pulling import Fleet, PeerReader
+from weightd.daemon.peers.fleet import Fleet
+from weightd.daemon.peers.pulling import PeerReader
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.request import Parallel, StageRequest
 from weightd.daemon.sources import Reader, Source
@@ -165,19 +166,19 @@ class Loading:
             on_verified=verified,
         )
         files = checkpoint.listing.weights
-        if self.fleet is not None and self._from_peers():
-            self._reader = PeerReader(
-                self.key, self.fleet, self.plan.recipes, segments, lambda: self.source.reader(files)
-            )
+        if self.fleet is not None and self.key and self._from_peers():
+            origin = (lambda: self.source.reader(files)) if "origin" in self.request.sources else None
+            self._reader = PeerReader(self.key, self.fleet, self.plan.recipes, segments, origin)
         else:
             self._reader = self.source.reader(files, native=self._native)
         return self._fill
 
     def _from_peers(self) -> bool:
-        """Whether peers can bring it: to host memory, and not where digests are expected that only the origin gives."""
+        """Whether peers can bring it: to host memory, and not where what is expected is told by the origin's bytes
+        only: SHA-256 of files, and the digest of a checkpoint of which there are but slices here."""
         on_host = all(device.uuid is None for device in self.devices)
-        expecting = self._digest is not None or bool(self._sha256)
-        return on_host and not expecting and "peer" in self.request.sources
+        tellable = not self._sha256 and (self._digest is None or self._is_whole())
+        return on_host and tellable and "peer" in self.request.sources
 
     @property
     def fill(self) -> Fill:
@@ -198,17 +199,38 @@ class Loading:
         self.fill.check_complete()
         on_landed()
         self._check_unchanged()
+        self._summarise()
+        if self._digest not in (None, self.checkpoint_digest) and self._without_peers():
+            self._summarise()
+        self._check_expected(self._whole_leaves())
+        self._check_cancelled()
+        for segment in self._segments:
+            segment.seal()
+
+    def _without_peers(self) -> bool:
+        """The bytes are not the expected ones: have what came from peers from the origin instead, if that can be."""
+        again = self.fill.from_peers(self._extents)
+        if not again or "origin" not in self.request.sources or not self.fill.forget(again):
+            return False
+        log.warning("%d extents that came from peers are not what is expected: reading the origin", len(again))
+        assert self._reader is not None
+        self._reader.close()
+        self._reader = self.source.reader(self.plan.checkpoint.listing.weights)
+        self.fill.give(again)
+        self._reader.run(self.fill)
+        self.fill.finish()
+        self._check_cancelled()
+        self.fill.check_complete()
+        return True
+
+    def _summarise(self) -> None:
+        """Digests of tensors, segments and the checkpoint from those of leaves."""
         self.tensor_digests = [self.fill.digests(index) for index in range(len(self.plan.recipes))]
         self.segment_digests = [
             checkpoint_digest((entry.name, digest) for entry, digest in zip(recipe.entries, digests, strict=True))
             for recipe, digests in zip(self.plan.recipes, self.tensor_digests, strict=True)
         ]
-        leaves = self._whole_leaves()
-        self.checkpoint_digest = self._checkpoint_digest(leaves)
-        self._check_expected(leaves)
-        self._check_cancelled()
-        for segment in self._segments:
-            segment.seal()
+        self.checkpoint_digest = self._checkpoint_digest(self._whole_leaves())
 
     def stop(self) -> None:
         """Make ``run`` raise Cancelled soon. Callable from any thread, more than once."""

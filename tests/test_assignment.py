@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from weightd.daemon.extents import Demands, plan_extents
 from weightd.daemon.layout import checkpoint_layout
 from weightd.daemon.peers.assignment import Assignment
 from weightd.daemon.peers.groups import leaf_ranges, plan_groups
+from weightd.daemon.peers.membership import READERS, Readers, degree, neighbours
 
 SHARDS = (
     {"embed": tensor("BF16", (3000, 512), 1), "norm": tensor("F32", (7,), 2), "empty": tensor("F16", (0, 4), 3)},
@@ -56,7 +58,77 @@ def test_groups_bring_every_leaf_once_from_the_origin_and_once_from_a_peer(
     assert all(len(found) == 1 for found in partial.values()), "what is gathered from strides comes as one"
 
 
+# ---------------------------------------------------------------------- who listens to whom, and who reads the origin
+
+KEY = "0" * 32
+PATIENCE = 10.0
+
+
+def test_a_small_fleet_listens_to_all_and_a_large_one_to_as_many_as_its_logarithm() -> None:
+    names = [f"node-{i}" for i in range(4000)]
+    assert set(neighbours("node-0", KEY, names[:17])) == set(names[1:17])
+    assert len(neighbours("node-0", KEY, names)) == degree(3999) < 30
+    listening = {name: set(neighbours(name, KEY, names[:1000])) for name in names[:1000]}
+    assert all(name not in others for name, others in listening.items())
+    listened_to = Counter(other for others in listening.values() for other in others)
+    assert max(listened_to.values()) < 4 * degree(999)
+    reached, edge = {"node-0"}, {"node-0"}
+    hops = 0
+    while edge:
+        edge = {name for name in listening if listening[name] & edge} - reached
+        reached |= edge
+        hops += 1
+    assert reached == set(listening), "what one node has comes to all"
+    assert hops < 8
+
+
+def test_nodes_agree_on_the_readers_and_know_no_more_than_these() -> None:
+    names = [f"node-{i}" for i in range(500)]
+    everyone = {name: 1 for name in names}
+    found = set()
+    for name in names[:40]:
+        readers = Readers(name, KEY, PATIENCE)
+        readers.heard(everyone, 0.0)
+        found.add(tuple(readers.now(1.0)))
+        assert len(readers.stamps(1, 1.0)) == READERS
+    agreed = max(found, key=len)
+    assert len(agreed) == READERS
+    assert found == {agreed}, "also with those who are none themselves"
+
+
+def test_a_reader_is_one_as_long_as_its_stamp_grows() -> None:
+    readers = Readers("me", KEY, PATIENCE)
+    readers.heard({"a": 5, "b": 5}, 0.0)
+    readers.heard({"a": 6, "b": 5}, 9.0)
+    assert set(readers.now(9.5)) == {"me", "a", "b"}
+    assert set(readers.now(11.0)) == {"me", "a"}, "what others repeat of it does not keep it alive"
+    readers.heard({"b": 6}, 12.0)
+    assert set(readers.now(12.0)) == {"me", "a", "b"}
+    readers.lost("a", 12.0)
+    assert set(readers.now(12.0)) == {"me", "b"}
+    readers.pass_over("b", 12.0)
+    readers.heard({"b": 7}, 13.0)
+    assert readers.now(13.0) == ["me"], "whatever it says"
+    readers.heard({"b": 8}, 12.0 + 6 * PATIENCE)
+    assert set(readers.now(12.0 + 6 * PATIENCE)) == {"me", "b"}
+
+
+def test_a_flood_of_names_is_forgotten_down_to_the_best() -> None:
+    readers = Readers("me", KEY, PATIENCE)
+    for batch in range(100):
+        readers.heard({f"ghost-{batch}-{i}": 1 for i in range(READERS)}, float(batch) / 100)
+    assert len(readers._known) <= 4 * READERS
+    assert len(readers.now(1.0)) == READERS
+
+
 # ---------------------------------------------------------------------- fleets
+
+
+def agreed(me: str, others: Iterable[str], stripes: Sequence[str]) -> Assignment:
+    """A node's assignment where it knows these others to load the same."""
+    readers = Readers(me, KEY, PATIENCE)
+    readers.heard({name: 1 for name in others}, 0.0)
+    return Assignment(me, stripes, readers, PATIENCE)
 
 
 class Fleet:
@@ -65,17 +137,21 @@ class Fleet:
     def __init__(self, nodes: int, count: int, seed: int) -> None:
         self.rng = random.Random(seed)
         self.count = count
-        self.nodes = {f"node-{i}": Assignment(f"node-{i}", [f"0:{g}" for g in range(count)]) for i in range(nodes)}
+        names = [f"node-{i}" for i in range(nodes)]
+        self.readers = {name: Readers(name, KEY, PATIENCE) for name in names}
+        self.nodes = {
+            name: Assignment(name, [f"0:{g}" for g in range(count)], self.readers[name], PATIENCE) for name in names
+        }
         self.done: dict[str, set[int]] = {name: set() for name in self.nodes}
         self.origin: Counter[int] = Counter()
-        for name, assignment in self.nodes.items():
-            for other in self.nodes.keys() - {name}:
-                assignment.wants(other)
+        for readers in self.readers.values():
+            readers.heard({name: 1 for name in names}, 0.0)
 
     def kill(self, name: str) -> None:
         del self.nodes[name]
-        for assignment in self.nodes.values():
+        for other, assignment in self.nodes.items():
             assignment.lost(name)
+            self.readers[other].lost(name, 1.0)
 
     def bring(self, name: str, group: int) -> None:
         """A group has come to a node, which says so to all others."""
@@ -90,7 +166,7 @@ class Fleet:
         self.rng.shuffle(names)
         for name in names:
             assignment = self.nodes[name]
-            if mine := assignment.from_origin():
+            if mine := assignment.from_origin(self.count, at=1.0, idle=0.0):
                 self.origin.update(mine)
                 for group in mine:
                     self.bring(name, group)
@@ -139,32 +215,31 @@ def test_what_fell_to_a_node_that_died_falls_to_others(seed: int) -> None:
 def test_the_share_of_the_origin_is_even_and_a_node_more_moves_only_what_it_takes() -> None:
     stripes = [f"{file}:{stripe}" for file in range(8) for stripe in range(500)]
     names = [f"node-{i}" for i in range(10)]
-    one = Assignment(names[0], stripes)
-    for name in names[1:]:
-        one.wants(name)
-    before = [one.owner(group) for group in range(len(stripes))]
+    one = agreed(names[0], names, stripes)
+    before = [one.owner(group, at=1.0) for group in range(len(stripes))]
     shares = Counter(before)
     assert min(shares.values()) > 300
     assert max(shares.values()) < 500
-    one.wants("node-new")
-    after = [one.owner(group) for group in range(len(stripes))]
+    names.append("node-new")
+    more = agreed(names[0], names, stripes)
+    after = [more.owner(group, at=1.0) for group in range(len(stripes))]
     assert {b for a, b in zip(before, after, strict=True) if a != b} == {"node-new"}
-    other = Assignment("node-7", stripes)
-    for name in [*names[:7], *names[8:], "node-new"]:
-        other.wants(name)
-    assert [other.owner(group) for group in range(len(stripes))] == after, "all nodes agree"
+    other = agreed("node-7", names, stripes)
+    assert [other.owner(group, at=1.0) for group in range(len(stripes))] == after, "all nodes agree"
 
 
 def test_what_peers_have_is_not_read_from_the_origin_and_patience_ends() -> None:
-    assignment = Assignment("me", [f"0:{i}" for i in range(20)])
-    assignment.wants("slow")
+    assignment = agreed("me", ["slow"], [f"0:{i}" for i in range(20)])
     assignment.has("full", range(10))
-    mine = assignment.from_origin()
+    mine = assignment.from_origin(20, at=1.0, idle=0.0)
     assert all(group >= 10 for group in mine)
     theirs = set(range(10, 20)) - set(mine)
-    assert theirs, "some of it falls to the other"
-    assert assignment.from_origin() == []
-    assert set(assignment.from_origin(impatient=True)) == theirs
+    assert len(theirs) > 2, "some of it falls to the other"
+    assert assignment.from_origin(20, at=2.0, idle=1.0) == []
+    stolen = assignment.from_origin(20, at=3.0, idle=PATIENCE / 4)
+    assert set(stolen) < theirs
+    assert len(stolen) == 2, "whoever has nothing to do helps the other a little"
+    assert set(assignment.from_origin(20, at=9.0, idle=PATIENCE + 1)) == theirs - set(stolen), "and then does it all"
     given = []
     while (group := assignment.from_peer("full")) is not None:
         given.append(group)
@@ -173,4 +248,32 @@ def test_what_peers_have_is_not_read_from_the_origin_and_patience_ends() -> None
     assignment.failed(given[0])
     assignment.lost("full")
     assert assignment.from_peer("full") is None
-    assert assignment.from_origin() == [given[0]]
+    assert assignment.from_origin(20, at=9.0, idle=0.0) == [given[0]]
+
+
+def test_what_another_reads_already_is_left_to_it_while_it_lives() -> None:
+    stripes = [f"0:{i}" for i in range(100)]
+    assignment = agreed("me", ["early"], stripes)
+    mine = {group for group in range(100) if assignment.owner(group, at=1.0) == "me"}
+    begun = sorted(mine)[:10]
+    assignment.coming("early", begun)
+    assert set(assignment.from_origin(100, at=1.0, idle=0.0)) == mine - set(begun)
+    assert assignment.from_origin(100, at=2.0, idle=0.0) == []
+    assert set(assignment.from_origin(100, at=2.0 + PATIENCE, idle=0.0)) >= set(begun), "not when it is heard no more"
+    lost = agreed("me", ["early"], stripes)
+    lost.coming("early", begun)
+    lost.lost("early")
+    assert set(lost.from_origin(100, at=1.0, idle=0.0)) == mine
+
+
+def test_what_is_not_to_be_believed_is_to_come_again() -> None:
+    assignment = agreed("me", [], ["0:0", "0:1"])
+    assert sorted(assignment.from_origin(2, at=1.0, idle=0.0)) == [0, 1]
+    assignment.done(0)
+    assignment.done(1)
+    assert assignment.finished
+    assignment.again([1])
+    assert not assignment.finished
+    assignment.has("other", [0, 1])
+    assert assignment.from_peer("other") == 1
+    assert assignment.from_peer("other") is None

@@ -76,7 +76,7 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(start_daemon: Start, origin: FaultProxy, s3: SeaweedFS) -> Callable[[int], Fleet]:
+def fleet(origin: FaultProxy, s3: SeaweedFS, start_daemon: Start) -> Callable[[int], Fleet]:
     return lambda count: Fleet(start_daemon, origin, s3, count)
 
 
@@ -92,10 +92,8 @@ def same(daemon: Daemon, stage: str, folder: Path) -> bool:
 
 
 def from_peers(daemon: Daemon) -> int:
-    line = next(
-        line for line in daemon.get("/metrics").splitlines() if line.startswith("weightd_peer_read_bytes_total")
-    )
-    return int(float(line.split()[1]))
+    lines = daemon.get("/metrics").splitlines()
+    return sum(int(float(line.split()[1])) for line in lines if line.startswith("weightd_peer_read_bytes_total"))
 
 
 def test_a_second_daemon_reads_no_weights_of_the_origin(
@@ -223,7 +221,7 @@ def test_a_store_that_is_away_is_not_needed_for_what_a_peer_has(
     large[0] = True
     record = second.stage(uri)
     assert (record["state"], record["error"]) == ("ready", None)
-    assert record["peer_bytes"] == record["bytes_total"]
+    assert record["bytes_by_source"]["peer"] == record["bytes_total"]
 
 
 def test_the_mover_has_no_credentials(fleet: Callable[[int], Fleet], s3: SeaweedFS, folder: Path) -> None:
@@ -289,7 +287,7 @@ def test_daemons_find_each_other_by_etcd(
         key = record["key"]
         until(lambda: [p["stages"] for p in daemons[1].client.peers()["peers"]] == [{key: 1.0}], "it is published")
         read = weight_bytes(origin)
-        assert daemons[1].stage(uri)["peer_bytes"] == record["bytes_total"]
+        assert daemons[1].stage(uri)["bytes_by_source"]["peer"] == record["bytes_total"]
         assert weight_bytes(origin) == read
         etcd.stop()
         daemons[1].client.remove(daemons[1].stage(uri)["id"])
@@ -451,4 +449,4 @@ def test_the_port_for_peers_wants_the_token_and_knows_no_other_routes(
         for path in ("/v1/stage", "/v1/node", "/metrics", "/docs", "/peer/v1/stages/" + "0" * 32, "/peer/v1/stages/x"):
             assert client.get(path).status_code in (404, 422), path
         assert client.post("/peer/v1/stages", json={}).status_code == 405
-    assert daemon.client.peers() == {"directory": "ok", "peers": []}
+    assert daemon.client.peers() == {"directory": "ok", "off": None, "peers": []}

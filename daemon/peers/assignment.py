@@ -1,45 +1,53 @@
 """Who reads which group from where: each from the origin once in all the fleet, and from peers everywhere else.
 
-No coordinator: all nodes that want the same bytes agree by rendezvous hashing (highest random weight) which of them
-reads a group from the origin; the others get it from whoever has it by then. Pure bookkeeping, without a clock or a
-thread of its own: the simulation of large fleets runs this very code.
+The nodes that share the origin agree by rendezvous hashing (highest random weight) which of them reads a group; the
+others get it from whoever has it by then. Pure bookkeeping, without a clock or a thread of its own: the simulation of
+large fleets runs this very code.
 """
 
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Iterable, Sequence
 
-import xxhash
+from weightd.daemon.peers.membership import Readers, weight
+
+_STOLEN = 2
+"""Groups at once of those that fall to another: it may have begun with them."""
 
 
 class Assignment:
     """What is still to come, and whose turn each group is. ``me`` is this node's name; for one thread at a time.
 
-    ``stripes[i]`` is what nodes agree by on group ``i``. A group is free, with a worker, or done. Workers are peers by
-    name, and ``None`` for the origin.
+    ``stripes[i]`` is what nodes agree by on group ``i``; ``readers`` are those that share the origin; ``patience`` is
+    in seconds. A group is free, with a worker, or done. Workers are peers by name, and ``None`` for the origin.
     """
 
-    def __init__(self, me: str, stripes: Sequence[str]) -> None:
+    def __init__(self, me: str, stripes: Sequence[str], readers: Readers, patience: float) -> None:
         self._me = me
         self._stripes = stripes
+        self._readers = readers
+        self._patience = patience
         self._left = set(range(len(stripes)))
         self._free = set(self._left)
         self._holders: list[set[str]] = [set() for _ in stripes]
+        self._coming: list[set[str]] = [set() for _ in stripes]
+        """Peers that have begun to read the group from the origin."""
+        self._order = array("Q", (weight(me, str(group)) for group in range(len(stripes))))
+        """Each node takes groups in an order of its own, so that what two have differs."""
         self._waiting: dict[str, list[tuple[int, int]]] = {}
-        """Peer → heap of (weight, group) that it has: each node takes them in an order of its own."""
-        self._wanting: set[str] = set()
-        """Peers that load the same, and so read their part of the origin."""
-        self._given_up: set[str] = set()
+        """Peer → heap of (order, group) that it has."""
+        self._weights: dict[str, array[int]] = {}
+        """Reader → its weight for each group."""
+        self._shared_by: list[str] = []
+        self._first: list[str] = []
+        self._second: list[str] = []
+        """For each group, the reader whose turn it is, and the one who stands in for it."""
 
     @property
     def finished(self) -> bool:
         return not self._left
-
-    def wants(self, peer: str) -> None:
-        """The peer loads the same: it reads its share of the origin, and gives it on."""
-        if peer not in self._given_up:
-            self._wanting.add(peer)
 
     def has(self, peer: str, groups: Iterable[int]) -> None:
         """The peer has these, verified."""
@@ -47,19 +55,19 @@ class Assignment:
         for group in groups:
             if group in self._left and peer not in self._holders[group]:
                 self._holders[group].add(peer)
-                heapq.heappush(heap, (_weight(self._me, str(group)), group))
+                heapq.heappush(heap, (self._order[group], group))
+
+    def coming(self, peer: str, groups: Iterable[int]) -> None:
+        """The peer has begun to read these from the origin."""
+        for group in groups:
+            self._coming[group].add(peer)
 
     def lost(self, peer: str) -> None:
-        """The peer gives nothing any more: what it was to read from the origin falls to others."""
-        self._given_up.add(peer)
-        self._wanting.discard(peer)
+        """The peer gives nothing any more, until it says again what it has."""
         self._waiting.pop(peer, None)
-        for holders in self._holders:
+        for holders, coming in zip(self._holders, self._coming, strict=True):
             holders.discard(peer)
-
-    def back(self, peer: str) -> None:
-        """A peer that was lost may be asked again."""
-        self._given_up.discard(peer)
+            coming.discard(peer)
 
     def from_peer(self, peer: str) -> int | None:
         """A group for the peer to give now; None where it has none that is still wanted."""
@@ -71,23 +79,41 @@ class Assignment:
                 return group
         return None
 
-    def from_origin(self, *, most: int | None = None, impatient: bool = False) -> list[int]:
-        """Groups to read from the origin now, ``most`` of them: those that no peer has and that fall to this node.
+    def from_origin(self, most: int, *, at: float, idle: float) -> list[int]:
+        """Groups to read from the origin now, ``most`` at most: those that no peer has, and that fall to this node.
 
-        ``impatient``: also those that fall to others, who have not brought anything for too long.
+        ``idle`` is how long nothing has come, in seconds: then this node takes over what falls to others whose stand-in
+        it is, a little at a time, and in the end passes over all who have not brought what fell to them.
         """
-        found = [
-            group
-            for group in sorted(self._free)
-            if not self._holders[group] and (impatient or self.owner(group) == self._me)
-        ][:most]
+        if not self._free or most <= 0:
+            return []
+        self._share(self._readers.now(at))
+        missing = [group for group in self._free if not self._holders[group]]
+        if idle > self._patience:
+            owners = {self._first[group] for group in missing} - {self._me}
+            for owner in owners:
+                self._readers.pass_over(owner, at)
+            if owners:
+                self._share(self._readers.now(at))
+        alive = set(self._shared_by)
+        open_ = [group for group in missing if not self._coming[group] & alive]
+        found = heapq.nsmallest(
+            most, (g for g in open_ if self._first[g] == self._me), key=lambda group: self._order[group]
+        )
+        if not found and idle > self._patience / 8:
+            within_reach = missing if idle > self._patience / 2 else open_
+            found = heapq.nsmallest(
+                min(most, _STOLEN),
+                (group for group in within_reach if self._second[group] == self._me),
+                key=lambda group: self._order[group],
+            )
         self._free.difference_update(found)
         return found
 
-    def owner(self, group: int) -> str:
-        """The node that reads the group from the origin, of those that are known to want it."""
-        stripe = self._stripes[group]
-        return max((self._me, *self._wanting), key=lambda node: _weight(node, stripe))
+    def owner(self, group: int, *, at: float) -> str:
+        """The node that reads the group from the origin."""
+        self._share(self._readers.now(at))
+        return self._first[group]
 
     def done(self, group: int) -> None:
         """It is here, verified."""
@@ -95,14 +121,29 @@ class Assignment:
         self._free.discard(group)
         self._holders[group] = set()
 
+    def again(self, groups: Iterable[int]) -> None:
+        """What was here is not to be believed."""
+        self._left.update(groups)
+        self._free.update(groups)
+
     def failed(self, group: int) -> None:
         """Whoever was to bring it did not: it is free again."""
         if group in self._left:
             self._free.add(group)
             for peer in self._holders[group]:
-                heapq.heappush(self._waiting[peer], (_weight(self._me, str(group)), group))
+                heapq.heappush(self._waiting[peer], (self._order[group], group))
 
+    def _share(self, nodes: list[str]) -> None:
+        """Work out who reads what, where that has changed."""
+        if nodes == self._shared_by:
+            return
+        self._shared_by = nodes
+        self._weights = {node: self._weights.get(node) or self._weigh(node) for node in nodes}
+        self._first, self._second = [], []
+        for weights in zip(*(self._weights[node] for node in nodes), strict=True):
+            ranked = heapq.nlargest(2, zip(weights, nodes, strict=True))
+            self._first.append(ranked[0][1])
+            self._second.append(ranked[-1][1])
 
-def _weight(node: str, what: str) -> int:
-    value: int = xxhash.xxh3_64_intdigest(f"{node}\0{what}".encode())
-    return value
+    def _weigh(self, node: str) -> array[int]:
+        return array("Q", (weight(node, stripe) for stripe in self._stripes))

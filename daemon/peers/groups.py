@@ -15,7 +15,7 @@ from weightd.daemon.digests import LEAF, leaf_count
 from weightd.daemon.extents import Extent
 from weightd.daemon.recipe import Recipe
 
-_STRIPE = 64 << 20
+_STRIPE = 8 << 20
 
 
 class Span(NamedTuple):

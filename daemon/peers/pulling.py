@@ -8,94 +8,44 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 from weightd.daemon.devices import Segment
-from weightd.daemon.errors import SourceFailed
+from weightd.daemon.errors import DigestMismatch, SourceFailed
 from weightd.daemon.extents import Extent
-from weightd.daemon.fill import Fill
+from weightd.daemon.fill import Fill, PeerUse
 from weightd.daemon.peers.assignment import Assignment
+from weightd.daemon.peers.fleet import Fleet
+from weightd.daemon.peers.following import FORMAT, Claims, Peer, listen
 from weightd.daemon.peers.groups import Group, leaf_ranges, plan_groups
+from weightd.daemon.peers.membership import READERS, Readers, degree, neighbours
 from weightd.daemon.peers.mover import Mover, MoverFailed
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.sources import Reader
 
-if TYPE_CHECKING:
-    import httpx
-
 log = logging.getLogger(__name__)
 
-_AHEAD = 64
-"""Extents that the origin's reader has before it, at most: what it has not begun yet can still come from a peer."""
 _STRIKES = 3
-"""Times that a mover process may die while it reads from a peer, before that one is given up for good."""
-_FOLLOWED = 64
-"""Peers that are listened to at the same time."""
+"""Times that a peer may fail without having said anything untrue, before it is given up for good."""
 _AT_ONCE = 4
-"""Groups that are asked of one peer at the same time."""
+"""Groups that are asked of one peer at the same time, at most."""
 _FIRST_WORD = 2.0
 """Seconds that peers may take to say what they have, before the origin is read."""
 _AGAIN = 1.0
 """Seconds between looks at who has come."""
-_MAX_LINE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """Who else there is, and how to talk to them. ``members()`` gives addresses; callable from any thread."""
-
-    me: str
-    members: Callable[[], Sequence[str]]
-    token: str | None
-    stall: float
-    """Seconds without any arrival after which a peer is given up."""
-    count_bytes: Callable[[int], None] = lambda nbytes: None
-    count_dropped: Callable[[str, str], None] = lambda peer, reason: None
-
-    def client(self, address: str) -> httpx.Client:
-        """A client of one peer's port."""
-        import httpx  # 10 MB that a daemon without peers does without
-
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        return httpx.Client(base_url=f"http://{address}", headers=headers, timeout=httpx.Timeout(5.0, read=10.0))
-
-
-@dataclass(eq=False)
-class _Peer:
-    """One peer, as far as it is known."""
-
-    name: str
-    answered: bool = False
-    """Whether it has the stage."""
-    ready: bool = False
-    """Whether it has all of it."""
-    heard: bool = False
-    """Whether it has said what it has of it, as far as it can."""
-    number: int | None = None
-    """Its number with the mover, once connected."""
-    metadata: list[bytes] = field(default_factory=list)
-    addresses: list[int] = field(default_factory=list)
-    claims: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    """(segment, entry, leaf) → the digest that it claims."""
-    in_flight: dict[int, int] = field(default_factory=dict)
-    """Ticket → group."""
-    arrived: float = 0.0
-    """When bytes came from it last, or were asked of it while none were, in monotonic seconds."""
-    told: float = 0.0
-    """When it said something new last."""
-    gone: threading.Event = field(default_factory=threading.Event)
-    """Set when nobody listens to it any more."""
+_WHOLE = 4
+"""Peers with all of a stage that its readers listen to beside their neighbours, where the directory knows of any."""
 
 
 class PeerReader:
-    """A reader for stages whose segments are in host memory; ``origin`` makes the reader of their source."""
+    """A reader for stages whose segments are in host memory; ``origin`` makes the reader of their source; None where
+    all has to come from peers."""
 
     def __init__(
         self,
@@ -103,7 +53,7 @@ class PeerReader:
         fleet: Fleet,
         recipes: Sequence[Recipe],
         segments: Sequence[Segment],
-        origin: Callable[[], Reader],
+        origin: Callable[[], Reader] | None,
     ) -> None:
         self._key = key
         self._fleet = fleet
@@ -113,109 +63,150 @@ class PeerReader:
         self._origin: Reader | None = None
         self._origin_thread: threading.Thread | None = None
         self._origin_error: BaseException | None = None
+        self._origin_window = _Window(least=4, most=64)
         self._with_origin: set[int] = set()
-        """Groups that were given to the origin's reader."""
+        """Groups that the origin's reader was given, and that are not here yet."""
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._peers: dict[str, _Peer] = {}
+        self._peers: dict[str, Peer] = {}
         self._lost: set[str] = set()
+        """Peers that were given up for good."""
         self._strikes: dict[str, int] = {}
+        self._peer_window = _Window(least=4, most=256)
+        self._readers = Readers(fleet.me, key, fleet.stall)
         self._mover: Mover | None = None
         self._regions: list[int] = []
-        self._closing = threading.Event()
         self._asked: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
         """When a peer may be asked again, in monotonic seconds."""
         self._groups: list[Group] = []
         self._group_of: dict[int, Group] = {}
-        self._at_leaf: dict[tuple[int, int, int], Group] = {}
+        self._from: dict[int, str] = {}
+        """Group → the peer that brought it."""
+        self._by_leaf: list[dict[int, int]] = []
+        """For each segment: leaf, counted over all its entries → group."""
 
     def run(self, fill: Fill) -> None:
+        self._fill = fill
         self._share = _Share(fill)
         missing = fill.missing()
         if not missing:
             return
         self._groups = plan_groups(missing, self._recipes)
         self._group_of = {extent.index: group for group in self._groups for extent in group.extents}
+        self._starts = [fill.leaf_starts(segment) for segment in range(len(self._recipes))]
+        self._by_leaf = [{} for _ in self._recipes]
         for group in self._groups:
-            for span in group.spans:
-                for leaf, _, _ in leaf_ranges(span):
-                    self._at_leaf[span.segment, span.entry, leaf] = group
-        assignment = Assignment(self._fleet.me, [group.stripe for group in self._groups])
-        left = {group.index: len(group.extents) for group in self._groups}
+            for segment, first, count in self._leaves(group):
+                self._by_leaf[segment].update(dict.fromkeys(range(first, first + count), group.index))
+        self._left = {group.index: len(group.extents) for group in self._groups}
+        self._assignment = Assignment(
+            self._fleet.me, [group.stripe for group in self._groups], self._readers, self._fleet.stall
+        )
         fill.on_landed = lambda extent: self._events.put(("landed", extent))
-        started = progress = looked = time.monotonic()
-        self._look()
+        self._started = self._progress = time.monotonic()
+        looked = told = 0.0
+        seen: set[str] = set()
         try:
-            while not assignment.finished and not fill.stopped:
+            while not self._assignment.finished and not fill.stopped:
                 now = time.monotonic()
-                if now - looked > _AGAIN:
-                    looked = now
-                    self._look()
+                followers = self._fleet.gossip.followers(self._key)
+                if now - looked > _AGAIN or followers - seen:
+                    looked, seen = now, followers
+                    self._look(now)
+                if now - told > _AGAIN:
+                    told = now
+                    self._tell(now)
                 with fill.phase("source"):
-                    happened = self._next_event(0.02)
+                    happened = self._next_events(0.02)
                 for kind, what in happened:
-                    if kind == "landed":
-                        group = self._group_of[what.index]
-                        left[group.index] -= 1
-                        if not left[group.index]:
-                            assignment.done(group.index)
-                        progress = now
-                    elif kind == "arrived":
-                        if self._arrived(fill, assignment, *what):
-                            progress = now
-                    else:
-                        self._heard(assignment, kind, what)
-                self._drop_dead(assignment, now)
-                self._ask_peers(assignment)
-                if not any(self._awaited(peer, now, started) for peer in self._peers.values()):
-                    self._feed_origin(fill, assignment, left, impatient=now - progress > self._fleet.stall)
+                    self._take(kind, what)
+                now = time.monotonic()
+                self._drop_dead(now)
+                self._ask_peers(now)
+                if not any(self._awaited(peer, now) for peer in self._peers.values()):
+                    self._feed_origin(now)
         finally:
             fill.on_landed = lambda extent: None
             self._stop()
 
+    def _take(self, kind: str, what: Any) -> None:
+        if kind == "landed":
+            self._landed(self._group_of[what.index])
+        elif kind == "arrived":
+            self._arrived(what.ticket, what.error, getattr(what, "transport", "unknown"))
+        elif kind == "absent":
+            if self._peers.get(what.name) is what:
+                del self._peers[what.name]  # to be asked again: it may come to have it
+                self._fill.peers.pop(what.name, None)
+        else:
+            peer, said = what
+            if kind == "said":
+                peer.unheard.release()
+            if self._peers.get(peer.name) is not peer:
+                return
+            if kind == "gone":
+                self._strike(peer, "gone", str(said))
+            else:
+                self._heard(peer, said)
+
+    def _landed(self, group: Group) -> None:
+        self._left[group.index] -= 1
+        if not self._left[group.index]:
+            self._assignment.done(group.index)
+            if group.index in self._with_origin:
+                self._with_origin.discard(group.index)
+                self._origin_window.came()
+                self._compare_claims(group)
+        self._progress = time.monotonic()
+
+    def _compare_claims(self, group: Group) -> None:
+        """What has come from the origin tells whether peers claim the truth."""
+        for peer in list(self._peers.values()):
+            for segment, first, count in self._leaves(group):
+                if peer.claims.there[segment].count(1, first, first + count) and self._contradicted(
+                    peer, segment, first, count
+                ):
+                    break
+
     # ------------------------------------------------------------------ listening
 
-    def _look(self) -> None:
-        """Listen to members that are new."""
-        now = time.monotonic()
-        for address in self._fleet.members():
-            known = address in self._peers or address in self._lost or len(self._peers) >= _FOLLOWED
-            if known or now < self._not_before.get(address, 0.0):
+    def _look(self, now: float) -> None:
+        """Listen to those that are new: to neighbours, to those who listen to this one, and some that have it all."""
+        members = {name: stages for name, stages in self._fleet.members() if name != self._fleet.me}
+        having = [name for name, stages in members.items() if stages is None or self._key in stages]
+        wanted = neighbours(self._fleet.me, self._key, [name for name in having if name not in self._lost])
+        if self._fleet.me in self._readers.now(now):
+            whole = [name for name in having if (members[name] or {}).get(self._key) == 1.0]
+            wanted += neighbours(self._fleet.me, self._key, whole)[:_WHOLE]
+        back = [name for name in self._fleet.gossip.followers(self._key) if name in members]
+        for name in [*wanted, *back]:
+            if name in self._peers or name in self._lost or len(self._peers) >= 2 * degree(len(members)):
                 continue
-            self._asked[address] = self._asked.get(address, 0) + 1
-            self._not_before[address] = now + min(60.0, _AGAIN * 2.0 ** self._asked[address])
-            peer = self._peers[address] = _Peer(address)
-            threading.Thread(target=self._follow, args=(address, peer.gone), name="peer", daemon=True).start()
+            if now >= self._not_before.get(name, 0.0) or name in back:
+                self._follow(name, now)
 
-    def _awaited(self, peer: _Peer, now: float, started: float) -> bool:
+    def _follow(self, name: str, now: float) -> None:
+        self._asked[name] = self._asked.get(name, 0) + 1
+        self._not_before[name] = now + min(30.0, _AGAIN * 1.5 ** self._asked[name])
+        use = self._fill.peers.setdefault(name, PeerUse())
+        use.given_up = ""
+        peer = self._peers[name] = Peer(name, Claims(self._starts), use)
+        arguments = (self._fleet, self._key, peer, self._events)
+        threading.Thread(target=listen, args=arguments, name="peer", daemon=True).start()
+
+    def _tell(self, now: float) -> None:
+        """Say to those who listen who reads the origin: this node, as long as that works for it."""
+        reads = self._fleet.me and self._make_origin is not None and self._origin_error is None
+        own = time.time_ns() // 1_000_000 if reads else None
+        self._fleet.gossip.tell(self._key, self._readers.stamps(own, now))
+
+    def _awaited(self, peer: Peer, now: float) -> bool:
         """Whether it may be about to say that it has what the origin would be read for."""
         if peer.heard:
             return False
-        return now - peer.told < self._fleet.stall if peer.answered else now - started < _FIRST_WORD
+        return now - peer.told < self._fleet.stall if peer.answered else now - self._started < _FIRST_WORD
 
-    def _follow(self, address: str, gone: threading.Event) -> None:
-        """In a thread: pass on what a peer says, until it stops."""
-        why = "it hung up"
-        try:
-            with self._fleet.client(address) as client, client.stream("GET", f"/peer/v1/stages/{self._key}") as answer:
-                if answer.status_code == 404:
-                    self._events.put(("absent", address))
-                    return
-                answer.raise_for_status()
-                self._events.put(("said", (address, {"type": "answered"})))
-                for line in answer.iter_lines():
-                    if self._closing.is_set() or gone.is_set():
-                        return
-                    if len(line) > _MAX_LINE:
-                        raise ValueError(f"a line of {len(line)} bytes")
-                    if line.startswith("data:"):
-                        self._events.put(("said", (address, json.loads(line[5:]))))
-        except Exception as error:  # whatever a stranger's answer can make of a parser
-            why = f"{type(error).__name__}: {error}"
-        if not gone.is_set():
-            self._events.put(("gone", (address, why)))
-
-    def _next_event(self, timeout: float) -> list[tuple[str, Any]]:
+    def _next_events(self, timeout: float) -> list[tuple[str, Any]]:
         """What has happened, at most ``timeout`` seconds after now."""
         found: list[tuple[str, Any]] = []
         if self._mover is not None:
@@ -225,74 +216,90 @@ class PeerReader:
                     found.append(("arrived", arrival))
                     arrival = self._mover.arrived(0)
         with contextlib.suppress(queue.Empty):
-            if self._mover is None and not found:
+            if self._mover is None:
                 found.append(self._events.get(timeout=timeout))
-            while True:
+            while len(found) < 1000:
                 found.append(self._events.get_nowait())
         return found
 
-    def _heard(self, assignment: Assignment, kind: str, what: Any) -> None:
-        if kind == "absent":
-            self._peers.pop(what, None)  # to be asked again: it may come to have it
-            return
-        address, said = what
-        peer = self._peers.get(address)
-        if peer is None:
-            return
-        if kind == "gone":
-            self._strike(assignment, peer, str(said))
-            return
+    def _heard(self, peer: Peer, said: Any) -> None:
         try:
-            self._understand(assignment, peer, said)
+            self._understand(peer, said)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            self._drop(assignment, peer, f"it says what makes no sense: {error!r}")
+            self._drop(peer, "nonsense", f"it says what makes no sense: {error!r}"[:500])
         except MoverFailed as error:
-            self._drop(assignment, peer, f"it cannot be read: {error}")
+            self._strike(peer, "unreachable", f"it cannot be read: {error}"[:500])
 
-    def _understand(self, assignment: Assignment, peer: _Peer, said: Mapping[str, Any]) -> None:
-        if said["type"] == "answered":
+    def _understand(self, peer: Peer, said: Mapping[str, Any]) -> None:
+        kind = said["type"]
+        if kind == "answered":
             peer.answered, peer.told = True, time.monotonic()
-        elif said["type"] == "segments":
+        elif kind == "segments":
+            if said["format"] != FORMAT:
+                self._drop(peer, "version", f"it speaks format {str(said['format'])[:20]}, and this daemon {FORMAT}")
+                return
             segments = said["segments"]
             if len(segments) != len(self._segments):
                 raise ValueError(f"{len(segments)} segments, expected {len(self._segments)}")
+            peer.epoch = said["epoch"]
             peer.addresses = [int(segment["address"]) for segment in segments]
             peer.metadata = [base64.b64decode(segment["metadata"], validate=True) for segment in segments]
             peer.number = self._connected().peer(*peer.metadata)
             peer.ready = said["ready"] is True
             peer.heard = not peer.ready
-            if not peer.ready:
-                assignment.wants(peer.name)
-        elif said["type"] == "complete":
+        elif kind == "readers":
+            members = {name for name, _ in self._fleet.members()}
+            stamps = {name: int(stamp) for name, stamp in list(said["stamps"].items())[:READERS]}
+            members.add(peer.name)
+            self._readers.heard({name: stamp for name, stamp in stamps.items() if name in members}, time.monotonic())
+        elif kind == "complete":
             peer.heard = True
-        elif said["type"] == "leaves":
-            segment, entry, first, digests = said["segment"], said["entry"], said["first"], said["digests"]
-            if not isinstance(digests, str) or len(digests) % 16:
-                raise ValueError("digests of no length that digests have")
-            touched = set()
-            for i in range(len(digests) // 16):
-                place = (segment, entry, first + i)
-                group = self._at_leaf.get(place)
-                if group is not None:
-                    peer.claims[place] = int(digests[16 * i : 16 * i + 16], 16)
-                    touched.add(group.index)
-            if touched:
-                peer.told = time.monotonic()
-            whole = [index for index in touched if self._claims(peer, self._groups[index]) is not None]
-            assignment.has(peer.name, whole)
-        elif said["type"] == "gone":
-            self._drop(assignment, peer, "it gives nothing any more", for_good=False)
+        elif kind in ("leaves", "coming"):
+            if not peer.metadata or said["epoch"] != peer.epoch:
+                raise ValueError("leaves of another epoch than its segments")
+            peer.told = time.monotonic()
+            if kind == "coming":
+                count = int(said["count"])
+                segment, first = peer.claims.at(said, count)
+                self._assignment.coming(peer.name, self._groups_at(segment, first, count))
+                return
+            segment, first, count = peer.claims.take(said)
+            if self._contradicted(peer, segment, first, count):
+                return
+            touched = self._groups_at(segment, first, count)
+            self._assignment.has(peer.name, [group for group in touched if self._has_all(peer, group)])
+        elif kind == "gone":
+            self._strike(peer, "gone", "it gives nothing any more", counts=False)
 
-    def _claims(self, peer: _Peer, group: Group) -> list[int] | None:
-        """The digests that a peer claims for a group's leaves; None where it has not all of them."""
-        found = []
+    def _leaves(self, group: Group) -> Iterable[tuple[int, int, int]]:
+        """(segment, first leaf counted over all its entries, leaves) of what a group brings."""
         for span in group.spans:
-            for leaf, _, _ in leaf_ranges(span):
-                digest = peer.claims.get((span.segment, span.entry, leaf))
-                if digest is None:
-                    return None
-                found.append(digest)
-        return found
+            yield span.segment, self._starts[span.segment][span.entry] + span.leaf, len(leaf_ranges(span))
+
+    def _groups_at(self, segment: int, first: int, count: int) -> list[int]:
+        by_leaf = self._by_leaf[segment]
+        return list(dict.fromkeys(by_leaf[leaf] for leaf in range(first, first + count) if leaf in by_leaf))
+
+    def _has_all(self, peer: Peer, group: int) -> bool:
+        return all(
+            peer.claims.there[segment].count(1, first, first + count) == count
+            for segment, first, count in self._leaves(self._groups[group])
+        )
+
+    def _contradicted(self, peer: Peer, segment: int, first: int, count: int) -> bool:
+        """Whether this node has one of these leaves from the origin with another digest: then the peer is given up."""
+        there, by_leaf, claims = self._fill.there[segment], self._by_leaf[segment], peer.claims
+        if not there.count(1, first, first + count):
+            return False
+        for leaf in range(first, first + count):
+            group = by_leaf.get(leaf)
+            if there[leaf] and claims.there[segment][leaf] and group is not None and group not in self._from:
+                entry, at = self._fill.leaf_at(segment, leaf)
+                if self._fill.leaves[segment][entry][at] != claims.digests[segment][leaf]:
+                    name = self._recipes[segment].entries[entry].name
+                    self._liar(peer, f"tensor {name!r}, leaf {at}: not the digest that the origin's bytes have")
+                    return True
+        return False
 
     # ------------------------------------------------------------------ reading from peers
 
@@ -309,87 +316,121 @@ class PeerReader:
                 peer.number = None
         return self._mover
 
-    def _ask_peers(self, assignment: Assignment) -> None:
-        for peer in list(self._peers.values()):
-            while peer.metadata and len(peer.in_flight) < _AT_ONCE:
-                index = assignment.from_peer(peer.name)
-                if index is None:
-                    break
-                try:
-                    mover = self._connected()
-                    if peer.number is None:
-                        peer.number = mover.peer(*peer.metadata)
-                    if not peer.in_flight:
-                        peer.arrived = time.monotonic()
-                    self._read(mover, peer, self._groups[index])
-                except MoverFailed as error:
-                    assignment.failed(index)
-                    self._drop(assignment, peer, f"it cannot be read: {error}")
-                    break
+    def _ask_peers(self, now: float) -> None:
+        """Ask for as much as comes in a second or so, of those first who bring it soonest."""
+        asked = sum(len(peer.in_flight) for peer in self._peers.values())
+        willing = [peer for peer in self._peers.values() if peer.metadata and len(peer.in_flight) < _AT_ONCE]
+        fastest = max((peer.rate for peer in willing), default=0.0)
+        while willing and asked < self._peer_window.size:
+            peer = min(willing, key=lambda peer: (len(peer.in_flight) + 1) / (peer.rate or fastest or 1.0))
+            index = self._assignment.from_peer(peer.name)
+            if index is None or not self._ask(peer, self._groups[index], now):
+                willing.remove(peer)
+                continue
+            asked += 1
+            if len(peer.in_flight) >= _AT_ONCE:
+                willing.remove(peer)
 
-    def _read(self, mover: Mover, peer: _Peer, group: Group) -> None:
-        """A transfer for each segment that the group is of."""
-        assert peer.number is not None
-        for segment in sorted({span.segment for span in group.spans}):
-            pairs = [
-                (span.offset, peer.addresses[segment] + span.offset, span.nbytes)
-                for span in group.spans
-                if span.segment == segment
-            ]
-            peer.in_flight[mover.read(peer.number, self._regions[segment], pairs)] = group.index
-
-    def _arrived(self, fill: Fill, assignment: Assignment, ticket: int, error: str | None) -> bool:
-        """A read has ended; whether it has brought something."""
-        peer = next((peer for peer in self._peers.values() if ticket in peer.in_flight), None)
-        if peer is None:
+    def _ask(self, peer: Peer, group: Group, now: float) -> bool:
+        try:
+            mover = self._connected()
+            if peer.number is None:
+                peer.number = mover.peer(*peer.metadata)
+            if not peer.in_flight:
+                peer.arrived = now
+            for segment in sorted({span.segment for span in group.spans}):
+                pairs = [
+                    (span.offset, peer.addresses[segment] + span.offset, span.nbytes)
+                    for span in group.spans
+                    if span.segment == segment
+                ]
+                peer.in_flight[mover.read(peer.number, self._regions[segment], pairs)] = group.index
+        except MoverFailed as error:
+            self._assignment.failed(group.index)
+            self._strike(peer, "unreachable", f"it cannot be read: {error}")
             return False
-        group = self._groups[peer.in_flight[ticket]]
-        if error is not None:
-            self._strike(assignment, peer, error)  # parts of it may still land: with the ticket, the mover goes
-            return False
-        del peer.in_flight[ticket]
-        peer.arrived = time.monotonic()
-        if group.index in peer.in_flight.values():
-            return True  # there is more of it to come
-        claims = self._claims(peer, group)
-        places = [(span, leaf, at, nbytes) for span in group.spans for leaf, at, nbytes in leaf_ranges(span)]
-        with fill.phase("verifying"):
-            found = fill.hash_places([(span.segment, at, nbytes) for span, _, at, nbytes in places])
-            wrong = next((i for i, digest in enumerate(found) if claims is None or digest != claims[i]), None)
-            if wrong is not None:
-                name = self._recipes[places[wrong][0].segment].entries[places[wrong][0].entry].name
-                assignment.failed(group.index)
-                self._drop(assignment, peer, f"tensor {name!r}, leaf {places[wrong][1]}: not the bytes that it claims")
-                return False
-            digests = [
-                (span.segment, span.entry, leaf, digest)
-                for (span, leaf, _, _), digest in zip(places, found, strict=True)
-            ]
-            fill.arrived([extent for extent in group.extents if not fill.has(extent)], digests)
-        self._fleet.count_bytes(group.nbytes)
         return True
 
-    def _drop_dead(self, assignment: Assignment, now: float) -> None:
+    def _arrived(self, ticket: int, error: str | None, transport: str) -> None:
+        """A read has ended."""
+        peer = next((peer for peer in self._peers.values() if ticket in peer.in_flight), None)
+        if peer is None:
+            return
+        group = self._groups[peer.in_flight[ticket]]
+        if error is not None:
+            self._strike(peer, "failed", error)  # parts of it may still land: with the ticket, the mover goes
+            return
+        del peer.in_flight[ticket]
+        now = time.monotonic()
+        peer.use.seconds += now - peer.arrived
+        peer.arrived = now
+        if group.index in peer.in_flight.values():
+            return  # there is more of it to come
+        self._progress = now
+        places = [(span, leaf, at, nbytes) for span in group.spans for leaf, at, nbytes in leaf_ranges(span)]
+        claimed = [
+            digest
+            for segment, first, count in self._leaves(group)
+            for digest in peer.claims.digests[segment][first : first + count]
+        ]
+        with self._fill.phase("verifying"):
+            found = self._fill.hash_places([(span.segment, at, nbytes) for span, _, at, nbytes in places])
+        for (span, leaf, _, _), digest, claim in zip(places, found, claimed, strict=True):
+            expected = self._fill.expected_leaf(span.segment, span.entry, leaf)
+            if digest != claim or expected not in (None, digest):
+                name = self._recipes[span.segment].entries[span.entry].name
+                what = "not the bytes that it claims" if digest != claim else "not the expected bytes"
+                self._assignment.failed(group.index)
+                self._liar(peer, f"tensor {name!r}, leaf {leaf}: {what}")
+                return
+        self._from[group.index] = peer.name
+        peer.use.nbytes += group.nbytes
+        peer.use.transport = transport
+        self._peer_window.came()
+        self._fill.arrived(
+            [extent for extent in group.extents if not self._fill.has(extent)],
+            [(span.segment, span.entry, leaf, digest) for (span, leaf, *_), digest in zip(places, found, strict=True)],
+        )
+        self._fleet.arrived(peer.name, transport, group.nbytes, peer.rate)
+
+    def _drop_dead(self, now: float) -> None:
         if self._mover is not None and not self._mover.alive:
             for peer in [peer for peer in self._peers.values() if peer.in_flight]:
-                self._strike(assignment, peer, "the process that read from it died")
+                self._strike(peer, "failed", "the process that read from it died")
         for peer in list(self._peers.values()):
             if peer.in_flight and now - peer.arrived > self._fleet.stall:
-                self._drop(assignment, peer, f"nothing came for {self._fleet.stall:g} s")
+                self._drop(peer, "stalled", f"nothing came for {self._fleet.stall:g} s")
 
-    def _strike(self, assignment: Assignment, peer: _Peer, reason: str) -> None:
+    def _strike(self, peer: Peer, why: str, words: str, *, counts: bool = True) -> None:
         """Give a peer up for now; after some times for good."""
-        self._strikes[peer.name] = self._strikes.get(peer.name, 0) + 1
-        self._drop(assignment, peer, reason, for_good=self._strikes[peer.name] >= _STRIKES)
+        self._strikes[peer.name] = self._strikes.get(peer.name, 0) + counts
+        self._drop(peer, why, words, for_good=self._strikes[peer.name] >= _STRIKES)
 
-    def _drop(self, assignment: Assignment, peer: _Peer, reason: str, *, for_good: bool = True) -> None:
+    def _liar(self, peer: Peer, words: str) -> None:
+        """Give a peer up that serves what is wrong, and all that it has brought."""
+        self._drop(peer, "wrong_bytes", words)
+        brought = [group for group, name in self._from.items() if name == peer.name]
+        again = self._fill.from_peers(extent for group in brought for extent in self._groups[group].extents)
+        if not self._fill.forget(again):
+            raise DigestMismatch(f"peer {peer.name} serves wrong bytes, and clients use what it has brought: {words}")
+        for extent in again:
+            self._left[self._group_of[extent.index].index] += 1
+        for index in brought:
+            del self._from[index]
+        self._assignment.again(brought)
+        for other in self._peers.values():
+            self._assignment.has(other.name, [group for group in brought if self._has_all(other, group)])
+
+    def _drop(self, peer: Peer, why: str, words: str, *, for_good: bool = True) -> None:
         """Have nothing more of a peer. What it was to bring is free again, once nothing can write there any more."""
-        log.warning("peer %s is given up: %s", peer.name, reason)
-        self._fleet.count_dropped(peer.name, reason)
+        log.warning("peer %s is given up: %s", peer.name, words)
+        self._fleet.dropped(peer.name, why, words)
+        peer.use.given_up = words
         self._peers.pop(peer.name, None)
         peer.gone.set()
         if for_good:
             self._lost.add(peer.name)
+        self._readers.lost(peer.name, time.monotonic())
         if peer.in_flight:
             # A transfer cannot be called back. The process that makes it can be ended, and with it all others' are.
             if self._mover is not None:
@@ -398,35 +439,42 @@ class PeerReader:
             for other in (peer, *self._peers.values()):
                 other.number = None
                 for index in other.in_flight.values():
-                    assignment.failed(index)
+                    self._assignment.failed(index)
                 other.in_flight.clear()
-        assignment.lost(peer.name)
-        if not for_good:
-            assignment.back(peer.name)
+        self._assignment.lost(peer.name)
 
     # ------------------------------------------------------------------ the origin
 
-    def _feed_origin(self, fill: Fill, assignment: Assignment, left: Mapping[int, int], *, impatient: bool) -> None:
+    def _feed_origin(self, now: float) -> None:
         """Keep the origin's reader busy with what falls to this node, as long as there is any."""
         if self._origin_thread is not None and not self._origin_thread.is_alive():
             self._origin_thread.join()
             self._origin_thread = None
-            self._origin_ended(fill, assignment, left)
-        if self._origin_error is not None:
-            if not any(peer.metadata for peer in self._peers.values()):
+            self._origin_ended()
+        if self._make_origin is None and now - self._progress > self._fleet.stall:
+            self._origin_error = SourceFailed(f"no peer has brought anything for {self._fleet.stall:g} s")
+        if self._make_origin is None or self._origin_error is not None:
+            if self._origin_error is not None and not any(peer.metadata for peer in self._peers.values()):
                 raise self._origin_error
             return
-        if fill.queued < _AHEAD:
-            groups = assignment.from_origin(most=_AHEAD - fill.queued, impatient=impatient)
+        idle = 0.0 if self._with_origin else now - self._progress
+        room = self._origin_window.size - len(self._with_origin)
+        if groups := self._assignment.from_origin(room, at=now, idle=idle):
             self._with_origin.update(groups)
-            fill.give(extent for group in groups for extent in self._groups[group].extents)
-        if fill.queued and self._origin_thread is None:
+            self._fill.begun(
+                (span.segment, span.entry, span.leaf, len(leaf_ranges(span)))
+                for group in groups
+                for span in self._groups[group].spans
+            )
+            self._fill.give(extent for group in groups for extent in self._groups[group].extents)
+        if self._fill.queued and self._origin_thread is None:
             self._origin_thread = threading.Thread(target=self._run_origin, name="origin", daemon=True)
             self._origin_thread.start()
 
     def _run_origin(self) -> None:
         try:
             if self._origin is None:
+                assert self._make_origin is not None
                 self._origin = self._make_origin()
             self._origin.run(cast(Fill, self._share))
         except BaseException as error:
@@ -438,7 +486,7 @@ class PeerReader:
             self._origin_error = error.with_traceback(None)
             self._origin_error.__context__ = self._origin_error.__cause__ = None
 
-    def _origin_ended(self, fill: Fill, assignment: Assignment, left: Mapping[int, int]) -> None:
+    def _origin_ended(self) -> None:
         """Its reader has done what it had, or failed: then what it has not brought is to come from peers."""
         error = self._origin_error
         if error is None:
@@ -446,14 +494,17 @@ class PeerReader:
         if not isinstance(error, SourceFailed):
             raise error
         log.warning("the origin fails, what is missing is to come from peers: %s", error)
-        fill.missing()
+        self._fill.missing()
         for group in self._with_origin:
-            if left[group]:
-                assignment.failed(group)
+            if self._left[group]:
+                self._assignment.failed(group)
+        self._with_origin.clear()
 
     def _stop(self) -> None:
         """End everything that was started; afterwards no process but this one has the segments mapped."""
-        self._closing.set()
+        self._fleet.gossip.tell(self._key, {})
+        for peer in self._peers.values():
+            peer.gone.set()
         if self._mover is not None:
             self._mover.kill()
             self._mover = None
@@ -462,9 +513,30 @@ class PeerReader:
             self._origin_thread.join()
 
     def close(self) -> None:
-        self._closing.set()
+        for peer in self._peers.values():
+            peer.gone.set()
         if self._origin is not None:
             self._origin.close()
+
+
+class _Window:
+    """How many groups to have asked for at once: as many as come in two seconds, ``least`` until that is known."""
+
+    def __init__(self, *, least: int, most: int) -> None:
+        self._least = least
+        self._most = most
+        self._came: deque[float] = deque(maxlen=most)
+
+    def came(self) -> None:
+        """One has come."""
+        self._came.append(time.monotonic())
+
+    @property
+    def size(self) -> int:
+        if len(self._came) < 2:
+            return self._least
+        rate = (len(self._came) - 1) / max(self._came[-1] - self._came[0], 1e-3)
+        return max(2, min(self._most, round(2 * rate)))
 
 
 class _Share:

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
@@ -19,7 +20,10 @@ import xxhash
 
 from weightd.daemon.devices import Segment
 from weightd.daemon.errors import DaemonError, UnknownStage
+from weightd.daemon.fill import Fill
 from weightd.daemon.manifests import segment_leaves, segment_manifest
+from weightd.daemon.peers.fleet import Fleet
+from weightd.daemon.peers.following import FORMAT
 from weightd.daemon.peers.mover import Mover, MoverFailed, Offered
 from weightd.daemon.residency import Residency
 from weightd.daemon.stage import Stage
@@ -39,8 +43,9 @@ _MAX_LEAVES = 4096
 class Serving:
     """Lends segments to peers, and says what there is."""
 
-    def __init__(self, residency: Residency) -> None:
+    def __init__(self, residency: Residency, fleet: Fleet) -> None:
         self._residency = residency
+        self._fleet = fleet
         self._mover: Mover | None = None
         self._offers: dict[str, _Offering] = {}
         """Stage → what is offered of it."""
@@ -51,15 +56,23 @@ class Serving:
         """Stage key → how much of it there is, 0 to 1."""
         return {stage.key: _share(stage) for stage in self._residency.stages.values() if _servable(stage)}
 
-    async def lend(self, key: str) -> AsyncIterator[dict[str, Any]]:
-        """Events for one peer, as long as it listens: ``segments``, ``leaves``, ``complete``; ``gone`` is the last one.
+    def published(self) -> dict[str, float]:
+        """The same in quarters, so that a directory is not told of every extent."""
+        return {key: int(4 * share) / 4 for key, share in self.stages().items()}
 
-        Raises UnknownStage where no stage has the key.
+    async def lend(self, key: str, by: str) -> AsyncIterator[dict[str, Any]]:
+        """Events for one peer, as long as it listens; ``gone`` is the last one. ``by`` is its address, if it has one.
+
+        ``segments``: where they can be read; ``leaves``: these are there, with their digests; ``coming``: these are
+        being read from the origin; ``complete``; ``readers``: who reads the origin, and when they said so last;
+        ``alive``. What is said of leaves holds for the ``epoch`` of the segments. Raises UnknownStage.
         """
         stage = next((s for s in self._residency.stages.values() if s.key == key and _servable(s)), None)
         if stage is None:
             raise UnknownStage(f"no stage has the key {key[:80]!r}")
-        lease = self._residency.lease(stage, stage.request.ranks[0], uid=None, gid=None, pid=None)
+        if by:
+            self._fleet.gossip.followed(key, by)
+        lease = self._residency.lend_to_peer(stage, by)
         offering = self._offered(stage)
         offering.listeners += 1
         try:
@@ -67,36 +80,51 @@ class Serving:
             mover, offers = await asyncio.shield(offering.made)
             yield {
                 "type": "segments",
+                "format": FORMAT,
+                "epoch": offering.epoch,
                 "ready": stage.state == "ready",
                 "segments": [
                     {"address": offer.address, "metadata": base64.b64encode(offer.metadata).decode()}
                     for offer in offers
                 ],
             }
-            told = Told()
-            spoke = time.monotonic()
-            while _servable(stage) and mover.alive and stage.revoked_until is None:
+            told = Told(offering.epoch)
+            spoke = 0.0
+            while _servable(stage) and mover.alive:
                 batch = await asyncio.to_thread(told.news, stage)
+                now = time.monotonic()
+                if now - spoke >= _HEARTBEAT and (stamps := self._stamps(stage)):
+                    batch.insert(0, {"type": "readers", "stamps": stamps})
                 for event in batch:
                     yield event
                 if stage.state == "ready" and not batch and not told.complete:
                     told.complete = True
                     yield {"type": "complete"}
                 if batch:
-                    spoke = time.monotonic()
-                elif time.monotonic() - spoke >= _HEARTBEAT:
-                    spoke = time.monotonic()
+                    spoke = now
+                elif now - spoke >= _HEARTBEAT:
+                    spoke = now
                     yield {"type": "alive"}
                 await stage.changed(_HEARTBEAT if told.complete else _LOOK)
             yield {"type": "gone"}
+            # It hangs up once nothing of its reads is under way; unmapping what it reads would end our process.
+            while mover.alive and not offering.withdrawn:
+                yield {"type": "alive"}
+                await asyncio.sleep(_LOOK)
         except (MoverFailed, OSError) as error:
             raise DaemonError(f"stage {stage.id} cannot be lent to peers: {error}") from None
         finally:
             # Nothing here waits: whoever hangs up cancels every wait.
-            self._residency.end_lease(lease)
+            self._residency.end_peer_lease(lease)
             offering.listeners -= 1
             if not offering.listeners:
                 self._withdraw(stage, offering)
+
+    def _stamps(self, stage: Stage) -> dict[str, int]:
+        """Who reads the origin: as long as this node has it all, nobody has to take its place."""
+        if stage.state == "ready":
+            return {self._fleet.me: time.time_ns() // 1_000_000} if self._fleet.me else {}
+        return self._fleet.gossip.told(stage.key)
 
     def _offered(self, stage: Stage) -> _Offering:
         found = self._offers.get(stage.id)
@@ -113,9 +141,17 @@ class Serving:
             mover = self._mover
         return mover, await asyncio.to_thread(_offer_all, mover, list(stage.segments))
 
+    def withdraw(self, stage: Stage) -> None:
+        """Its memory is being freed: unmap it, whoever still reads it."""
+        if offering := self._offers.get(stage.id):
+            self._withdraw(stage, offering)
+
     def _withdraw(self, stage: Stage, offering: _Offering) -> None:
         if self._offers.get(stage.id) is offering:
             del self._offers[stage.id]
+        if offering.withdrawn:
+            return
+        offering.withdrawn = True
 
         async def close() -> None:
             with contextlib.suppress(Exception):  # then there is nothing to close
@@ -142,6 +178,9 @@ class _Offering:
     def __init__(self, made: asyncio.Task[tuple[Mover, list[Offered]]]) -> None:
         self.made = made
         self.listeners = 0
+        self.withdrawn = False
+        self.epoch = secrets.token_hex(8)
+        """Names this memory at these addresses: what is said of it is said of nothing else that comes to lie there."""
 
     @property
     def broken(self) -> bool:
@@ -173,57 +212,59 @@ def _close(mover: Mover, offers: Sequence[Offered]) -> None:
 class Told:
     """What one peer has been told of a stage's leaves."""
 
-    def __init__(self) -> None:
+    def __init__(self, epoch: str) -> None:
         self.complete = False
+        self._epoch = epoch
         self._there: list[bytearray] | None = None
+        self._coming: list[bytearray] = []
         self._all = False
 
     def news(self, stage: Stage) -> list[dict[str, Any]]:
-        """Events about leaves that are there and that it has not been told of."""
+        """Events about leaves that are there, or coming, and that it has not been told of."""
         fill = stage.fill
         if fill is not None:
             if self._there is None:
                 self._there = [bytearray(len(flags)) for flags in fill.there]
+                self._coming = [bytearray(len(flags)) for flags in fill.there]
             events: list[dict[str, Any]] = []
-            for segment, (told, flags) in enumerate(zip(self._there, fill.there, strict=True)):
-                fresh = bytes(flags)
-                starts = fill.leaf_starts(segment)
-                for entry, leaves in enumerate(fill.leaves[segment]):
-                    first = starts[entry]
-                    events += _runs(segment, entry, told, fresh, first, leaves)
-                told[:] = fresh
+            for segment, flags in enumerate(fill.there):
+                for entry, first, count in _fresh(self._coming[segment], fill.coming[segment], fill, segment):
+                    events.append(self._event("coming", segment, entry, first, count=count))
+                for entry, first, count in _fresh(self._there[segment], flags, fill, segment):
+                    digests = _hex(fill.leaves[segment][entry][first : first + count])
+                    events.append(self._event("leaves", segment, entry, first, digests=digests))
             return events
         if stage.state != "ready" or self._all:
             return []
         self._all = True
         return [
-            {"type": "leaves", "segment": segment, "entry": entry, "first": first, "digests": _hex(leaves, first)}
+            self._event("leaves", segment, entry, first, digests=_hex(leaves[first : first + _MAX_LEAVES]))
             for segment in range(len(stage.segments))
             for entry, leaves in enumerate(segment_leaves(stage, segment))
             for first in range(0, len(leaves), _MAX_LEAVES)
         ]
 
-
-def _runs(
-    segment: int, entry: int, told: bytearray, fresh: bytes, start: int, leaves: memoryview
-) -> Iterator[dict[str, Any]]:
-    count = len(leaves)
-    leaf = 0
-    while leaf < count:
-        leaf = fresh.find(1, start + leaf, start + count) - start
-        if leaf < 0:
-            return
-        end = leaf
-        while end < count and fresh[start + end] and end - leaf < _MAX_LEAVES:
-            end += 1
-        if not all(told[start + leaf : start + end]):
-            digests = "".join(f"{leaves[i]:016x}" for i in range(leaf, end))
-            yield {"type": "leaves", "segment": segment, "entry": entry, "first": leaf, "digests": digests}
-        leaf = end
+    def _event(self, kind: str, segment: int, entry: int, first: int, **more: Any) -> dict[str, Any]:
+        return {"type": kind, "epoch": self._epoch, "segment": segment, "entry": entry, "first": first, **more}
 
 
-def _hex(leaves: memoryview, first: int) -> str:
-    return "".join(f"{leaf:016x}" for leaf in leaves[first : first + _MAX_LEAVES])
+def _fresh(told: bytearray, flags: bytearray, fill: Fill, segment: int) -> Iterator[tuple[int, int, int]]:
+    """(entry, first leaf, leaves) of what is flagged and was not told of, which ``told`` then says."""
+    now, before = int.from_bytes(flags, "little"), int.from_bytes(told, "little")  # of 100,000 leaves in no time
+    told[:] = (now & before).to_bytes(len(told), "little")
+    fresh = (now & ~before).to_bytes(len(told), "little")
+    at = fresh.find(1)
+    while at >= 0:
+        entry, first = fill.leaf_at(segment, at)
+        end = fresh.find(0, at)
+        end = min(len(fresh) if end < 0 else end, fill.leaf_starts(segment)[entry + 1], at + _MAX_LEAVES)
+        told[at:end] = b"\1" * (end - at)
+        yield entry, first, end - at
+        at = fresh.find(1, end)
+
+
+def _hex(leaves: memoryview) -> str:
+    return "".join(f"{leaf:016x}" for leaf in leaves)
 
 
 def _offered(mover: Mover, segment: Segment) -> Offered:
@@ -238,7 +279,8 @@ def _offered(mover: Mover, segment: Segment) -> Offered:
 def _servable(stage: Stage) -> bool:
     """Whether peers can read of it: in host memory, ready or loading."""
     on_host = bool(stage.segments) and all(segment.device.uuid is None for segment in stage.segments)
-    return bool(stage.key) and on_host and (stage.state == "ready" or stage.fill is not None)
+    going = stage.dismissed or stage.revoked_until is not None or stage.moving
+    return bool(stage.key) and on_host and not going and (stage.state == "ready" or stage.fill is not None)
 
 
 def _share(stage: Stage) -> float:
