@@ -84,7 +84,7 @@ def test_a_small_fleet_listens_to_all_and_a_large_one_to_as_many_as_its_logarith
 
 def test_nodes_agree_on_the_readers_and_know_no_more_than_these() -> None:
     names = [f"node-{i}" for i in range(500)]
-    everyone = {name: 1 for name in names}
+    everyone = dict.fromkeys(names, 1)
     found = set()
     for name in names[:40]:
         readers = Readers(name, KEY, PATIENCE)
@@ -127,7 +127,7 @@ def test_a_flood_of_names_is_forgotten_down_to_the_best() -> None:
 def agreed(me: str, others: Iterable[str], stripes: Sequence[str]) -> Assignment:
     """A node's assignment where it knows these others to load the same."""
     readers = Readers(me, KEY, PATIENCE)
-    readers.heard({name: 1 for name in others}, 0.0)
+    readers.heard(dict.fromkeys(others, 1), 0.0)
     return Assignment(me, stripes, readers, PATIENCE)
 
 
@@ -145,7 +145,7 @@ class Fleet:
         self.done: dict[str, set[int]] = {name: set() for name in self.nodes}
         self.origin: Counter[int] = Counter()
         for readers in self.readers.values():
-            readers.heard({name: 1 for name in names}, 0.0)
+            readers.heard(dict.fromkeys(names, 1), 0.0)
 
     def kill(self, name: str) -> None:
         del self.nodes[name]
