@@ -66,6 +66,7 @@ def test_sealed_memory_is_read_by_another_process_at_any_offset(movers: Callable
     for _ in range(len(expected)):
         found = arrival(taker)
         assert found.error is None
+        assert found.transport == "tcp"
         first, last = expected[found.ticket]
         assert os.pread(target, last - first, first) == content[first:last]
     taker.close_region(region)

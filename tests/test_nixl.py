@@ -6,6 +6,7 @@ Every agent lives in a process of its own, which does what lines on its stdin sa
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -16,6 +17,8 @@ import mmap
 import os
 import random
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -95,6 +98,19 @@ class Commands:
 
     def read_in_background(self, pairs: list[tuple[int, int, int]]) -> None:
         threading.Thread(target=self.read, args=(pairs,), daemon=True).start()
+
+    def transport(self, transfer: int = -1) -> str:
+        return self.transfers[transfer].transport
+
+    def tcp_received(self) -> int:
+        """Bytes that have come over TCP, as the kernel counts them for each connection."""
+        received = 0
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(fd))) as connection:
+                if connection.proto == socket.IPPROTO_TCP:
+                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+                    received += struct.unpack_from("<Q", info, 128)[0]  # tcpi_bytes_received
+        return received
 
     def wait(self, seconds: float, transfer: int = -1) -> None:
         self.transfers[transfer].wait(seconds)
@@ -292,6 +308,49 @@ def test_self_test(spawn: Callable[..., Process], tls: str) -> None:
 def test_threads_share_an_agent(spawn: Callable[..., Process], tls: str) -> None:
     _, address, reader = connected(spawn, tls, 16 * MiB)
     assert reader.threads(4, address, 16 * MiB) == digest(16 * MiB, 1)
+
+
+def needs_cma() -> None:
+    """Skip where processes, children of one parent at that, may not read each other's memory."""
+    memory = ctypes.create_string_buffer(b"readable")
+    script = (
+        "import ctypes, sys\n"
+        "class Vector(ctypes.Structure): _fields_ = [('at', ctypes.c_void_p), ('nbytes', ctypes.c_size_t)]\n"
+        "ours = ctypes.create_string_buffer(8)\n"
+        "to, at = Vector(ctypes.addressof(ours), 8), Vector(int(sys.argv[2]), 8)\n"
+        "read = ctypes.CDLL(None).process_vm_readv\n"
+        "sys.exit(read(int(sys.argv[1]), ctypes.byref(to), 1, ctypes.byref(at), 1, 0) != 8)\n"
+    )
+    arguments = [str(os.getpid()), str(ctypes.addressof(memory))]
+    if subprocess.run([sys.executable, "-c", script, *arguments]).returncode:
+        lacking("process_vm_readv is not allowed here")
+
+
+def test_the_transport_of_each_peer_is_told_and_is_what_the_kernel_counts(spawn: Callable[..., Process]) -> None:
+    needs_cma()
+    size = 16 * MiB
+    center, others = spawn("all"), {"tcp": spawn("tcp"), "shm": spawn("all")}
+    address, metadata = center.share(size, 1)
+    offered = {expected: other.share(size, 2) for expected, other in others.items()}
+    for process in (center, *others.values()):
+        process.share(size)  # to read into
+    for expected, other in others.items():
+        other.add(metadata)
+        other.read([(0, address, size)])
+        other.wait(20)
+        assert other.transport() == expected
+    # Now the other way: UCX goes on with the connections that they have made, and makes none of its own.
+    for expected, (there, described) in offered.items():
+        center.add(described)
+        center.clear()
+        before = center.tcp_received()
+        for pairs in ([(0, there, 1)], [(0, there, size // 2), (size // 2, there + size // 2, size // 2)]):
+            center.read(pairs)
+            center.wait(20)
+            assert center.transport() == expected
+        over_tcp = center.tcp_received() - before
+        assert over_tcp > size if expected == "tcp" else over_tcp < size / 100
+        assert center.landed() == digest(size, 2)
 
 
 def test_regions_are_offered_one_by_one(spawn: Callable[..., Process]) -> None:

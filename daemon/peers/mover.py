@@ -12,7 +12,7 @@ Messages are those of ``weightd.ipc.wire``::
     → {"op": "close", "region": number}                               ← {"region", "closed": true}
     → {"op": "peer", "peer": number, "metadata": [of each region]}    ← {"peer"}
     → {"op": "read", "ticket", "peer", "region", "pairs": [[offset in the region, address at the peer, bytes], ...]}
-                                                                      ← {"ticket", "error": null or words}
+                                                                      ← {"ticket", "error": null or words, "transport"}
     ← {"error": words, and what of these it is about}                 instead of any of them
 
 Metadata in base64. Answers to ``read`` come when all bytes are there, in any order.
@@ -84,6 +84,8 @@ class Arrival(NamedTuple):
 
     ticket: int
     error: str | None
+    transport: str = "unknown"
+    """By what the bytes came: rdma, cuda_ipc, shm, tcp or unknown."""
 
 
 def _environment() -> dict[str, str]:
@@ -206,7 +208,7 @@ class Mover:
                 answer, fds = wire.receive(self._socket)
                 wire.close_all(fds)
                 if "ticket" in answer:
-                    self._arrivals.put(Arrival(answer["ticket"], answer["error"]))
+                    self._arrivals.put(Arrival(answer["ticket"], answer["error"], answer.get("transport", "unknown")))
                     continue
                 key = ("region", answer["region"]) if "region" in answer else ("peer", answer.get("peer", 0))
                 with self._lock:
@@ -319,7 +321,7 @@ class _Process:
             except Exception as failure:
                 error = str(failure)
             del self._transfers[ticket]
-            wire.send(self._channel, {"ticket": ticket, "error": error})
+            wire.send(self._channel, {"ticket": ticket, "error": error, "transport": transfer.transport})
 
 
 def _address(memory: mmap.mmap) -> int:

@@ -31,6 +31,8 @@ from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
+from weightd.daemon.peers import paths
+
 _BUILDS = {13: "nixl_cu13", 12: "nixl_cu12"}
 """Packages by the major version of CUDA that they are built for."""
 
@@ -38,6 +40,9 @@ _NEEDED = ("nixlAgent", "nixlAgentConfig", "nixlRegDList", "nixlXferDList", "nix
 
 _IDLE_POLL_US = 100_000
 """How often the progress thread looks by itself. It is woken by its descriptors; this is for lost wake-ups."""
+
+_LOOK_SECONDS = 1.0
+"""For how long it is taken that a peer is still read by the same transport; UCX can go on by another one."""
 
 _ENVIRONMENT = {
     "UCX_TCP_TX_SEG_SIZE": "64k",  # 8 KiB by default, at half the speed
@@ -277,6 +282,9 @@ class Peer:
         """Use ``Agent.add_peer``."""
         self.agent = agent
         self.name = name
+        self.transport = paths.UNKNOWN
+        """By what it is read: rdma, cuda_ipc, shm, tcp or unknown. Known from the first read on."""
+        self._look_at = 0.0
 
     def extend(self, metadata: bytes) -> None:
         """Learn of a further region of the same peer. Raises as ``Agent.add_peer`` does.
@@ -326,7 +334,29 @@ class Peer:
                 raise TransferFailed(f"{self.name}: {error!r}") from error
             transfer = Transfer(self, region, handle, sum(nbytes for _, _, nbytes in pairs))
             transfer.post()
+            # Only now: NIXL estimates without a look at whether the endpoint is still there, which posting has shown.
+            self._look(max(pairs, key=lambda pair: pair[2]), region, gpu)
+            transfer.transport = self.transport
         return transfer
+
+    def _look(self, pair: tuple[int, int, int], region: Region, gpu: int | None) -> None:
+        """Find out by what it is read. Some 100 µs, once in a while."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_SECONDS
+        self.transport = paths.UNKNOWN
+        ours, (local, remote, nbytes) = self.agent, pair
+        with contextlib.suppress(Exception):  # NIXL's own; nothing depends on what is found
+            into = ours.nixl.nixlXferDList(kind(ours, region.gpu), [(local, nbytes, region.gpu or 0)])
+            source = ours.nixl.nixlXferDList(kind(ours, gpu), [(remote, nbytes, gpu or 0)])
+            handle = ours.raw.createXferReq(ours.nixl.NIXL_READ, into, source, self.name, "", [ours.backend])
+            try:
+                microseconds, *_ = ours.raw.estimateXferCost(handle)
+            finally:
+                ours.raw.releaseXferReq(handle)
+            gpus = (region.gpu is not None) + (gpu is not None)
+            self.transport = paths.transport(ours.name, nbytes, microseconds, gpus=gpus)
 
     def close(self) -> None:
         """Forget it. Raises RuntimeError while transfers from it may still write. Idempotent."""
@@ -348,6 +378,8 @@ class Transfer:
         self.peer = peer
         self.region = region
         self.nbytes = nbytes
+        self.transport = paths.UNKNOWN
+        """By what it is read, as ``Peer.transport``."""
         self._agent = peer.agent
         self._handle: int | None = handle
         self._failure: str | None = None
