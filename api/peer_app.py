@@ -1,22 +1,26 @@
 """The API for peers, on a port of its own: what this daemon has, and listening to it, which is a peer's lease."""
 
+import asyncio
 import contextlib
 import hmac
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, Path, Query
+from fastapi import Depends, FastAPI, Header, Path, Query, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from weightd.api import problems
 from weightd.api.gate import BodyLimit
+from weightd.daemon.cache import Cache
 from weightd.daemon.errors import PeersOff, UnknownStage
+from weightd.daemon.header import MAX_HEADER_BYTES
 from weightd.daemon.metrics import Metrics
 from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.peers.following import FORMAT
 from weightd.daemon.peers.serving import Serving
+from weightd.daemon.sources import MAX_URI_BYTES
 
 StageKey = Annotated[
     str, Path(max_length=64, pattern="^[0-9a-f]+$", description="What the stage goes by in the fleet.")
@@ -32,7 +36,7 @@ class HasRead(BaseModel):
     nbytes: int = Field(ge=0, lt=1 << 53, description="Bytes.")
 
 
-def create_peer_app(serving: Serving, metrics: Metrics, fleet: Fleet) -> FastAPI:
+def create_peer_app(serving: Serving, cache: Cache, metrics: Metrics, fleet: Fleet) -> FastAPI:
     """The application."""
     members = fleet.members
 
@@ -72,6 +76,28 @@ def create_peer_app(serving: Serving, metrics: Metrics, fleet: Fleet) -> FastAPI
         async with contextlib.aclosing(events) as said:  # type: ignore[type-var]
             async for event in said:
                 yield ServerSentEvent(event=event["type"], data=event)
+
+    @app.get("/peer/v1/listing")
+    async def listing(uri: Annotated[str, Query(max_length=MAX_URI_BYTES)]) -> dict[str, Any]:
+        """The files of a checkpoint that a stage here is of: for peers without a way to its origin."""
+        identity = serving.identity_of(uri)
+        found = await asyncio.to_thread(cache.kept_listing, identity) if identity else None
+        if found is None:
+            raise UnknownStage(f"no stage here is of {uri[:200]!r}")
+        return {**found, "identity": identity}
+
+    @app.get("/peer/v1/file")
+    async def file(
+        identity: Annotated[str, Query(max_length=64, pattern="^[0-9a-f]+$")],
+        name: Annotated[str, Query(max_length=4096)],
+        offset: Annotated[int, Query(ge=0, lt=1 << 53)],
+        length: Annotated[int, Query(ge=1, le=MAX_HEADER_BYTES)],
+    ) -> Response:
+        """Bytes of a file's header, or of a configuration file, never of weights."""
+        found = await asyncio.to_thread(cache.kept_bytes, identity, name, offset, length)
+        if found is None:
+            raise UnknownStage("no such file is kept here")
+        return Response(found, media_type="application/octet-stream")
 
     @app.post("/peer/v1/read", status_code=204)
     async def has_read(report: HasRead) -> None:

@@ -41,6 +41,7 @@ def open_fleet(settings: Settings, metrics: Metrics) -> tuple[Fleet | None, Dire
         tls=_client_tls(settings),
         off=unavailable(),
         count_arrived=metrics.from_peers,
+        count_slow=lambda better: metrics.slow_paths.labels(better).inc(),
         count_dropped=metrics.dropped_peer,
     )
     return fleet, directory
@@ -69,21 +70,22 @@ class Peering:
         node.residency.on_release = self._serving.withdraw
         if listener is not None:  # inherited by its connections
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD)
-        tls = {}
-        if settings.peer_tls_cert is not None:
-            tls = {
-                "ssl_certfile": settings.peer_tls_cert,
-                "ssl_keyfile": settings.peer_tls_key,
-                "ssl_ca_certs": str(settings.peer_tls_ca),
-                "ssl_cert_reqs": ssl.CERT_REQUIRED,
-            }
-        self._server = Server(
-            uvicorn.Config(
-                create_peer_app(self._serving, node.metrics, fleet), lifespan="off", log_config=None, access_log=False,
-                server_header=False, date_header=False, timeout_graceful_shutdown=1, limit_concurrency=_CONNECTIONS,
-                **tls,
-            )
-        )  # fmt: skip
+        authority = settings.peer_tls_ca
+        config = uvicorn.Config(
+            create_peer_app(self._serving, node.cache, node.metrics, fleet),
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_graceful_shutdown=1,
+            limit_concurrency=_CONNECTIONS,
+            ssl_certfile=settings.peer_tls_cert,
+            ssl_keyfile=settings.peer_tls_key,
+            ssl_ca_certs=str(authority) if authority else None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if authority else ssl.CERT_NONE,
+        )
+        self._server = Server(config)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:

@@ -15,8 +15,9 @@ from array import array
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from weightd.daemon.checkpoint import Listing
+from weightd.daemon.checkpoint import Checkpoint, Listing
 from weightd.daemon.digests import Leaves
 from weightd.daemon.sources import Source, SourceFile
 
@@ -29,7 +30,7 @@ MAX_TOTAL_BYTES = 256 << 20
 
 
 class Cache:
-    """A folder with ``checkpoints/<identity>/`` and ``digests/<digest>.json``."""
+    """A folder with ``checkpoints/<identity>/``, ``headers/<identity>/`` and ``digests/<digest>.json``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,6 +72,55 @@ class Cache:
             log.warning("%s: cannot keep configuration files in %s: %s", listing.uri, self.folder, error)
             return None
         return folder
+
+    def keep_headers(self, checkpoint: Checkpoint) -> None:
+        """Keep what peers without a way to the origin need to plan: the listing, and the files' headers."""
+        listing = checkpoint.listing
+        folder = self.folder / "headers" / listing.identity
+        if folder.is_dir():
+            return
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+            try:
+                text = json.dumps({"uri": listing.uri, "weights": listing.weights, "metadata": listing.metadata})
+                (partial / "listing.json").write_text(text)
+                for index, prefix in enumerate(checkpoint.prefixes):
+                    (partial / str(index)).write_bytes(prefix)
+                partial.rename(folder)
+            except OSError:
+                shutil.rmtree(partial, ignore_errors=True)
+                if not folder.is_dir():
+                    raise
+        except OSError as error:
+            log.warning("%s: cannot keep headers for peers in %s: %s", listing.uri, self.folder, error)
+
+    def kept_listing(self, identity: str) -> dict[str, Any] | None:
+        """What ``keep_headers`` kept of a listing: uri, weights and metadata, each of (name, size, version)."""
+        try:
+            found: dict[str, Any] = json.loads((self.folder / "headers" / identity / "listing.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        return found
+
+    def kept_bytes(self, identity: str, name: str, offset: int, length: int) -> bytes | None:
+        """Bytes of a header or of a configuration file that was kept; None where they are not here."""
+        listing = self.kept_listing(identity)
+        if listing is None:
+            return None
+        weights = [file[0] for file in listing["weights"]]
+        if name in weights:
+            path = self.folder / "headers" / identity / str(weights.index(name))
+        elif name in (file[0] for file in listing["metadata"]):
+            path = self.folder / "checkpoints" / identity / posixpath.normpath(name)
+        else:
+            return None
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                return file.read(length)
+        except OSError:
+            return None
 
     def save_leaves(self, digest: str, leaves: Mapping[str, Leaves]) -> None:
         """Remember the leaf digests (by tensor name) of what has a digest (``xxh3:...`` or ``sha256:...``)."""

@@ -56,6 +56,8 @@ class PeerUse:
     """While any were asked of it."""
     transport: str = ""
     """By what they came: rdma, cuda_ipc, shm, tcp; unknown where that cannot be told; empty where none have come."""
+    slow_path: str = ""
+    """What better way there is here than the one that was taken, and how to take it."""
     given_up: str = ""
     """Why nothing more is had from it."""
 

@@ -31,6 +31,8 @@ class NodeLimits:
     """Stages that wait for their turn."""
     revoke_grace: float
     """Seconds that lessees have to let go where a stage is dropped by force."""
+    trust_peers: bool
+    """Whether peers may say what a checkpoint is whose origin does not answer."""
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,7 @@ class Loader:
                 return
             stage.plan, stage.infos, stage.metadata = plan, plan.infos, plan.metadata
             if self._fleet is not None and not self._fleet.off:
+                await self.in_thread(self._cache.keep_headers, plan.checkpoint)
                 stage.key = await self.in_thread(key_of, stage)
             # One for each device, always in the same order, so that nobody waits for each other.
             for name in sorted(set(stage.devices)):

@@ -35,6 +35,7 @@ from weightd.daemon.peers.serving import key_of
 from weightd.daemon.request import StageRequest
 from weightd.daemon.residency import Residency
 from weightd.daemon.sources import Allow, Source, canonical, open_source
+from weightd.daemon.sources.peer import open_source as open_peer_source
 from weightd.daemon.stage import Stage
 from weightd.daemon.staging import allocated, make_plan
 
@@ -86,7 +87,7 @@ class Node:
         self.started_at = time.time()
         self._deposits = deposits
         self._allow = allow
-        self._cache = cache
+        self.cache = cache
         self._fill_limits = fill_limits
         self._limits = limits
         self._loader = Loader(devices, residency, deposits, cache, metrics, fill_limits, limits, fleet)
@@ -133,7 +134,7 @@ class Node:
         if found is not None:
             return Fit(found, found.footprint, True, [])
         assert source is not None
-        plan = await self._loader.in_thread(make_plan, source, listing, request, self._cache)
+        plan = await self._loader.in_thread(make_plan, source, listing, request, self.cache)
         devices = [self.devices[name] for name in self.placed(request)]
         for device in set(devices):
             await self._loader.in_thread(device.open)
@@ -158,6 +159,15 @@ class Node:
         except InvalidRequest:
             raise
         except (TimeoutError, SourceFailed) as error:
+            if resident is None and self._trusts_peers(uri, request):
+                assert self.fleet is not None
+                log.warning("%s: its origin cannot be asked (%s), peers are", uri, error)
+                try:
+                    source = await self._loader.in_thread(open_peer_source, uri, self.fleet)
+                    listing = await self._loader.in_thread(list_checkpoint, uri, source)
+                except DaemonError as failure:
+                    raise _Unlisted(uri, devices, request, SourceFailed(f"{error}; {failure}")) from None
+                return self._find(request, uri, devices, listing), source, listing
             if resident is None:  # no deadline then, so that the source has failed
                 raise _Unlisted(uri, devices, request, SourceFailed(str(error))) from None
             assert resident.listing is not None
@@ -168,6 +178,11 @@ class Node:
                 raise
             raise _Unlisted(uri, devices, request, error) from None
         return self._find(request, uri, devices, listing), source, listing
+
+    def _trusts_peers(self, uri: str, request: StageRequest) -> bool:
+        """Whether peers may say what a checkpoint is: where they were declared trusted, or its digest tells."""
+        told = self._limits.trust_peers or str(request.expect_digest).startswith("xxh3:")
+        return self.fleet is not None and "peer" in request.sources and told and not uri.startswith("file:")
 
     def find_rank(self, request: StageRequest, rank: int) -> Stage:
         """The live stage of a model that has a segment for a tensor-parallel rank, for callers who know no more.

@@ -102,6 +102,11 @@ class Settings(BaseSettings):
     peer_grace: float = Field(
         10.0, ge=0, le=3600, description="Seconds that an eviction waits for peers that read what is to go."
     )
+    peer_trust: bool = Field(
+        False,
+        description="Whether peers are believed what a checkpoint is, and that its bytes are its own, where the origin "
+        "does not answer.",
+    )
     cuda_reserve: ByteSize = Field(
         ByteSize(1 << 30), ge=0, description="Bytes of each GPU that segments leave to others, whatever the capacity."
     )
@@ -228,5 +233,8 @@ class Settings(BaseSettings):
     def node_limits(self) -> NodeLimits:
         """The part of the settings that bounds what the node does at once."""
         return NodeLimits(
-            concurrent_loads=self.concurrent_loads, max_queued=self.max_queued, revoke_grace=self.revoke_grace
+            concurrent_loads=self.concurrent_loads,
+            max_queued=self.max_queued,
+            revoke_grace=self.revoke_grace,
+            trust_peers=self.peer_trust,
         )

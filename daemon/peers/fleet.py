@@ -53,6 +53,7 @@ class Fleet:
     off: str = ""
     """Why nothing can be read from peers, nor they from this daemon; empty while it can."""
     count_arrived: Callable[[str, int], None] = lambda transport, nbytes: None
+    count_slow: Callable[[str], None] = lambda better: None
     count_dropped: Callable[[str, str], None] = lambda peer, why: None
     gossip: Gossip = field(default_factory=lambda: Gossip())
     traffic: dict[str, Traffic] = field(default_factory=dict)

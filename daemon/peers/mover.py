@@ -14,6 +14,7 @@ Messages are those of ``weightd.ipc.wire``::
     → {"op": "read", "ticket", "peer", "region", "pairs": [[offset in the region, address at the peer, bytes], ...]}
                                                                       ← {"ticket", "error": null or words, "transport"}
     ← {"error": words, and what of these it is about}                 instead of any of them
+    ← {"failed": words}                                               before anything else: it cannot start
 
 Metadata in base64. Answers to ``read`` come when all bytes are there, in any order.
 """
@@ -115,7 +116,7 @@ class Mover:
         self._answers: dict[tuple[str, int], queue.SimpleQueue[dict[str, Any]]] = {}
         self._arrivals: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._gone = ""
+        self._gone = self._failed = ""
         self._listener = threading.Thread(target=self._listen, name="mover", daemon=True)
         self._listener.start()
 
@@ -207,6 +208,7 @@ class Mover:
             while True:
                 answer, fds = wire.receive(self._socket)
                 wire.close_all(fds)
+                self._failed = answer.get("failed", "")
                 if "ticket" in answer:
                     self._arrivals.put(Arrival(answer["ticket"], answer["error"], answer.get("transport", "unknown")))
                     continue
@@ -220,7 +222,7 @@ class Mover:
         code = self._process.wait()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         with self._lock:
-            self._gone = f"the mover process is gone: {how}"
+            self._gone = self._failed or f"the mover process is gone: {how}"
             waiting_for, self._answers = self._answers, {}
             self._socket.close()
         for answers in waiting_for.values():
@@ -337,7 +339,8 @@ def main() -> None:
     try:
         process = _Process(channel)
     except Exception as error:
-        print(f"weightd mover: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            wire.send(channel, {"failed": str(error)})
         os._exit(1)
     process.run()
     os._exit(0)  # transfers end with the process; tearing NIXL down in order could end a peer's

@@ -26,6 +26,7 @@ from weightd.daemon.peers.following import FORMAT, Claims, Peer, listen
 from weightd.daemon.peers.groups import Group, leaf_ranges, plan_groups
 from weightd.daemon.peers.membership import READERS, Readers, degree, neighbours
 from weightd.daemon.peers.mover import Mover, MoverFailed
+from weightd.daemon.peers.paths import better_path, is_local
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.sources import Reader
 
@@ -133,13 +134,15 @@ class PeerReader:
         if kind == "landed":
             self._landed(self._group_of[what.index])
         elif kind == "arrived":
-            self._arrived(what.ticket, what.error, getattr(what, "transport", "unknown"))
+            self._arrived(what.ticket, what.error, what.transport)
         elif kind == "absent":
-            if self._peers.get(what.name) is what:
-                del self._peers[what.name]  # to be asked again: it may come to have it
-                self._fill.peers.pop(what.name, None)
+            absent: Peer = what
+            if self._peers.get(absent.name) is absent:
+                del self._peers[absent.name]  # to be asked again: it may come to have it
+                self._fill.peers.pop(absent.name, None)
         else:
-            peer, said = what
+            peer: Peer = what[0]
+            said = what[1]
             if kind == "said":
                 peer.unheard.release()
             if self._peers.get(peer.name) is not peer:
@@ -385,13 +388,23 @@ class PeerReader:
                 return
         self._from[group.index] = peer.name
         peer.use.nbytes += group.nbytes
-        peer.use.transport = transport
+        if peer.use.transport != transport:
+            peer.use.transport = transport
+            self._look_for_better(peer)
         self._peer_window.came()
         self._fill.arrived(
             [extent for extent in group.extents if not self._fill.has(extent)],
             [(span.segment, span.entry, leaf, digest) for (span, leaf, *_), digest in zip(places, found, strict=True)],
         )
         self._fleet.arrived(peer.name, transport, group.nbytes, peer.rate)
+
+    def _look_for_better(self, peer: Peer) -> None:
+        """Say once where a peer is read by TCP although this machine has a better way."""
+        same_host = is_local(peer.name.rpartition(":")[0].strip("[]"))
+        if missed := better_path(peer.use.transport, same_host=same_host):
+            peer.use.slow_path = f"{missed.path}: {missed.reason}"
+            log.warning("peer %s is read by %s, not by %s", peer.name, peer.use.transport, peer.use.slow_path)
+            self._fleet.count_slow(missed.path)
 
     def _drop_dead(self, now: float) -> None:
         if self._mover is not None and not self._mover.alive:

@@ -56,6 +56,12 @@ class Serving:
         """Stage key → how much of it there is, 0 to 1."""
         return {stage.key: _share(stage) for stage in self._residency.stages.values() if _servable(stage)}
 
+    def identity_of(self, uri: str) -> str | None:
+        """Of what is at a URI, as the latest stage here that peers can read knows it."""
+        found = [stage for stage in self._residency.stages.values() if stage.uri == uri and _servable(stage)]
+        listing = found[-1].listing if found else None
+        return listing.identity if listing else None
+
     def published(self) -> dict[str, float]:
         """The same in quarters, so that a directory is not told of every extent."""
         return {key: int(4 * share) / 4 for key, share in self.stages().items()}
