@@ -22,9 +22,22 @@ from weightd.daemon.peers.following import FORMAT
 from weightd.daemon.peers.serving import Serving
 from weightd.daemon.sources import MAX_URI_BYTES
 
+Size = Annotated[int, Field(ge=0, lt=1 << 53)]
 StageKey = Annotated[
     str, Path(max_length=64, pattern="^[0-9a-f]+$", description="What the stage goes by in the fleet.")
 ]
+
+
+class Wanted(BaseModel):
+    """What a peer wants of a stage on a GPU, and what it needs no more of what it was given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reader: str = Field(max_length=64, description="As it was told by the event stream.")
+    given: list[int] = Field(max_length=1024, description="Addresses that it has read.")
+    pieces: list[tuple[Size, Size, Size]] = Field(
+        max_length=256, description="Segment, offset and bytes of each; put one after another, at multiples of 256."
+    )
 
 
 class HasRead(BaseModel):
@@ -47,7 +60,7 @@ def create_peer_app(serving: Serving, cache: Cache, metrics: Metrics, fleet: Fle
 
     app = FastAPI(title="weightd for peers", dependencies=[Depends(known)], docs_url=None, redoc_url=None)
     problems.install(app, metrics)
-    app.add_middleware(BodyLimit, most=4096)
+    app.add_middleware(BodyLimit, most=64 << 10)
 
     @app.get("/peer/v1/stages")
     async def stages() -> dict[str, Any]:
@@ -76,6 +89,11 @@ def create_peer_app(serving: Serving, cache: Cache, metrics: Metrics, fleet: Fle
         async with contextlib.aclosing(events) as said:  # type: ignore[type-var]
             async for event in said:
                 yield ServerSentEvent(event=event["type"], data=event)
+
+    @app.post("/peer/v1/window")
+    async def window(wanted: Wanted) -> dict[str, Any]:
+        """Have parts of a stage that is on a GPU copied to where peers can read them."""
+        return {"address": await serving.fetch(wanted.reader, wanted.given, wanted.pieces, fleet.stall / 4)}
 
     @app.get("/peer/v1/listing")
     async def listing(uri: Annotated[str, Query(max_length=MAX_URI_BYTES)]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ class PeerUseRecord(BaseModel):
     bytes: int = Field(description="Bytes that came from it, verified.")
     bytes_per_second: float | None = Field(description="While any were asked of it.")
     transport: str | None = Field(description="By what they came: rdma, cuda_ipc, shm, tcp, unknown; null: none came.")
+    through_host: bool = Field(description="Whether a GPU is at either end: its bytes go through host memory there.")
     slow_path: str | None = Field(description="The better way that this machine has, and how to take it.")
     given_up: str | None = Field(description="Why nothing more was had from it, where it was given up.")
 
@@ -65,6 +66,7 @@ def peers_of(stage: Stage) -> list[PeerUseRecord]:
             bytes=use.nbytes,
             bytes_per_second=use.nbytes / use.seconds if use.seconds else None,
             transport=use.transport or None,
+            through_host=use.through_host,
             slow_path=use.slow_path or None,
             given_up=use.given_up or None,
         )

@@ -42,7 +42,7 @@ class Arrivals:
                 copier = segment.device.copier()
                 assert copier is not None, "host memory needs no copier"
                 self._copiers[segment.device.name] = copier
-        self._copying: deque[tuple[Extent, Sequence[Mark], Callable[[], None]]] = deque()
+        self._copying: deque[tuple[Extent | None, Sequence[Mark], Callable[[], None]]] = deque()
         self._there: deque[Extent] = deque()
         self._unfinished = 0
         self._broken = False
@@ -65,8 +65,11 @@ class Arrivals:
         names = {self._segments[segment].device.name for segment in segments}
         return [self._copiers[name].mark() for name in sorted(names)]
 
-    def add(self, extent: Extent, marks: Sequence[Mark] = (), done: Callable[[], None] = lambda: None) -> None:
-        """The extent's bytes are there when ``marks`` are; then its source is free, which ``done`` is to know."""
+    def add(self, extent: Extent | None, marks: Sequence[Mark] = (), done: Callable[[], None] = lambda: None) -> None:
+        """The extent's bytes are there when ``marks`` are; then its source is free, which ``done`` is to know.
+
+        None: bytes of extents that are added later.
+        """
         with self._changed:
             if not self._threads:
                 for work in (self._wait_for_copies, self._digest_what_came):
@@ -123,7 +126,10 @@ class Arrivals:
                 self._break(error)
                 continue
             with self._changed:
-                self._there.append(extent)
+                if extent is None:
+                    self._unfinished -= 1
+                else:
+                    self._there.append(extent)
                 self._changed.notify_all()
 
     def _digest_what_came(self) -> None:

@@ -56,6 +56,8 @@ class PeerUse:
     """While any were asked of it."""
     transport: str = ""
     """By what they came: rdma, cuda_ipc, shm, tcp; unknown where that cannot be told; empty where none have come."""
+    through_host: bool = False
+    """Whether a GPU is at either end, so that its bytes go through host memory there."""
     slow_path: str = ""
     """What better way there is here than the one that was taken, and how to take it."""
     given_up: str = ""
@@ -145,6 +147,10 @@ class Fill:
         self._pending = [[entry.nbytes for entry in recipe.entries] for recipe in recipes]
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._sent: dict[tuple[int, int, int], int] = {}
+        """(segment, entry, leaf) → its digest, of what is on its way from a peer to a device."""
+        self._by_peers: set[int] = set()
+        """Extents on that way."""
         self._bytes_counter: Counter | None = None
         self._saved_counter: Counter | None = None
         self._retry_counter: Counter | None = None
@@ -377,7 +383,11 @@ class Fill:
             late = []
             whole_of: dict[int, list[tuple[int, int]]] = {}
             for extent in extents:
-                done = self._count(extent)
+                from_peer = extent.index in self._by_peers
+                if from_peer:
+                    self._save([extent])
+                    self._without_leaves(extent)
+                done = self._count(extent, by_source=not from_peer)
                 whole_of[extent.index] = self._deferred(extent, done)
                 for segment, index in whole_of[extent.index]:
                     entry = self._recipes[segment].entries[index]
@@ -385,9 +395,23 @@ class Fill:
                 for segment, entries in done.items():
                     complete.setdefault(segment, []).extend(entries)
             self._hash_on_device(late)
+            for segment, index, leaf, _, nbytes in (*whole, *late):
+                self._compare_sent(segment, index, leaf, leaf_count(nbytes))
         for extent in extents:
-            self._mark(extent, whole_of[extent.index])
+            self._mark(extent, whole_of[extent.index], _FROM_PEER if extent.index in self._by_peers else 1)
+        self._by_peers.difference_update(extent.index for extent in extents)
         self._tell(complete)
+
+    def _compare_sent(self, segment: int, entry: int, first: int, count: int) -> None:
+        """What a peer has brought was verified on the host: what lies on the device has to be the same."""
+        for leaf in range(first, first + count):
+            came = self._sent.pop((segment, entry, leaf), None)
+            if came is not None and came != self.leaves[segment][entry][leaf]:
+                name = self._recipes[segment].entries[entry].name
+                device = self._segments[segment].device.name
+                raise DigestMismatch(
+                    f"tensor {name!r}, leaf {leaf}: bytes changed between the host and {device}", tensor=name, leaf=leaf
+                )
 
     def _hash_on_device(self, places: Sequence[tuple[int, int, int, int, int]]) -> None:
         """Hash whole leaves from (segment, entry, first leaf, offset, bytes)."""
@@ -496,19 +520,33 @@ class Fill:
         entry = bisect.bisect_right(self._leaf_starts[segment], leaf) - 1
         return entry, leaf - self._leaf_starts[segment][entry]
 
-    def hash_places(self, places: Sequence[tuple[int, int, int]]) -> list[int]:
-        """Leaf digests of (segment, offset, bytes) as they lie in segments in host memory."""
-        return [leaf_digest(self._segments[segment].view[at : at + nbytes]) for segment, at, nbytes in places]
+    def send(self, views: Sequence[tuple[int, int, memoryview]], done: Callable[[], None]) -> None:
+        """Copy what came by another way, each (segment, offset, bytes), to device memory; ``done`` once it is there."""
+        assert self._arrivals is not None
+        with self.phase("copying"):
+            for segment, offset, view in views:
+                self._arrivals.put(segment, Block(0, 0, offset, 0, len(view), 1), address_of(view))
+            self._arrivals.add(None, self._arrivals.marks({segment for segment, _, _ in views}), done)
+
+    def drain(self) -> None:
+        """Wait until all that was sent to device memory is there, and counts."""
+        if self._arrivals is not None:
+            self._arrivals.finish()
+
+    def arrived_on_device(self, extents: Sequence[Extent], digests: Iterable[tuple[int, int, int, int]]) -> None:
+        """As ``arrived``, of what ``send`` has sent: it counts once what lies there was hashed, and is what came."""
+        assert self._arrivals is not None
+        self._sent.update(((segment, entry, leaf), digest) for segment, entry, leaf, digest in digests)
+        self._by_peers.update(extent.index for extent in extents)
+        for extent in extents:
+            self._arrivals.add(extent)
 
     def arrived(self, extents: Sequence[Extent], digests: Iterable[tuple[int, int, int, int]]) -> None:
         """These extents came by another way: (segment, entry, leaf, digest) of all their leaves, or of whole entries.
 
         Raises DigestMismatch where others were expected.
         """
-        saved = sum(extent.nbytes for extent in extents)
-        self.peer_bytes += saved
-        if self._saved_counter is not None:
-            self._saved_counter.inc(saved)
+        self._save(extents)
         for segment, entry, leaf, digest in digests:
             self.leaves[segment][entry][leaf] = digest
             self._compare_entry(segment, entry, leaf, 1)
@@ -520,6 +558,13 @@ class Fill:
         for extent in extents:
             self._mark(extent, self._deferred(extent, complete), _FROM_PEER)
         self._tell(complete)
+
+    def _save(self, extents: Iterable[Extent]) -> None:
+        """These were not read from the source."""
+        nbytes = sum(extent.nbytes for extent in extents)
+        self.peer_bytes += nbytes
+        if self._saved_counter is not None:
+            self._saved_counter.inc(nbytes)
 
     def _without_leaves(self, extent: Extent) -> None:
         """A checkpoint tensor is not hashed as such where a part of it came from a peer, laid out already."""

@@ -167,18 +167,21 @@ class Loading:
         )
         files = checkpoint.listing.weights
         if self.fleet is not None and self.key and self._from_peers():
-            origin = (lambda: self.source.reader(files)) if "origin" in self.request.sources else None
-            self._reader = PeerReader(self.key, self.fleet, self.plan.recipes, segments, origin)
+
+            def origin() -> Reader:
+                return self.source.reader(files, native=self._native)
+
+            wanted = origin if "origin" in self.request.sources else None
+            self._reader = PeerReader(self.key, self.fleet, self.plan.recipes, segments, wanted)
         else:
             self._reader = self.source.reader(files, native=self._native)
         return self._fill
 
     def _from_peers(self) -> bool:
-        """Whether peers can bring it: to host memory, and not where what is expected is told by the origin's bytes
-        only: SHA-256 of files, and the digest of a checkpoint of which there are but slices here."""
-        on_host = all(device.uuid is None for device in self.devices)
+        """Whether peers can bring it: not where what is expected is told by the origin's bytes only, SHA-256 of files,
+        and the digest of a checkpoint of which there are but slices here."""
         tellable = not self._sha256 and (self._digest is None or self._is_whole())
-        return on_host and tellable and "peer" in self.request.sources
+        return tellable and "peer" in self.request.sources
 
     @property
     def fill(self) -> Fill:
@@ -215,7 +218,7 @@ class Loading:
         log.warning("%d extents that came from peers are not what is expected: reading the origin", len(again))
         assert self._reader is not None
         self._reader.close()
-        self._reader = self.source.reader(self.plan.checkpoint.listing.weights)
+        self._reader = self.source.reader(self.plan.checkpoint.listing.weights, native=self._native)
         self.fill.give(again)
         self._reader.run(self.fill)
         self.fill.finish()

@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weightd.daemon.fill import PeerUse
 from weightd.daemon.peers.fleet import Fleet
+from weightd.daemon.peers.groups import Part
 
 if TYPE_CHECKING:
     import httpx
@@ -76,8 +78,18 @@ class Peer:
     """Its number with the mover, once connected."""
     metadata: list[bytes] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list)
-    in_flight: dict[int, int] = field(default_factory=dict)
-    """Ticket → group."""
+    reader: str | None = None
+    """By what it knows who asks it to put what is on its GPU where it can be read; None: it can be read where it is."""
+    parts: deque[Part] = field(default_factory=deque)
+    """To be asked of it."""
+    awaited: set[Part] = field(default_factory=set)
+    """That it is to put where they can be read."""
+    in_flight: dict[int, Part] = field(default_factory=dict)
+    """Ticket → what is being read."""
+    given: list[int] = field(default_factory=list)
+    """Where it has put what was read since."""
+    digests: dict[int, list[tuple[int, int, int, int]]] = field(default_factory=dict)
+    """Group → (segment, entry, leaf, digest) of those of its parts that have come."""
     arrived: float = 0.0
     """When bytes came from it last, or were asked of it while none were, in monotonic seconds."""
     told: float = 0.0
@@ -85,6 +97,25 @@ class Peer:
     gone: threading.Event = field(default_factory=threading.Event)
     """Set when nobody listens to it any more."""
     unheard: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_UNHEARD))
+
+    _client: httpx.Client | None = None
+
+    @property
+    def busy(self) -> int:
+        """Parts that were asked of it, and have not come."""
+        return len(self.in_flight) + len(self.awaited)
+
+    def client(self, fleet: Fleet) -> httpx.Client:
+        """To ask it by, from any thread."""
+        if self._client is None:
+            self._client = fleet.client(self.name)
+        return self._client
+
+    def close(self) -> None:
+        """Listen no more, and ask nothing more."""
+        self.gone.set()
+        if self._client is not None:
+            self._client.close()
 
     @property
     def rate(self) -> float:

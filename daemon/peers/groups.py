@@ -16,6 +16,8 @@ from weightd.daemon.extents import Extent
 from weightd.daemon.recipe import Recipe
 
 _STRIPE = 8 << 20
+PART = 8 << 20
+_MAX_SPANS = 256
 
 
 class Span(NamedTuple):
@@ -46,6 +48,39 @@ class Group:
         """By what nodes agree on who reads it first, however large each one's extents are."""
         first = self.extents[0]
         return f"{first.file}:{first.offset // _STRIPE}"
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """What is asked of a peer at once: whole leaves of a group, ``PART`` bytes at most, from one segment."""
+
+    group: int
+    spans: list[Span]
+    slot: int | None = None
+    """Where it waits on the way to a GPU."""
+    at: int | None = None
+    """Where the peer has put it, on its way from a GPU."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(span.nbytes for span in self.spans)
+
+
+def parts_of(group: Group) -> list[Part]:
+    """The parts that a group is asked for in."""
+    parts: list[Part] = []
+    room = 0
+    for span in group.spans:
+        at = 0
+        while at < span.nbytes:
+            if room < LEAF or parts[-1].spans[-1].segment != span.segment or len(parts[-1].spans) == _MAX_SPANS:
+                parts.append(Part(group.index, []))
+                room = PART
+            nbytes = min(span.nbytes - at, room - room % LEAF)
+            parts[-1].spans.append(Span(span.segment, span.entry, span.offset + at, nbytes, span.leaf + at // LEAF))
+            at += nbytes
+            room -= nbytes
+    return parts
 
 
 def plan_groups(extents: Sequence[Extent], recipes: Sequence[Recipe]) -> list[Group]:

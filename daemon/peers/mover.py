@@ -91,8 +91,10 @@ class Arrival(NamedTuple):
 
 def _environment() -> dict[str, str]:
     """What the process needs of ours: whoever can read its memory is to find no credentials in it."""
-    passed = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "HOME", "LANG", "TMPDIR", "CUDA_VISIBLE_DEVICES")
-    return {name: value for name, value in os.environ.items() if name in passed or name.startswith(("UCX_", "NIXL_"))}
+    passed = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "HOME", "LANG", "TMPDIR")
+    own = {name: value for name, value in os.environ.items() if name in passed or name.startswith(("UCX_", "NIXL_"))}
+    # It has to do with host memory only, and a context takes some hundred MiB of each GPU that UCX finds.
+    return {**own, "CUDA_VISIBLE_DEVICES": ""}
 
 
 class Mover:

@@ -14,19 +14,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 from weightd.daemon.devices import Segment
+from weightd.daemon.digests import leaf_digest
 from weightd.daemon.errors import DigestMismatch, SourceFailed
 from weightd.daemon.extents import Extent
 from weightd.daemon.fill import Fill, PeerUse
 from weightd.daemon.peers.assignment import Assignment
 from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.peers.following import FORMAT, Claims, Peer, listen
-from weightd.daemon.peers.groups import Group, leaf_ranges, plan_groups
+from weightd.daemon.peers.groups import Group, Part, Span, leaf_ranges, parts_of, plan_groups
 from weightd.daemon.peers.membership import READERS, Readers, degree, neighbours
 from weightd.daemon.peers.mover import Mover, MoverFailed
 from weightd.daemon.peers.paths import better_path, is_local
+from weightd.daemon.peers.window import Inlet, packed
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.sources import Reader
 
@@ -75,7 +78,13 @@ class PeerReader:
         self._peer_window = _Window(least=4, most=256)
         self._readers = Readers(fleet.me, key, fleet.stall)
         self._mover: Mover | None = None
-        self._regions: list[int] = []
+        self._inlet = Inlet(segments)
+        self._on_device = self._inlet.window is not None
+        """Whether what comes is copied on to a GPU."""
+        self._windows = ThreadPoolExecutor(8, thread_name_prefix="window")
+        """Ask peers to put what is on their GPUs where it can be read."""
+        self._parts_left: dict[int, int] = {}
+        """Group → parts that are still to come of it, while a peer brings it."""
         self._asked: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
         """When a peer may be asked again, in monotonic seconds."""
@@ -133,6 +142,8 @@ class PeerReader:
     def _take(self, kind: str, what: Any) -> None:
         if kind == "landed":
             self._landed(self._group_of[what.index])
+        elif kind == "put":
+            self._put(*what)
         elif kind == "arrived":
             self._arrived(what.ticket, what.error, what.transport)
         elif kind == "absent":
@@ -242,8 +253,11 @@ class PeerReader:
                 self._drop(peer, "version", f"it speaks format {str(said['format'])[:20]}, and this daemon {FORMAT}")
                 return
             segments = said["segments"]
-            if len(segments) != len(self._segments):
-                raise ValueError(f"{len(segments)} segments, expected {len(self._segments)}")
+            expected = len(self._segments) if said["reader"] is None else 1
+            if len(segments) != expected:
+                raise ValueError(f"{len(segments)} segments, expected {expected}")
+            peer.reader = None if said["reader"] is None else str(said["reader"])
+            peer.use.through_host = self._on_device or peer.reader is not None
             peer.epoch = said["epoch"]
             peer.addresses = [int(segment["address"]) for segment in segments]
             peer.metadata = [base64.b64decode(segment["metadata"], validate=True) for segment in segments]
@@ -310,7 +324,7 @@ class PeerReader:
         if self._mover is None or not self._mover.alive:
             mover = Mover()
             try:
-                self._regions = [mover.into(segment.fd, segment.footprint) for segment in self._segments]
+                self._inlet.connect(mover)
             except MoverFailed:
                 mover.kill()
                 raise
@@ -321,82 +335,156 @@ class PeerReader:
 
     def _ask_peers(self, now: float) -> None:
         """Ask for as much as comes in a second or so, of those first who bring it soonest."""
-        asked = sum(len(peer.in_flight) for peer in self._peers.values())
-        willing = [peer for peer in self._peers.values() if peer.metadata and len(peer.in_flight) < _AT_ONCE]
+        asked = sum(peer.busy for peer in self._peers.values())
+        willing = [peer for peer in self._peers.values() if peer.metadata and peer.busy < _AT_ONCE]
         fastest = max((peer.rate for peer in willing), default=0.0)
         while willing and asked < self._peer_window.size:
-            peer = min(willing, key=lambda peer: (len(peer.in_flight) + 1) / (peer.rate or fastest or 1.0))
-            index = self._assignment.from_peer(peer.name)
-            if index is None or not self._ask(peer, self._groups[index], now):
+            peer = min(willing, key=lambda peer: (peer.busy + 1) / (peer.rate or fastest or 1.0))
+            if not peer.parts and (index := self._assignment.from_peer(peer.name)) is not None:
+                peer.parts.extend(parts_of(self._groups[index]))
+                self._parts_left[index] = len(peer.parts)
+            if not peer.parts or not self._inlet.take(peer.parts[0]):
+                willing.remove(peer)
+                continue
+            if not self._ask(peer, peer.parts.popleft(), now):
                 willing.remove(peer)
                 continue
             asked += 1
-            if len(peer.in_flight) >= _AT_ONCE:
+            if peer.busy >= _AT_ONCE:
                 willing.remove(peer)
+        for peer in self._peers.values():
+            if peer.given and not peer.busy:  # others wait for its room
+                given, peer.given = peer.given, []
+                self._windows.submit(self._give_back, peer, given)
 
-    def _ask(self, peer: Peer, group: Group, now: float) -> bool:
+    def _ask(self, peer: Peer, part: Part, now: float) -> bool:
+        """Ask a peer for a part, which has its place; whether that could be done."""
+        if not peer.busy:
+            peer.arrived = now
         try:
             mover = self._connected()
             if peer.number is None:
                 peer.number = mover.peer(*peer.metadata)
-            if not peer.in_flight:
-                peer.arrived = now
-            for segment in sorted({span.segment for span in group.spans}):
-                pairs = [
-                    (span.offset, peer.addresses[segment] + span.offset, span.nbytes)
-                    for span in group.spans
-                    if span.segment == segment
-                ]
-                peer.in_flight[mover.read(peer.number, self._regions[segment], pairs)] = group.index
+            if peer.reader is None:
+                self._read(peer, part, [peer.addresses[span.segment] + span.offset for span in part.spans])
+            else:
+                peer.awaited.add(part)
+                pieces = [(span.segment, span.offset, span.nbytes) for span in part.spans]
+                given, peer.given = peer.given, []
+                self._windows.submit(self._have_put, peer, part, peer.reader, given, pieces)
         except MoverFailed as error:
-            self._assignment.failed(group.index)
+            peer.awaited.add(part)  # so that it is given up with the peer
             self._strike(peer, "unreachable", f"it cannot be read: {error}")
             return False
         return True
+
+    def _read(self, peer: Peer, part: Part, addresses: Sequence[int]) -> None:
+        assert self._mover is not None
+        assert peer.number is not None
+        places = self._inlet.places(part)
+        pairs = [
+            (offset, address, span.nbytes)
+            for (_, offset), address, span in zip(places, addresses, part.spans, strict=True)
+        ]
+        peer.in_flight[self._mover.read(peer.number, places[0][0], pairs)] = part
+
+    def _have_put(self, peer: Peer, part: Part, reader: str, given: list[int], pieces: list[Any]) -> None:
+        """In a thread: ask a peer to put a part of what is on its GPU where it can be read."""
+        try:
+            body = {"reader": reader, "given": given, "pieces": pieces}
+            answer = peer.client(self._fleet).post("/peer/v1/window", json=body)
+            answer.raise_for_status()
+            self._events.put(("put", (peer, part, answer.json()["address"], "")))
+        except Exception as error:  # whatever a stranger's answer can make of a parser
+            self._events.put(("put", (peer, part, None, f"{type(error).__name__}: {error}"[:500])))
+
+    def _give_back(self, peer: Peer, given: list[int]) -> None:
+        """In a thread: tell a peer that what it has put was read."""
+        with contextlib.suppress(Exception):  # then it takes it back when nobody listens any more
+            body = {"reader": peer.reader, "given": given, "pieces": []}
+            peer.client(self._fleet).post("/peer/v1/window", json=body)
+
+    def _put(self, peer: Peer, part: Part, address: object, error: str) -> None:
+        """A peer says where a part can be read."""
+        if self._peers.get(peer.name) is not peer or part not in peer.awaited:
+            if isinstance(address, int):  # nobody waits for it any more
+                peer.given.append(address)
+            return
+        peer.awaited.discard(part)
+        if error or not (address is None or (isinstance(address, int) and 0 <= address < 1 << 62)):
+            peer.awaited.add(part)
+            self._strike(peer, "failed", error or "it says of no address where it has put what was asked for")
+            return
+        if address is None:  # it has no room now
+            self._inlet.give(part)
+            peer.parts.appendleft(part)
+            return
+        part.at = address
+        starts = packed([span.nbytes for span in part.spans])
+        try:
+            self._connected()
+            if peer.number is None:
+                peer.number = self._connected().peer(*peer.metadata)
+            self._read(peer, part, [address + start for start in starts])
+        except MoverFailed as failure:
+            peer.awaited.add(part)
+            self._strike(peer, "unreachable", f"it cannot be read: {failure}")
 
     def _arrived(self, ticket: int, error: str | None, transport: str) -> None:
         """A read has ended."""
         peer = next((peer for peer in self._peers.values() if ticket in peer.in_flight), None)
         if peer is None:
             return
-        group = self._groups[peer.in_flight[ticket]]
         if error is not None:
             self._strike(peer, "failed", error)  # parts of it may still land: with the ticket, the mover goes
             return
-        del peer.in_flight[ticket]
-        now = time.monotonic()
+        part = peer.in_flight.pop(ticket)
+        if part.at is not None:
+            peer.given.append(part.at)
+        self._progress = now = time.monotonic()
         peer.use.seconds += now - peer.arrived
         peer.arrived = now
-        if group.index in peer.in_flight.values():
-            return  # there is more of it to come
-        self._progress = now
-        places = [(span, leaf, at, nbytes) for span in group.spans for leaf, at, nbytes in leaf_ranges(span)]
-        claimed = [
-            digest
-            for segment, first, count in self._leaves(group)
-            for digest in peer.claims.digests[segment][first : first + count]
-        ]
+        views = self._inlet.views(part)
+        found: list[tuple[Span, int, int]] = []
         with self._fill.phase("verifying"):
-            found = self._fill.hash_places([(span.segment, at, nbytes) for span, _, at, nbytes in places])
-        for (span, leaf, _, _), digest, claim in zip(places, found, claimed, strict=True):
+            for span, view in zip(part.spans, views, strict=True):
+                for leaf, at, nbytes in leaf_ranges(span):
+                    start = at - span.offset
+                    found.append((span, leaf, leaf_digest(view[start : start + nbytes])))
+        for span, leaf, digest in found:
+            claim = peer.claims.digests[span.segment][self._starts[span.segment][span.entry] + leaf]
             expected = self._fill.expected_leaf(span.segment, span.entry, leaf)
             if digest != claim or expected not in (None, digest):
                 name = self._recipes[span.segment].entries[span.entry].name
                 what = "not the bytes that it claims" if digest != claim else "not the expected bytes"
-                self._assignment.failed(group.index)
+                peer.awaited.add(part)
                 self._liar(peer, f"tensor {name!r}, leaf {leaf}: {what}")
                 return
-        self._from[group.index] = peer.name
-        peer.use.nbytes += group.nbytes
+        peer.digests.setdefault(part.group, []).extend(
+            (span.segment, span.entry, leaf, digest) for span, leaf, digest in found
+        )
+        peer.use.nbytes += part.nbytes
         if peer.use.transport != transport:
             peer.use.transport = transport
             self._look_for_better(peer)
+        self._fleet.arrived(peer.name, transport, part.nbytes, peer.rate)
         self._peer_window.came()
-        self._fill.arrived(
-            [extent for extent in group.extents if not self._fill.has(extent)],
-            [(span.segment, span.entry, leaf, digest) for (span, leaf, *_), digest in zip(places, found, strict=True)],
-        )
-        self._fleet.arrived(peer.name, transport, group.nbytes, peer.rate)
+        if self._on_device:
+            whole = [(span.segment, span.offset, view) for span, view in zip(part.spans, views, strict=True)]
+            self._fill.send(whole, lambda: self._inlet.give(part))
+        self._parts_left[part.group] -= 1
+        if not self._parts_left[part.group]:
+            self._has_come(peer, self._groups[part.group])
+
+    def _has_come(self, peer: Peer, group: Group) -> None:
+        """All parts of a group have come from a peer, verified."""
+        self._from[group.index] = peer.name
+        extents = [extent for extent in group.extents if not self._fill.has(extent)]
+        digests = peer.digests.pop(group.index)
+        if self._on_device:
+            self._fill.arrived_on_device(extents, digests)
+        else:
+            self._fill.arrived(extents, digests)
 
     def _look_for_better(self, peer: Peer) -> None:
         """Say once where a peer is read by TCP although this machine has a better way."""
@@ -411,7 +499,7 @@ class PeerReader:
             for peer in [peer for peer in self._peers.values() if peer.in_flight]:
                 self._strike(peer, "failed", "the process that read from it died")
         for peer in list(self._peers.values()):
-            if peer.in_flight and now - peer.arrived > self._fleet.stall:
+            if peer.busy and now - peer.arrived > self._fleet.stall:
                 self._drop(peer, "stalled", f"nothing came for {self._fleet.stall:g} s")
 
     def _strike(self, peer: Peer, why: str, words: str, *, counts: bool = True) -> None:
@@ -422,6 +510,8 @@ class PeerReader:
     def _liar(self, peer: Peer, words: str) -> None:
         """Give a peer up that serves what is wrong, and all that it has brought."""
         self._drop(peer, "wrong_bytes", words)
+        if self._on_device:
+            self._fill.drain()
         brought = [group for group, name in self._from.items() if name == peer.name]
         again = self._fill.from_peers(extent for group in brought for extent in self._groups[group].extents)
         if not self._fill.forget(again):
@@ -440,7 +530,7 @@ class PeerReader:
         self._fleet.dropped(peer.name, why, words)
         peer.use.given_up = words
         self._peers.pop(peer.name, None)
-        peer.gone.set()
+        peer.close()
         if for_good:
             self._lost.add(peer.name)
         self._readers.lost(peer.name, time.monotonic())
@@ -451,10 +541,23 @@ class PeerReader:
                 self._mover = None
             for other in (peer, *self._peers.values()):
                 other.number = None
-                for index in other.in_flight.values():
-                    self._assignment.failed(index)
-                other.in_flight.clear()
+                self._let_go(other)
+        self._let_go(peer)
         self._assignment.lost(peer.name)
+
+    def _let_go(self, peer: Peer) -> None:
+        """Whatever a peer was to bring is free again; nothing of it is being written any more."""
+        pending = [*peer.in_flight.values(), *peer.awaited, *peer.parts]
+        for part in pending:
+            self._inlet.give(part)
+            if part.at is not None:
+                peer.given.append(part.at)
+        for group in {part.group for part in pending}:
+            self._assignment.failed(group)
+            peer.digests.pop(group, None)
+        peer.in_flight.clear()
+        peer.awaited.clear()
+        peer.parts.clear()
 
     # ------------------------------------------------------------------ the origin
 
@@ -517,19 +620,21 @@ class PeerReader:
         """End everything that was started; afterwards no process but this one has the segments mapped."""
         self._fleet.gossip.tell(self._key, {})
         for peer in self._peers.values():
-            peer.gone.set()
+            peer.close()
         if self._mover is not None:
             self._mover.kill()
             self._mover = None
+        self._windows.shutdown(wait=False, cancel_futures=True)
         if self._origin_thread is not None:
             self._share.stop()
             self._origin_thread.join()
 
     def close(self) -> None:
         for peer in self._peers.values():
-            peer.gone.set()
+            peer.close()
         if self._origin is not None:
             self._origin.close()
+        self._inlet.close()
 
 
 class _Window:

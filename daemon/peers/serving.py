@@ -10,7 +10,6 @@ import asyncio
 import base64
 import contextlib
 import logging
-import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
@@ -18,15 +17,16 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from weightd.daemon.devices import Segment
-from weightd.daemon.errors import DaemonError, UnknownStage
+from weightd.daemon.errors import DaemonError, DeviceFailed, InvalidRequest, UnknownStage
 from weightd.daemon.fill import Fill
 from weightd.daemon.manifests import segment_leaves, segment_manifest
 from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.peers.following import FORMAT
-from weightd.daemon.peers.mover import Mover, MoverFailed, Offered
+from weightd.daemon.peers.mover import Mover, MoverFailed
+from weightd.daemon.peers.window import Offer
 from weightd.daemon.residency import Residency
 from weightd.daemon.stage import Stage
+from weightd.ipc.errors import CudaError
 from weightd.ipc.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ class Serving:
         self._residency = residency
         self._fleet = fleet
         self._mover: Mover | None = None
+        self._readers: dict[str, Offer] = {}
+        """Who listens, by the name that it was given, and to what."""
         self._offers: dict[str, _Offering] = {}
         """Stage → what is offered of it."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -69,9 +71,10 @@ class Serving:
     async def lend(self, key: str, by: str) -> AsyncIterator[dict[str, Any]]:
         """Events for one peer, as long as it listens; ``gone`` is the last one. ``by`` is its address, if it has one.
 
-        ``segments``: where they can be read; ``leaves``: these are there, with their digests; ``coming``: these are
-        being read from the origin; ``complete``; ``readers``: who reads the origin, and when they said so last;
-        ``alive``. What is said of leaves holds for the ``epoch`` of the segments. Raises UnknownStage.
+        ``segments``: where they can be read, or, of what is on a GPU, the window that ``fetch`` puts it into;
+        ``leaves``: these are there, with their digests; ``coming``: these are being read from the origin; ``complete``;
+        ``readers``: who reads the origin, and when they said so last; ``alive``. What is said of leaves holds for the
+        ``epoch`` of the segments. Raises UnknownStage.
         """
         stage = next((s for s in self._residency.stages.values() if s.key == key and _servable(s)), None)
         if stage is None:
@@ -81,17 +84,21 @@ class Serving:
         lease = self._residency.lend_to_peer(stage, by)
         offering = self._offered(stage)
         offering.listeners += 1
+        reader = secrets.token_hex(16)
         try:
             # Not cancelled with the one who waits for it: what was mapped has to be known, to be unmapped.
-            mover, offers = await asyncio.shield(offering.made)
+            offer = await asyncio.shield(offering.made)
+            mover = offer.mover
+            self._readers[reader] = offer
             yield {
                 "type": "segments",
                 "format": FORMAT,
                 "epoch": offering.epoch,
                 "ready": stage.state == "ready",
+                "reader": reader if offer.window else None,
                 "segments": [
-                    {"address": offer.address, "metadata": base64.b64encode(offer.metadata).decode()}
-                    for offer in offers
+                    {"address": offered.address, "metadata": base64.b64encode(offered.metadata).decode()}
+                    for offered in offer.offered
                 ],
             }
             told = Told(offering.epoch)
@@ -121,6 +128,8 @@ class Serving:
             raise DaemonError(f"stage {stage.id} cannot be lent to peers: {error}") from None
         finally:
             # Nothing here waits: whoever hangs up cancels every wait.
+            if (left := self._readers.pop(reader, None)) is not None:
+                left.give(reader)
             self._residency.end_peer_lease(lease)
             offering.listeners -= 1
             if not offering.listeners:
@@ -140,12 +149,33 @@ class Serving:
             found = self._offers[stage.id] = _Offering(self._spawn(self._make(stage)))
         return found
 
-    async def _make(self, stage: Stage) -> tuple[Mover, list[Offered]]:
+    async def _make(self, stage: Stage) -> Offer:
         async with self._lock:
             if self._mover is None or not self._mover.alive:
                 self._mover = await asyncio.to_thread(Mover)
             mover = self._mover
-        return mover, await asyncio.to_thread(_offer_all, mover, list(stage.segments))
+        return await asyncio.to_thread(Offer, mover, list(stage.segments))
+
+    async def fetch(
+        self, reader: str, given: Sequence[int], pieces: Sequence[tuple[int, int, int]], timeout: float
+    ) -> int | None:
+        """For a listening ``reader``: put pieces, each (segment, offset, bytes), where it can read them, and say where.
+
+        ``given`` are such addresses that it has read. None: no room within so many seconds. Raises UnknownStage,
+        InvalidRequest, DeviceFailed.
+        """
+        offer = self._readers.get(reader)
+        if offer is None or offer.window is None:
+            raise UnknownStage("nobody listens by that name, or not to what is on a GPU")
+        offer.give(reader, given)
+        if not pieces:
+            return None
+        try:
+            return await asyncio.to_thread(offer.fetch, reader, pieces, timeout)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
+        except CudaError as error:
+            raise DeviceFailed(str(error), **error.details) from None
 
     def withdraw(self, stage: Stage) -> None:
         """Its memory is being freed: unmap it, whoever still reads it."""
@@ -161,8 +191,8 @@ class Serving:
 
         async def close() -> None:
             with contextlib.suppress(Exception):  # then there is nothing to close
-                mover, offers = await offering.made
-                await asyncio.to_thread(_close, mover, offers)
+                offer = await offering.made
+                await asyncio.to_thread(offer.close)
 
         self._spawn(close())
 
@@ -181,7 +211,7 @@ class Serving:
 class _Offering:
     """A stage's segments as one mover process has them, and how many peers listen."""
 
-    def __init__(self, made: asyncio.Task[tuple[Mover, list[Offered]]]) -> None:
+    def __init__(self, made: asyncio.Task[Offer]) -> None:
         self.made = made
         self.listeners = 0
         self.withdrawn = False
@@ -193,26 +223,7 @@ class _Offering:
         """Whether it cannot be had, or not any more."""
         if not self.made.done():
             return False
-        return self.made.cancelled() or self.made.exception() is not None or not self.made.result()[0].alive
-
-
-def _offer_all(mover: Mover, segments: Sequence[Segment]) -> list[Offered]:
-    offers: list[Offered] = []
-    try:
-        offers.extend(_offered(mover, segment) for segment in segments)
-    except BaseException:
-        _close(mover, offers)
-        raise
-    return offers
-
-
-def _close(mover: Mover, offers: Sequence[Offered]) -> None:
-    for offer in offers:
-        try:
-            mover.close_region(offer.region)
-        except MoverFailed as error:
-            log.warning("peers' mover: %s", error)
-            return
+        return self.made.cancelled() or self.made.exception() is not None or not self.made.result().mover.alive
 
 
 class Told:
@@ -273,20 +284,10 @@ def _hex(leaves: memoryview) -> str:
     return "".join(f"{leaf:016x}" for leaf in leaves)
 
 
-def _offered(mover: Mover, segment: Segment) -> Offered:
-    # Opened for reading only: a mapping through it never could be made writable, so that the segment can be sealed.
-    fd = os.open(f"/proc/self/fd/{segment.fd}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return mover.offer(fd, segment.footprint)
-    finally:
-        os.close(fd)
-
-
 def _servable(stage: Stage) -> bool:
-    """Whether peers can read of it: in host memory, ready or loading."""
-    on_host = bool(stage.segments) and all(segment.device.uuid is None for segment in stage.segments)
+    """Whether peers can read of it: ready or loading."""
     going = stage.dismissed or stage.revoked_until is not None or stage.moving
-    return bool(stage.key) and on_host and not going and (stage.state == "ready" or stage.fill is not None)
+    return bool(stage.key and stage.segments) and not going and (stage.state == "ready" or stage.fill is not None)
 
 
 def _share(stage: Stage) -> float:
