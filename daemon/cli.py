@@ -285,14 +285,20 @@ def peers(as_json: Json = False) -> None:
 
     def table(found: dict[str, Any]) -> None:
         out.print("directory:", found["directory"], markup=False)
+        if found["off"]:
+            out.print("off:", found["off"], markup=False)
         view = Table(box=None, header_style="bold")
-        for column in ("NODE", "ADDRESS", "STAGES"):
+        for column in ("NODE", "ADDRESS", "STAGES", "FROM", "TO", "RATE", "BY", "GIVEN UP"):
             view.add_column(column, overflow="fold")
         for peer in found["peers"]:
             held = "to be asked" if peer["stages"] is None else ", ".join(
                 f"{key[:12]} {share:.0%}" for key, share in peer["stages"].items()
             )  # fmt: skip
-            view.add_row(peer["node"], peer["address"], held)
+            rate = f"{_size(peer['bytes_per_second'])}/s" if peer["bytes_per_second"] else ""
+            view.add_row(
+                peer["node"], peer["address"], held, _size(peer["bytes_from"]), _size(peer["bytes_to"]), rate,
+                peer["transport"] or "", peer["given_up"] or "",
+            )  # fmt: skip
         out.print(view)
 
     _print(found, as_json, table)

@@ -7,11 +7,11 @@ import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from weightd.daemon.devices.cpu import available_memory
 from weightd.daemon.doctor_gpu import examine_gpus
 from weightd.daemon.finding import Finding
-from weightd.daemon.peers.mover import unavailable
 from weightd.daemon.reload import NoKeeper, keeper_status
 from weightd.daemon.settings import Settings
 from weightd.daemon.sources import libstreamer
@@ -52,18 +52,12 @@ def _keeper() -> Iterator[Finding]:
 def _daemon() -> Iterator[Finding]:
     try:
         with Client() as client:
-            node, fleet = client.node(), client.peers()
+            node, directory = client.node(), client.peers()
     except WeightdError as error:
         yield Finding("daemon", "error", str(error), "weightd serve")
         return
     yield Finding("daemon", "ok", f"pid {node['pid']} at {client.address}")
-    found = fleet["directory"]
-    if found == "none" and Settings().peers != "none":
-        found = unavailable() or "the daemon was started without them"
-    if found not in ("none", "ok"):
-        yield Finding("peers", "error", found, "see WEIGHTD_PEERS; stages load from their sources meanwhile")
-    elif found == "ok":
-        yield Finding("peers", "ok", f"{len(fleet['peers'])} daemons in the directory")
+    yield from _peers(node["peers"], directory)
     for device in node["devices"]:
         yield Finding(
             f"device {device['name']}",
@@ -71,6 +65,19 @@ def _daemon() -> Iterator[Finding]:
             f"{device['used_bytes']} of {device['capacity_bytes']} bytes in use",
             "" if device["free_bytes"] else "drop a stage (weightd rm), or raise WEIGHTD_CAPACITY",
         )
+
+
+def _peers(state: dict[str, Any], directory: dict[str, Any]) -> Iterator[Finding]:
+    meanwhile = "stages load from their sources meanwhile"
+    if state["state"] == "off":
+        yield Finding("peers", "error", f"off: {state['reason']}", meanwhile)
+    elif state["state"] == "none" and Settings().peers != "none":
+        yield Finding("peers", "warning", "the daemon was started without them", "set WEIGHTD_PEERS where it starts")
+    elif state["state"] == "ok" and directory["directory"] != "ok":
+        yield Finding("peers", "error", directory["directory"], f"see WEIGHTD_PEERS; {meanwhile}")
+    elif state["state"] == "ok":
+        where = f"found at {state['address']}" if state["address"] else "reading only (no WEIGHTD_PEER_LISTEN)"
+        yield Finding("peers", "ok", f"{len(directory['peers'])} daemons in the directory, {where}")
 
 
 def _sockets() -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from tests.fault_proxy import FaultProxy
 from tests.peers.fleet import Fleet, movers_of, same, weight_bytes
 from tests.servers import Daemon, SeaweedFS, until
 from tests.test_adoption import ended
+from tests.test_cli import weightd
 
 
 def listening(address: str, key: str) -> httpx.Response:
@@ -138,6 +139,11 @@ def test_each_peer_and_what_it_brought_is_in_the_record_and_in_the_list(
     (peer,) = second.client.peers()["peers"]
     assert (peer["address"], peer["bytes_from"], peer["transport"]) == (both.addresses[0], use["bytes"], "tcp")
     until(lambda: first.client.peers()["peers"][0]["bytes_to"] == use["bytes"], "the other end is told")
+    table = weightd(second, "peers", COLUMNS="200").stdout
+    assert both.addresses[0] in table
+    assert "tcp" in table
+    found = " ".join(weightd(second, "doctor", COLUMNS="200").stdout.split())
+    assert f"1 daemons in the directory, found at {both.addresses[1]}" in found
     kept = second.client.show(record["id"])
     os.kill(second.status["daemon_pid"], signal.SIGKILL)
     until(lambda: second.client.show(record["id"])["state"] == "ready", "it is adopted")
