@@ -59,7 +59,10 @@ class Directory(Protocol):
         """Begin to look, and to publish. Does not wait for the directory."""
 
     def members(self) -> Sequence[Member]:
-        """The peers that are known now, without ourselves: checked, bounded, ordered by address. Costs nothing."""
+        """The peers that are known now, without ourselves: checked, bounded, ordered by address. Costs nothing.
+
+        Callable from any thread.
+        """
 
     async def changed(self, timeout: float) -> bool:
         """Wait until the members have changed since this last returned True, or False after ``timeout`` seconds.
@@ -197,9 +200,11 @@ class BaseDirectory:
         pass
 
     def members(self) -> Sequence[Member]:
-        if self._sorted is None:
-            self._sorted = tuple(sorted(self._members.values(), key=lambda member: (member.address, member.node)))
-        return self._sorted
+        found = self._sorted  # other threads ask as well, and what they find must not be None by then
+        if found is None:
+            found = tuple(sorted(self._members.values(), key=lambda member: (member.address, member.node)))
+            self._sorted = found
+        return found
 
     async def changed(self, timeout: float) -> bool:
         try:
