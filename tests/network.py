@@ -64,15 +64,12 @@ class Node(Place):
             _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", *shape)
 
     def cut(self) -> None:
-        """Drop all that comes and goes, without a word: the interface stays up, as behind a switch that has died."""
-        self._state("0")
+        """Drop all that comes and goes, without a word: its interface stays up, as behind a switch that has died."""
+        _run("ip", "-n", self._network.hub, "link", "set", self._port, "nomaster")
 
     def mend(self) -> None:
         """Undo a cut."""
-        self._state("3")
-
-    def _state(self, state: str) -> None:
-        _run("ip", "-n", self._network.hub, "link", "set", self._port, "type", "bridge_slave", "state", state)
+        _run("ip", "-n", self._network.hub, "link", "set", self._port, "master", "hub")
 
     @property
     def sent(self) -> int:
