@@ -16,11 +16,13 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.servers import Missing, Place
+from tests.servers import Daemon, Missing, Place
 
+PEER_PORT = 7401
 _CLONE_NEWNET = 0x40000000
 _MTU = 9000  # with 1500 nearly 5 % of what a link carries would be headers
 _NAME = "weightd-test-{pid}-{number}-{what}"
@@ -155,6 +157,34 @@ class Network:
         _run("ip", "netns", "add", name)
         self._namespaces.append(name)
         return name
+
+
+def daemons_on(
+    nodes: Sequence[Node], folder: Path, *arguments: str, peers: str = "", env: Mapping[str, str]
+) -> list[Daemon]:
+    """A daemon for each node, not started yet, that know each other: by a static list, or by what ``peers`` says."""
+    common = {
+        "UCX_TLS": "tcp",  # within one kernel it would copy from process to process, beside the links
+        "UCX_NET_DEVICES": "eth0",
+        "WEIGHTD_PEERS": peers or "static:" + ",".join(f"{node.host}:{PEER_PORT}" for node in nodes),
+        "WEIGHTD_PEER_TOKEN": "fleet",
+        **env,
+    }
+    return [
+        Daemon(
+            folder / node.name,
+            *arguments,
+            env={**common, "WEIGHTD_PEER_LISTEN": f"{node.host}:{PEER_PORT}"},
+            place=node,
+        )
+        for node in nodes
+    ]
+
+
+def at_once(do: Callable[[Daemon], object], daemons: Iterable[Daemon]) -> None:
+    """Do the same with all of them at the same time, as starting or stopping. Raises the first error."""
+    with ThreadPoolExecutor(64) as pool:
+        list(pool.map(do, daemons))
 
 
 def _tool(name: str) -> str:

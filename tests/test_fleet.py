@@ -8,7 +8,6 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.conftest import command, lacking
-from tests.network import Network, Node
+from tests.network import PEER_PORT as PORT
+from tests.network import Network, Node, at_once, daemons_on
 from tests.servers import Daemon, Missing, SeaweedFS, until
 from tests.test_directories import Etcd
 from tests.test_peers import from_peers, same
@@ -28,7 +28,6 @@ RATE = 30 * MB
 """Bytes a second that a link carries: little enough for two cores to keep up with nine of them."""
 SLOW = 6 * MB
 """Of a peer's link until the test has done to it what it is about: that is not over meanwhile."""
-PORT = 7401
 DEADLINE = 90.0
 
 
@@ -84,29 +83,15 @@ class Fleet:
     def start(self, count: int, peers: str = "", **env: str) -> list[Daemon]:
         """Start so many at once."""
         nodes = [self._network.add() for _ in range(count)]
-        peers = peers or "static:" + ",".join(f"{node.host}:{PORT}" for node in nodes)
-        common = {
-            **self._origin.server.env,
-            "UCX_TLS": "tcp",  # within one kernel it would copy from process to process, beside the links
-            "UCX_NET_DEVICES": "eth0",
-            "WEIGHTD_EXTENT": "1MiB",
-            "WEIGHTD_PEERS": peers,
-            "WEIGHTD_PEER_TOKEN": "fleet",
-            **env,
-        }
-        started = []
-        for node in nodes:
-            own = {"WEIGHTD_PEER_LISTEN": f"{node.host}:{PORT}"}
-            started.append(Daemon(self._folder / node.name, env={**common, **own}, place=node))
+        common = {**self._origin.server.env, "WEIGHTD_EXTENT": "1MiB", **env}
+        started = daemons_on(nodes, self._folder, peers=peers, env=common)
         self.nodes += nodes
         self.daemons += started
-        with ThreadPoolExecutor(count) as pool:
-            list(pool.map(Daemon.start, started))
+        at_once(Daemon.start, started)
         return started
 
     def stop(self) -> None:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(Daemon.stop, self.daemons))
+        at_once(Daemon.stop, self.daemons)
 
 
 @pytest.fixture
