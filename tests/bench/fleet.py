@@ -12,9 +12,9 @@ from typing import Any
 
 from tests.bench.checkpoints import language_model
 from tests.bench.machine import require
-from tests.bench.measure import Row, Sample, Section, Target, interleave
+from tests.bench.measure import Row, Sample, Section, Target, cores, interleave
 from tests.bench.session import Session
-from tests.network import Network, Node, at_once, daemons_on
+from tests.network import Network, at_once, daemons_on
 from tests.servers import Daemon, Missing, SeaweedFS, until
 from weightd.daemon.peers.mover import unavailable
 
@@ -58,11 +58,11 @@ def _measure(session: Session, section: Section, size: int) -> None:
         stack.callback(at_once, Daemon.stop, daemons)
         at_once(Daemon.start, daemons)
         session.progress("warming up")
-        _run(daemons[:1], uri, origin, sources=["origin"])
+        _run(network, daemons[:1], uri, sources=["origin"])
         contenders = {
-            "alone": lambda: _run(daemons[:1], uri, origin, sources=["origin"]),
-            "together": lambda: _run(daemons, uri, origin),
-            "killed": lambda: _run(daemons, uri, origin, victim=daemons[VICTIM]),
+            "alone": lambda: _run(network, daemons[:1], uri, sources=["origin"]),
+            "together": lambda: _run(network, daemons, uri),
+            "killed": lambda: _run(network, daemons, uri, victim=daemons[VICTIM]),
         }
         samples = interleave(contenders, min(3, session.repetitions), session.progress)
     section.samples["repetitions"] = samples
@@ -70,9 +70,10 @@ def _measure(session: Session, section: Section, size: int) -> None:
     _plot(session, section, {name: found[0] for name, found in samples.items()})
 
 
-def _run(daemons: Sequence[Daemon], uri: str, origin: Node, victim: Daemon | None = None, **request: Any) -> Sample:
+def _run(network: Network, daemons: Sequence[Daemon], uri: str, victim: Daemon | None = None, **request: Any) -> Sample:
     """Stage with all of them at once. ``victim`` is killed, with its keeper, once half of its bytes are there."""
-    before, cpu = origin.sent, _cpu()
+    origin = network.nodes[0]
+    before, cpu = origin.sent, _cpu(network)
     start = time.time()
     stages = {daemon: daemon.client.stage(uri, **request)["id"] for daemon in daemons}
     asked = time.time() - start
@@ -94,7 +95,7 @@ def _run(daemons: Sequence[Daemon], uri: str, origin: Node, victim: Daemon | Non
                 _kill(daemon)
                 alive.remove(daemon)
         time.sleep(max(0.0, look + _LOOK - time.time()))
-    sent, busy = origin.sent - before, _cpu()
+    sent, spent, lasted = origin.sent - before, _cpu(network) - cpu, time.time() - start
     for daemon, record in records.items():
         if record["state"] != "ready":
             raise RuntimeError(f"{daemon.place.host}: {record['error']}")
@@ -118,7 +119,7 @@ def _run(daemons: Sequence[Daemon], uri: str, origin: Node, victim: Daemon | Non
         "nbytes": nbytes,
         "origin_share": sent / nbytes,
         "peer_share": sum(record["peer_bytes"] for record in records.values()) / (nbytes * len(records)),
-        "cpu_share": (busy[0] - cpu[0]) / max(1, busy[1] - cpu[1]),
+        "cpu_share": spent / lasted / cores(),
         "landed": landed,
     }
 
@@ -131,11 +132,9 @@ def _kill(daemon: Daemon) -> None:
     daemon.stop()
 
 
-def _cpu() -> tuple[int, int]:
-    """Jiffies that all cores were busy, and all there were."""
-    with open("/proc/stat") as file:
-        fields = [int(number) for number in file.readline().split()[1:9]]
-    return sum(fields) - fields[3] - fields[4], sum(fields)
+def _cpu(network: Network) -> float:
+    """CPU seconds of all nodes' processes, and of this one."""
+    return network.cpu_seconds() + sum(os.times()[:2])
 
 
 def _rows(section: Section, samples: dict[str, list[Sample]]) -> None:
@@ -156,8 +155,8 @@ def _rows(section: Section, samples: dict[str, list[Sample]]) -> None:
             row.targets.append(Target(alone.contender, TIMES, row.median / alone.median, "under"))
             share.under(ORIGIN)
         section.rows += [row, share]
-    busy = ", ".join(f"{name} {max(sample['cpu_share'] for sample in found):.0%}" for name, found in samples.items())
-    section.notes.append(f"all cores of this machine were busy at most: {busy}")
+    busy = [f"{name} {max(sample['cpu_share'] for sample in samples[name]):.0%}" for name in ("alone", "together")]
+    section.notes.append(f"of this machine's CPU time, all nodes took at most: {', '.join(busy)}")
 
 
 def _plot(session: Session, section: Section, samples: dict[str, Sample]) -> None:
