@@ -19,7 +19,7 @@ from tests.servers import Daemon, Missing, SeaweedFS, until
 from weightd.daemon.peers.mover import unavailable
 
 COUNT = 8
-RATE = 20_000_000
+RATE = 15_000_000
 """Bytes a second of each link, each way: little enough for two cores to keep up with all of them."""
 TIMES = 1.35
 """Times as long as one daemon alone that all of them may take."""
