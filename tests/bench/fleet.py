@@ -75,7 +75,8 @@ def _run(network: Network, daemons: Sequence[Daemon], uri: str, victim: Daemon |
     origin = network.nodes[0]
     before, cpu = origin.sent, _cpu(network)
     start = time.time()
-    stages = {daemon: daemon.client.stage(uri, **request)["id"] for daemon in daemons}
+    stages: dict[Daemon, str] = {}
+    at_once(lambda daemon: stages.update({daemon: daemon.client.stage(uri, **request)["id"]}), daemons)
     asked = time.time() - start
     landed: list[list[tuple[float, int]]] = [[(0.0, 0)] for _ in daemons]
     records: dict[Daemon, dict[str, Any]] = {}
