@@ -185,7 +185,7 @@ def _link(session: Session, section: Section, size: int) -> None:
             at_once(Daemon.start, (first, second))
             nbytes = _staged(first, model)
             contenders = {
-                "copy": lambda: _copy(*network.nodes, nbytes),
+                "copy": lambda: _copy(network.nodes[0], network.nodes[1], nbytes),
                 "weightd": lambda: _from_peer(second, model, nbytes),
             }
             samples = interleave(contenders, session.repetitions, session.progress)
@@ -264,9 +264,9 @@ def _registration(session: Session, section: Section) -> None:
     section.samples["registration"] = samples
     rows = {}
     for name, found in samples.items():
-        whose, count = name.split(", ")
+        whose, tensors = name.split(", ")
         what = "until a peer is told where its memory is" if whose == "weightd" else "a region for each"
-        row = rows[name] = Row(f"{whose}: {int(count):,} tensors, {what}", "ms", milliseconds(found))
+        row = rows[name] = Row(f"{whose}: {int(tensors):,} tensors, {what}", "ms", milliseconds(found))
         row.note = f"{nbytes / 2**30:.2f} GiB; {found[0]['metadata'] / 1e3:.1f} kB of metadata"
         section.rows.append(row)
     few, many = (rows[f"weightd, {count}"] for count in TENSORS)
