@@ -152,7 +152,7 @@ def raw_read(nbytes: int, fresh: bool) -> Sample:
             flying.append(peer.read([(region.address + at, remote + at, min(TRANSFER, nbytes - at))], region))
         for transfer in flying:
             transfer.wait(60)
-    assert block[-1] == block[nbytes // 2] == 1
+    assert block[nbytes - 1] == block[nbytes // 2] == 1
     source.kill()
     source.wait()
     return {**sample, "nbytes": nbytes}
