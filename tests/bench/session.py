@@ -23,6 +23,8 @@ class Session:
     repetitions: int
     folder: Path
     progress: Callable[[str], None]
+    beside: Path = Path("bench.json")
+    """The file with every sample: plots are written beside it."""
 
     def daemon(
         self, name: str, capacity: int, environment: Mapping[str, str] | None = None
