@@ -76,4 +76,4 @@ $(VENV)/weightd.stamp: $(VENV)/base.stamp $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info bench.json
+	rm -rf $(VENV) build *.egg-info bench.json bench-*.png

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Of what peers tell each other. Another one is another version's: its peer is left alone."""
+_AT_ONCE = 4
+"""Parts that are asked of one peer at the same time, at most."""
 _MAX_LINE = 1 << 20
 _UNHEARD = 32
 """Events of one peer that may wait to be understood; what comes then waits in the socket."""
@@ -99,6 +101,11 @@ class Peer:
     unheard: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_UNHEARD))
 
     _client: httpx.Client | None = None
+
+    @property
+    def most(self) -> int:
+        """Parts to ask of it at once: one until it is known how fast they come."""
+        return _AT_ONCE if self.use.nbytes else 1
 
     @property
     def busy(self) -> int:

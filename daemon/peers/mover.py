@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 _ANSWER_SECONDS = 20.0
 """Seconds that it may take to answer; starting takes it half a second."""
-_POLL_MS = 1
-"""Milliseconds between looks at transfers under way, of which NIXL says nothing by itself."""
+_POLL_MS = (1.0, 10.0)
+"""Milliseconds between looks at transfers under way, of which NIXL says nothing by itself: more as nothing happens."""
 
 
 def unavailable() -> str:
@@ -254,8 +254,11 @@ class _Process:
         threading.Thread(target=self._end_with_the_daemon, daemon=True).start()
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
+        pause = _POLL_MS[0]
         while True:
-            if poll.poll(_POLL_MS if self._transfers else None):
+            pause = min(1.3 * pause, _POLL_MS[1])
+            if poll.poll(pause if self._transfers else None):
+                pause = _POLL_MS[0]
                 try:
                     message, fds = wire.receive(self._channel)
                 except OSError:
@@ -264,7 +267,8 @@ class _Process:
                     self._serve(message, fds)
                 finally:
                     wire.close_all(fds)
-            self._look()
+            if self._look():
+                pause = _POLL_MS[0]
 
     def _end_with_the_daemon(self) -> None:
         poll = select.poll()
@@ -316,7 +320,9 @@ class _Process:
         pairs = [(region.address + offset, remote, nbytes) for offset, remote, nbytes in message["pairs"]]
         self._transfers[message["ticket"]] = self._peers[message["peer"]].read(pairs, region)
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
+        """Report transfers that have ended; whether any has."""
+        before = len(self._transfers)
         for ticket, transfer in list(self._transfers.items()):
             error: str | None = None
             try:
@@ -326,6 +332,7 @@ class _Process:
                 error = str(failure)
             del self._transfers[ticket]
             wire.send(self._channel, {"ticket": ticket, "error": error, "transport": transfer.transport})
+        return len(self._transfers) < before
 
 
 def _address(memory: mmap.mmap) -> int:

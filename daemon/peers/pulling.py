@@ -25,7 +25,7 @@ from weightd.daemon.fill import Fill, PeerUse
 from weightd.daemon.peers.assignment import Assignment
 from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.peers.following import FORMAT, Claims, Peer, listen
-from weightd.daemon.peers.groups import Group, Part, Span, leaf_ranges, parts_of, plan_groups
+from weightd.daemon.peers.groups import PART, Group, Part, Span, leaf_ranges, parts_of, plan_groups
 from weightd.daemon.peers.membership import READERS, Readers, degree, neighbours
 from weightd.daemon.peers.mover import Mover, MoverFailed
 from weightd.daemon.peers.paths import better_path, is_local
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 
 _STRIKES = 3
 """Times that a peer may fail without having said anything untrue, before it is given up for good."""
-_AT_ONCE = 4
-"""Groups that are asked of one peer at the same time, at most."""
 _FIRST_WORD = 2.0
 """Seconds that peers may take to say what they have, before the origin is read."""
 _AGAIN = 1.0
@@ -248,22 +246,24 @@ class PeerReader:
         kind = said["type"]
         if kind == "answered":
             peer.answered, peer.told = True, time.monotonic()
-        elif kind == "segments":
+        elif kind == "hello":
             if said["format"] != FORMAT:
                 self._drop(peer, "version", f"it speaks format {str(said['format'])[:20]}, and this daemon {FORMAT}")
                 return
+            peer.epoch, peer.ready = said["epoch"], said["ready"] is True
+            peer.heard = not peer.ready
+        elif kind == "segments":
+            if said["epoch"] != peer.epoch:
+                raise ValueError("segments of another epoch than it said at first")
             segments = said["segments"]
             expected = len(self._segments) if said["reader"] is None else 1
             if len(segments) != expected:
                 raise ValueError(f"{len(segments)} segments, expected {expected}")
             peer.reader = None if said["reader"] is None else str(said["reader"])
             peer.use.through_host = self._on_device or peer.reader is not None
-            peer.epoch = said["epoch"]
             peer.addresses = [int(segment["address"]) for segment in segments]
             peer.metadata = [base64.b64decode(segment["metadata"], validate=True) for segment in segments]
             peer.number = self._connected().peer(*peer.metadata)
-            peer.ready = said["ready"] is True
-            peer.heard = not peer.ready
         elif kind == "readers":
             members = {name for name, _ in self._fleet.members()}
             stamps = {name: int(stamp) for name, stamp in list(said["stamps"].items())[:READERS]}
@@ -272,8 +272,8 @@ class PeerReader:
         elif kind == "complete":
             peer.heard = True
         elif kind in ("leaves", "coming"):
-            if not peer.metadata or said["epoch"] != peer.epoch:
-                raise ValueError("leaves of another epoch than its segments")
+            if said["epoch"] != peer.epoch:
+                raise ValueError("leaves of another epoch than it said at first")
             peer.told = time.monotonic()
             if kind == "coming":
                 count = int(said["count"])
@@ -336,7 +336,7 @@ class PeerReader:
     def _ask_peers(self, now: float) -> None:
         """Ask for as much as comes in a second or so, of those first who bring it soonest."""
         asked = sum(peer.busy for peer in self._peers.values())
-        willing = [peer for peer in self._peers.values() if peer.metadata and peer.busy < _AT_ONCE]
+        willing = [peer for peer in self._peers.values() if peer.metadata and peer.busy < peer.most]
         fastest = max((peer.rate for peer in willing), default=0.0)
         while willing and asked < self._peer_window.size:
             peer = min(willing, key=lambda peer: (peer.busy + 1) / (peer.rate or fastest or 1.0))
@@ -350,7 +350,7 @@ class PeerReader:
                 willing.remove(peer)
                 continue
             asked += 1
-            if peer.busy >= _AT_ONCE:
+            if peer.busy >= peer.most:
                 willing.remove(peer)
         for peer in self._peers.values():
             if peer.given and not peer.busy:  # others wait for its room
@@ -499,8 +499,10 @@ class PeerReader:
             for peer in [peer for peer in self._peers.values() if peer.in_flight]:
                 self._strike(peer, "failed", "the process that read from it died")
         for peer in list(self._peers.values()):
-            if peer.busy and now - peer.arrived > self._fleet.stall:
-                self._drop(peer, "stalled", f"nothing came for {self._fleet.stall:g} s")
+            # A read says nothing before it ends, and how long it takes is known only once some have.
+            patience = self._fleet.stall + (2 * peer.busy * PART / peer.rate if peer.rate else 0.0)
+            if peer.busy and now - peer.arrived > patience:
+                self._drop(peer, "stalled", f"nothing came for {patience:.1f} s")
 
     def _strike(self, peer: Peer, why: str, words: str, *, counts: bool = True) -> None:
         """Give a peer up for now; after some times for good."""

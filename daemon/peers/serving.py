@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from weightd.daemon.errors import DaemonError, DeviceFailed, InvalidRequest, UnknownStage
+from weightd.daemon.errors import DeviceFailed, InvalidRequest, UnknownStage
 from weightd.daemon.fill import Fill
 from weightd.daemon.manifests import segment_leaves, segment_manifest
 from weightd.daemon.peers.fleet import Fleet
@@ -71,10 +71,10 @@ class Serving:
     async def lend(self, key: str, by: str) -> AsyncIterator[dict[str, Any]]:
         """Events for one peer, as long as it listens; ``gone`` is the last one. ``by`` is its address, if it has one.
 
-        ``segments``: where they can be read, or, of what is on a GPU, the window that ``fetch`` puts it into;
-        ``leaves``: these are there, with their digests; ``coming``: these are being read from the origin; ``complete``;
-        ``readers``: who reads the origin, and when they said so last; ``alive``. What is said of leaves holds for the
-        ``epoch`` of the segments. Raises UnknownStage.
+        ``hello``: whether it is ready; ``segments``: where they can be read, or, of what is on a GPU, the window that
+        ``fetch`` puts it into; ``leaves``: these are there, with their digests; ``coming``: these are being read from
+        the origin; ``complete``; ``readers``: who reads the origin, and when they said so last; ``alive``. What is said
+        of leaves holds for the ``epoch`` of the segments. Raises UnknownStage.
         """
         stage = next((s for s in self._residency.stages.values() if s.key == key and _servable(s)), None)
         if stage is None:
@@ -86,46 +86,16 @@ class Serving:
         offering.listeners += 1
         reader = secrets.token_hex(16)
         try:
-            # Not cancelled with the one who waits for it: what was mapped has to be known, to be unmapped.
-            offer = await asyncio.shield(offering.made)
-            mover = offer.mover
-            self._readers[reader] = offer
-            yield {
-                "type": "segments",
-                "format": FORMAT,
-                "epoch": offering.epoch,
-                "ready": stage.state == "ready",
-                "reader": reader if offer.window else None,
-                "segments": [
-                    {"address": offered.address, "metadata": base64.b64encode(offered.metadata).decode()}
-                    for offered in offer.offered
-                ],
-            }
-            told = Told(offering.epoch)
-            spoke = 0.0
-            while _servable(stage) and mover.alive:
-                batch = await asyncio.to_thread(told.news, stage)
-                now = time.monotonic()
-                if now - spoke >= _HEARTBEAT and (stamps := self._stamps(stage)):
-                    batch.insert(0, {"type": "readers", "stamps": stamps})
-                for event in batch:
-                    yield event
-                if stage.state == "ready" and not batch and not told.complete:
-                    told.complete = True
-                    yield {"type": "complete"}
-                if batch:
-                    spoke = now
-                elif now - spoke >= _HEARTBEAT:
-                    spoke = now
-                    yield {"type": "alive"}
-                await stage.changed(_HEARTBEAT if told.complete else _LOOK)
+            yield {"type": "hello", "format": FORMAT, "epoch": offering.epoch, "ready": stage.state == "ready"}
+            async for event in self._tell(stage, offering, reader):
+                yield event
             yield {"type": "gone"}
             # It hangs up once nothing of its reads is under way; unmapping what it reads would end our process.
-            while mover.alive and not offering.withdrawn:
+            while offering.mapped and not offering.withdrawn:
                 yield {"type": "alive"}
                 await asyncio.sleep(_LOOK)
         except (MoverFailed, OSError) as error:
-            raise DaemonError(f"stage {stage.id} cannot be lent to peers: {error}") from None
+            log.warning("%s cannot be lent to peers: %s", stage.id, error)
         finally:
             # Nothing here waits: whoever hangs up cancels every wait.
             if (left := self._readers.pop(reader, None)) is not None:
@@ -134,6 +104,33 @@ class Serving:
             offering.listeners -= 1
             if not offering.listeners:
                 self._withdraw(stage, offering)
+
+    async def _tell(self, stage: Stage, offering: _Offering, reader: str) -> AsyncIterator[dict[str, Any]]:
+        """What there is to say of a stage, as long as it can be read. Raises MoverFailed, OSError."""
+        told = Told(offering.epoch)
+        mapped = False
+        spoke = stamped = 0.0
+        while _servable(stage) and (not mapped or offering.mapped):
+            now = time.monotonic()
+            batch: list[dict[str, Any]] = []
+            if not mapped and offering.made.done():
+                offer = self._readers[reader] = offering.made.result()
+                mapped = True
+                batch.append(_segments(offer, reader, offering.epoch))
+            if now - stamped >= _HEARTBEAT and (stamps := self._stamps(stage)):
+                stamped = now
+                batch.append({"type": "readers", "stamps": stamps})
+            if told.behind(stage):
+                batch += await asyncio.to_thread(told.news, stage)
+            elif stage.state == "ready" and not told.complete:
+                told.complete = True
+                batch.append({"type": "complete"})
+            elif not batch and now - spoke >= _HEARTBEAT:
+                batch.append({"type": "alive"})
+            for event in batch:
+                spoke = now
+                yield event
+            await stage.changed(_HEARTBEAT if told.complete else _LOOK)
 
     def _stamps(self, stage: Stage) -> dict[str, int]:
         """Who reads the origin: as long as this node has it all, nobody has to take its place."""
@@ -147,6 +144,7 @@ class Serving:
             if self._mover is None or not self._mover.alive:
                 self._mover = None
             found = self._offers[stage.id] = _Offering(self._spawn(self._make(stage)))
+            found.made.add_done_callback(lambda _: stage.notify())
         return found
 
     async def _make(self, stage: Stage) -> Offer:
@@ -219,11 +217,28 @@ class _Offering:
         """Names this memory at these addresses: what is said of it is said of nothing else that comes to lie there."""
 
     @property
+    def mapped(self) -> bool:
+        """Whether peers can read it."""
+        return self.made.done() and not self.broken
+
+    @property
     def broken(self) -> bool:
         """Whether it cannot be had, or not any more."""
         if not self.made.done():
             return False
         return self.made.cancelled() or self.made.exception() is not None or not self.made.result().mover.alive
+
+
+def _segments(offer: Offer, reader: str, epoch: str) -> dict[str, Any]:
+    return {
+        "type": "segments",
+        "epoch": epoch,
+        "reader": reader if offer.window else None,
+        "segments": [
+            {"address": offered.address, "metadata": base64.b64encode(offered.metadata).decode()}
+            for offered in offer.offered
+        ],
+    }
 
 
 class Told:
@@ -235,6 +250,12 @@ class Told:
         self._there: list[bytearray] | None = None
         self._coming: list[bytearray] = []
         self._all = False
+
+    def behind(self, stage: Stage) -> bool:
+        """Whether there is anything new to tell."""
+        if stage.fill is None:
+            return stage.state == "ready" and not self._all
+        return stage.fill.there != self._there or stage.fill.coming != self._coming
 
     def news(self, stage: Stage) -> list[dict[str, Any]]:
         """Events about leaves that are there, or coming, and that it has not been told of."""

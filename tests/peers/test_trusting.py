@@ -109,13 +109,18 @@ def test_a_peer_that_the_origins_bytes_contradict_loses_all_that_it_brought(
     impostor.hold = lambda: until(lambda: weight_bytes(origin) > before, "the origin is read")
     try:
         fooled = start_daemon(env={**env, "WEIGHTD_PEERS": f"static:{impostor.address}"})
-        if late == "the origin":
+        passed: list[Request] = []
 
-            def only_after_the_impostor(request: Request) -> None:
-                if request.nbytes > 300_000:
+        def hold_back(request: Request) -> None:
+            """All but the first range of the origin come after the impostor was seen through, or has brought some."""
+            if request.nbytes > 300_000:
+                passed.append(request)
+                if late == "the origin":
                     until(lambda: from_peers(fooled), "the impostor has brought something")
+                elif len(passed) > 1:
+                    until(lambda: 'reason="wrong_bytes"' in fooled.get("/metrics"), "the impostor is seen through")
 
-            origin.fault = only_after_the_impostor
+        origin.fault = hold_back
         record = fooled.stage(uri)
         assert (record["state"], record["error"]) == ("ready", None)
         assert same(fooled, record["id"], folder)
