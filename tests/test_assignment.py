@@ -15,7 +15,7 @@ from weightd.daemon.extents import Demands, plan_extents
 from weightd.daemon.layout import checkpoint_layout
 from weightd.daemon.peers.assignment import Assignment
 from weightd.daemon.peers.groups import leaf_ranges, plan_groups
-from weightd.daemon.peers.membership import READERS, Readers, degree, neighbours, weight
+from weightd.daemon.peers.membership import READERS, Readers, degree, first_readers, neighbours, weight
 
 SHARDS = (
     {"embed": tensor("BF16", (3000, 512), 1), "norm": tensor("F32", (7,), 2), "empty": tensor("F16", (0, 4), 3)},
@@ -111,6 +111,17 @@ def test_a_reader_is_one_as_long_as_its_stamp_grows() -> None:
     assert readers.now(13.0) == ["me"], "whatever it says"
     readers.heard({"b": 8}, 12.0 + 6 * PATIENCE)
     assert set(readers.now(12.0 + 6 * PATIENCE)) == {"me", "b"}
+
+
+def test_who_reads_first_is_known_before_anybody_has_said_so() -> None:
+    names = [f"node-{i}" for i in range(500)]
+    readers, heard = Readers("node-0", KEY, PATIENCE), Readers("node-0", KEY, PATIENCE)
+    readers.heard(first_readers(KEY, names), 0.0)
+    heard.heard(dict.fromkeys(names, 1), 0.0)
+    assert readers.now(1.0) == heard.now(1.0)
+    silent = heard.now(1.0)[0]
+    heard.heard(first_readers(KEY, names), PATIENCE)
+    assert silent not in heard.now(PATIENCE), "it is no sign of life"
 
 
 def test_a_flood_of_names_is_forgotten_down_to_the_best() -> None:

@@ -8,6 +8,7 @@ a thread of its own: the simulation of large fleets runs this very code.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable, Mapping
 
@@ -34,6 +35,14 @@ def neighbours(me: str, key: str, members: Iterable[str]) -> list[str]:
     others = {member for member in members if member != me}
     ordered = sorted(others, key=lambda other: weight(key, min(me, other), max(me, other)), reverse=True)
     return ordered[: degree(len(others))]
+
+
+def first_readers(key: str, members: Iterable[str]) -> dict[str, int]:
+    """Those of ``members`` that read the origin if all of them do, to be ``heard`` of before they have said anything.
+
+    With stamps that anything which they say themselves is newer than.
+    """
+    return dict.fromkeys(heapq.nlargest(READERS, members, key=lambda node: weight(key, node)), 0)
 
 
 class Readers:
