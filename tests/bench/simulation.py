@@ -156,7 +156,7 @@ class Outcome:
     bound: float
     without_peers: float
     origin_share: float
-    """Bytes read from the origin, by those of the checkpoint."""
+    """Bytes asked of the origin, by those of the checkpoint."""
     twice: int
     """Groups that were read from the origin more than once."""
     origin_nodes: int
@@ -172,7 +172,7 @@ class Outcome:
     progress: list[tuple[float, list[float]]]
     """Time, and how much of it living nodes have: the percentiles of ``PERCENTILES``."""
     origin_over_time: list[tuple[float, float]]
-    """Time, and the share of the checkpoint that was read from the origin until then."""
+    """Time, and how much was asked of the origin until then, by the checkpoint; it may still wait for its link."""
     simulated_in: float
     scenario: dict[str, Any] = field(default_factory=dict)
 
@@ -687,7 +687,7 @@ class Simulation:
             self._later(begins - self.at + ORIGIN_LATENCY / 2, self._read, node, group, ends - begins)
 
     def _read(self, node: Node, group: int, seconds: float) -> None:
-        """The origin begins with it."""
+        """The origin is asked for it: that cannot be called back, and counts as read."""
         if not node.loading:
             return
         nbytes = self.scenario.group_bytes
@@ -818,7 +818,8 @@ def plot(outcomes: Sequence[Outcome], scenario: Scenario, file: Path) -> None:
     for number, percentile in enumerate(PERCENTILES):
         points = [(at, shares[number]) for at, shares in largest.progress]
         progress.plot(*zip(*points, strict=True), label=f"{percentile}% of the nodes have less")
-    progress.plot(*zip(*largest.origin_over_time, strict=True), ":", color="black", label="origin: × the checkpoint")
+    asked = zip(*largest.origin_over_time, strict=True)
+    progress.plot(*asked, ":", color="black", label="asked of the origin, × the checkpoint")
     progress.set(title=f"Progress of {largest.nodes} nodes", xlabel="seconds", ylabel="share that has come")
     for panel in (times, origin, control, progress):
         panel.legend(fontsize="small")
