@@ -3,6 +3,7 @@
 # make check   lint, format, types
 # make soak    kill -9 at random moments, ROUNDS times (SEED=... for the same ones again)
 # make bench   speed against its limits and rivals (ARGS="--size 4GiB")
+# make simulate  fleets of up to 1,000 nodes that load at once, as a table and a plot (ARGS="--nodes 32,128")
 # Each sets up what it needs below .venv. On a machine with a GPU, in a Python that has torch for it (docs/gpu.md):
 # make gpu-test   the proof on the real driver (PYTHON=python3 WHEELS=folder with the wheels that it lacks)
 # make gpu-bench  speed on the GPU against its limits and rivals (ARGS="--size 4GiB --sections file,digest")
@@ -19,7 +20,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --co
 SOURCES = $(shell find api daemon ipc -name '*.py' -o -name '*.cu') pyproject.toml README.md
 AZURITE = 3.35.0
 
-.PHONY: demo test check soak bench gpu-test gpu-bench gpu-path clean
+.PHONY: demo test check soak bench simulate gpu-test gpu-bench gpu-path clean
 
 demo: $(VENV)/weightd.stamp
 	@$(VENV)/bin/python -m tests.demo $(if $(MODEL),"$(MODEL)")
@@ -37,6 +38,9 @@ soak: $(VENV)/weightd.stamp $(VENV)/test.stamp
 
 bench: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m tests.bench $(ARGS)
+
+simulate: $(VENV)/weightd.stamp $(VENV)/test.stamp
+	$(VENV)/bin/python -m tests.bench.simulation $(ARGS)
 
 gpu-test: gpu-path
 	$(GPU_ENV) $(PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
@@ -76,4 +80,4 @@ $(VENV)/weightd.stamp: $(VENV)/base.stamp $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info bench.json bench-*.png
+	rm -rf $(VENV) build *.egg-info bench.json bench-*.png simulation.json simulation.png

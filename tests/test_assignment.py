@@ -15,7 +15,7 @@ from weightd.daemon.extents import Demands, plan_extents
 from weightd.daemon.layout import checkpoint_layout
 from weightd.daemon.peers.assignment import Assignment
 from weightd.daemon.peers.groups import leaf_ranges, plan_groups
-from weightd.daemon.peers.membership import READERS, Readers, degree, neighbours
+from weightd.daemon.peers.membership import READERS, Readers, degree, first_readers, neighbours, weight
 
 SHARDS = (
     {"embed": tensor("BF16", (3000, 512), 1), "norm": tensor("F32", (7,), 2), "empty": tensor("F16", (0, 4), 3)},
@@ -111,6 +111,17 @@ def test_a_reader_is_one_as_long_as_its_stamp_grows() -> None:
     assert readers.now(13.0) == ["me"], "whatever it says"
     readers.heard({"b": 8}, 12.0 + 6 * PATIENCE)
     assert set(readers.now(12.0 + 6 * PATIENCE)) == {"me", "b"}
+
+
+def test_who_reads_first_is_known_before_anybody_has_said_so() -> None:
+    names = [f"node-{i}" for i in range(500)]
+    readers, heard = Readers("node-0", KEY, PATIENCE), Readers("node-0", KEY, PATIENCE)
+    readers.heard(first_readers(KEY, names), 0.0)
+    heard.heard(dict.fromkeys(names, 1), 0.0)
+    assert readers.now(1.0) == heard.now(1.0)
+    silent = heard.now(1.0)[0]
+    heard.heard(first_readers(KEY, names), PATIENCE)
+    assert silent not in heard.now(PATIENCE), "it is no sign of life"
 
 
 def test_a_flood_of_names_is_forgotten_down_to_the_best() -> None:
@@ -226,6 +237,24 @@ def test_the_share_of_the_origin_is_even_and_a_node_more_moves_only_what_it_take
     assert {b for a, b in zip(before, after, strict=True) if a != b} == {"node-new"}
     other = agreed("node-7", names, stripes)
     assert [other.owner(group, at=1.0) for group in range(len(stripes))] == after, "all nodes agree"
+
+
+def test_whose_turn_a_group_is_follows_the_readers_as_they_come_and_go() -> None:
+    rng = random.Random(3)
+    stripes = [f"0:{i}" for i in range(50)]
+    pool = [f"node-{i}" for i in range(READERS + 8)]
+    readers = Readers("me", KEY, PATIENCE)
+    assignment = Assignment("me", stripes, readers, PATIENCE)
+    for stamp in range(60):
+        at = float(stamp)
+        readers.heard({node: stamp for node in pool if rng.random() < rng.choice((0.02, 0.2))}, at)
+        if rng.random() < 0.3:
+            readers.lost(rng.choice(pool), at)
+        fresh = Assignment("me", stripes, readers, PATIENCE)
+        for group, stripe in enumerate(stripes):
+            first, *others = sorted(readers.now(at), key=lambda node: weight(node, stripe), reverse=True)
+            assert assignment.owner(group, at=at) == fresh.owner(group, at=at) == first
+            assert assignment._second[group] == fresh._second[group] == (others or [first])[0]
 
 
 def test_what_peers_have_is_not_read_from_the_origin_and_patience_ends() -> None:

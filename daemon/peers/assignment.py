@@ -41,8 +41,8 @@ class Assignment:
         self._weights: dict[str, array[int]] = {}
         """Reader → its weight for each group."""
         self._shared_by: list[str] = []
-        self._first: list[str] = []
-        self._second: list[str] = []
+        self._first = [""] * len(stripes)
+        self._second = [""] * len(stripes)
         """For each group, the reader whose turn it is, and the one who stands in for it."""
 
     @property
@@ -87,7 +87,10 @@ class Assignment:
         """
         if not self._free or most <= 0:
             return []
-        self._share(self._readers.now(at))
+        readers = self._readers.now(at)
+        if self._me not in readers and idle <= self._patience:
+            return []
+        self._share(readers)
         missing = [group for group in self._free if not self._holders[group]]
         if idle > self._patience:
             owners = {self._first[group] for group in missing} - {self._me}
@@ -137,13 +140,27 @@ class Assignment:
         """Work out who reads what, where that has changed."""
         if nodes == self._shared_by:
             return
+        gone = set(self._shared_by) - set(nodes)
+        fresh = [node for node in nodes if node not in self._weights]
+        if len(self._shared_by) < 2 or len(fresh) > len(nodes) // 2:
+            gone, fresh = set(self._shared_by), []
         self._shared_by = nodes
         self._weights = {node: self._weights.get(node) or self._weigh(node) for node in nodes}
-        self._first, self._second = [], []
-        for weights in zip(*(self._weights[node] for node in nodes), strict=True):
-            ranked = heapq.nlargest(2, zip(weights, nodes, strict=True))
-            self._first.append(ranked[0][1])
-            self._second.append(ranked[-1][1])
+        for group in range(len(self._stripes)):
+            if not self._first[group] or self._first[group] in gone or self._second[group] in gone:
+                ranked = heapq.nlargest(2, nodes, key=lambda node: self._weights[node][group])
+                self._first[group], self._second[group] = ranked[0], ranked[-1]
+        for node in fresh:
+            self._step_in(node)
+
+    def _step_in(self, node: str) -> None:
+        """A reader more: it takes what it weighs most for."""
+        for group, mine in enumerate(self._weights[node]):
+            first = self._first[group]
+            if mine > self._weights[first][group]:
+                self._first[group], self._second[group] = node, first
+            elif first != node and mine > self._weights[self._second[group]][group]:
+                self._second[group] = node
 
     def _weigh(self, node: str) -> array[int]:
         return array("Q", (weight(node, stripe) for stripe in self._stripes))
