@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _DEAD = 30_000
 """Milliseconds after which a peer that acknowledges nothing is hung up on."""
+_LOOK = 0.1
+"""Seconds between looks at what there is to publish."""
 _CONNECTIONS = 2048
 
 
@@ -104,7 +106,7 @@ class Peering:
             if self._listener is not None and (now := self._serving.published()) != last:
                 last = now
                 await self._directory.publish(now)
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(_LOOK)  # others that are asked for the same now are to know
 
     async def close(self) -> None:
         self._tasks[0].cancel()

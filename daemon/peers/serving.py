@@ -275,12 +275,18 @@ class Told:
         if stage.state != "ready" or self._all:
             return []
         self._all = True
-        return [
-            self._event("leaves", segment, entry, first, digests=_hex(leaves[first : first + _MAX_LEAVES]))
-            for segment in range(len(stage.segments))
-            for entry, leaves in enumerate(segment_leaves(stage, segment))
-            for first in range(0, len(leaves), _MAX_LEAVES)
-        ]
+        return list(self._rest(stage))
+
+    def _rest(self, stage: Stage) -> Iterator[dict[str, Any]]:
+        """Of a ready stage, what it was not told while that was loading."""
+        for segment in range(len(stage.segments)):
+            told, at = self._there and self._there[segment], 0
+            for entry, leaves in enumerate(segment_leaves(stage, segment)):
+                for first in range(0, len(leaves), _MAX_LEAVES):
+                    digests = leaves[first : first + _MAX_LEAVES]
+                    if not told or told.count(1, at + first, at + first + len(digests)) < len(digests):
+                        yield self._event("leaves", segment, entry, first, digests=_hex(digests))
+                at += len(leaves)
 
     def _event(self, kind: str, segment: int, entry: int, first: int, **more: Any) -> dict[str, Any]:
         return {"type": kind, "epoch": self._epoch, "segment": segment, "entry": entry, "first": first, **more}

@@ -257,7 +257,7 @@ def event(**said: Any) -> bytes:
 
 
 OF_THE_FUTURE = [
-    event(type="hello", version=9, formats=["segments-v9"]),
+    event(type="greeting", version=9, formats=["segments-v9"]),
     b': a comment\nevent: layout\nid: 7\ndata: {"type": "layout"}\n\n',
     event(kind="no type at all"),
     event(type=["a", "list"], version={}),

@@ -72,6 +72,16 @@ def other_epoch(said: dict[str, Any]) -> list[Any]:
     return [{**said, "epoch": "another"}] if said["type"] == "leaves" else [said]
 
 
+def only_that_it_lives(said: dict[str, Any]) -> list[Any]:
+    return [said] if said["type"] in ("hello", "segments", "alive") else []
+
+
+def address_without_end(said: dict[str, Any]) -> list[Any]:
+    if said["type"] == "segments":
+        return [json.dumps(said).replace(str(said["segments"][0]["address"]), "Infinity")]
+    return [said]
+
+
 def ghosts(said: dict[str, Any]) -> list[Any]:
     """Readers that there are not, for ever young; and nothing else but that they have begun with everything."""
     stamps = {f"10.9.8.{i}:7401": 1 << 60 for i in range(40)}
@@ -94,8 +104,8 @@ LIES: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
     "no object": lambda said: [[1, 2], 7, None, "x"],
     "a number for everything": lambda said: [{"type": 1}, {"type": "leaves"}, {"type": "segments", "segments": 5}],
     "nothing": lambda said: [],
-    "that it has all, then only that it lives": lambda said: [said] if said["type"] in ("hello", "segments", "alive") else [],
-    "an address without end": lambda said: [said if said["type"] == "hello" else '{"type": "segments", "epoch": "%s", "reader": null, "segments": [{"address": Infinity}]}' % said.get("epoch")],
+    "that it has all, then only that it lives": only_that_it_lives,
+    "an address without end": address_without_end,
     "another epoch for its leaves": other_epoch,
     "ghosts that read everything": ghosts,
     "another version": lambda said: [{**said, "format": 99} if said["type"] == "hello" else {"type": "new"}],
