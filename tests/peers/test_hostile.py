@@ -14,21 +14,37 @@ import httpx
 import pytest
 import schemathesis
 
-from tests.fault_proxy import FaultProxy
-from tests.peers.fleet import Fleet, Start, same, serve_events
+from tests.peers.fleet import Fleet, same, serve_events
 from tests.servers import Daemon, SeaweedFS, free_ports
 
 
-class Liar:
-    """A peer that is asked for a stage and answers with whatever it was made to say."""
+class Trap:
+    """An honest daemon with a stage, and one that hears of it from a liar only, who tells what it was made to say."""
 
-    def __init__(self, say: Callable[[dict[str, Any]], list[Any]], truth: Daemon, address: str) -> None:
-        self._say = say
-        self._truth = truth
-        self._address = address
+    def __init__(self, folder: Path, s3: SeaweedFS, model: Path) -> None:
+        self.say: Callable[[dict[str, Any]], list[Any]] = lambda said: [said]
         self.asked = 0
+        (port,) = free_ports(1)
+        self._address = f"127.0.0.1:{port}"
         self._server = serve_events(self._answer)
-        self.address = f"127.0.0.1:{self._server.server_address[1]}"
+        liar = f"127.0.0.1:{self._server.server_address[1]}"
+        env = {**s3.env, "UCX_TLS": "tcp", "WEIGHTD_PEER_TOKEN": "fleet", "WEIGHTD_EXTENT": "1MiB"}
+        self.honest = Daemon(folder / "honest", env={**env, "WEIGHTD_PEER_LISTEN": self._address})
+        peers = {"WEIGHTD_PEERS": f"static:{liar}", "WEIGHTD_PEER_STALL": "2"}
+        self.fooled = Daemon(folder / "fooled", env={**env, **peers})
+        self.uri = s3.upload(model, "peers-lies")
+
+    def __enter__(self) -> Trap:
+        self.honest.start()
+        self.fooled.start()
+        self.truth = self.honest.stage(self.uri)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.fooled.stop()
+        self.honest.stop()
+        self._server.shutdown()
+        self._server.server_close()
 
     def _answer(self, path: str) -> Iterator[bytes]:
         """What the honest peer says, as this one would have it."""
@@ -37,13 +53,15 @@ class Liar:
         with httpx.stream("GET", f"http://{self._address}{path}", headers=headers, timeout=30) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data:"):
-                    for said in self._say(json.loads(line[5:])):
+                    for said in self.say(json.loads(line[5:])):
                         text = said if isinstance(said, str) else json.dumps(said)
                         yield f"data: {text}\n\n".encode()
 
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+
+@pytest.fixture(scope="module")
+def trap(tmp_path_factory: pytest.TempPathFactory, s3: SeaweedFS, folder: Path) -> Iterator[Trap]:
+    with Trap(tmp_path_factory.mktemp("trap"), s3, folder) as found:
+        yield found
 
 
 def other_digests(said: dict[str, Any]) -> list[Any]:
@@ -116,27 +134,15 @@ LIES: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_no_lie_of_a_peer_gets_a_wrong_byte_into_a_stage(
-    lie: str, start_daemon: Start, origin: FaultProxy, s3: SeaweedFS, folder: Path
-) -> None:
-    uri = s3.upload(folder, "peers-lies")
-    (port,) = free_ports(1)
-    env = {**s3.env, "AWS_ENDPOINT_URL": origin.url, "UCX_TLS": "tcp", "WEIGHTD_PEER_TOKEN": "fleet"}
-    honest = start_daemon(env={**env, "WEIGHTD_PEER_LISTEN": f"127.0.0.1:{port}", "WEIGHTD_EXTENT": "1MiB"})
-    truth = honest.stage(uri)
-    liar = Liar(LIES[lie], honest, f"127.0.0.1:{port}")
-    try:
-        fooled = start_daemon(
-            env={**env, "WEIGHTD_PEERS": f"static:{liar.address}", "WEIGHTD_EXTENT": "1MiB", "WEIGHTD_PEER_STALL": "2"}
-        )
-        record = fooled.stage(uri)
-        assert liar.asked
-        assert (record["state"], record["error"]) == ("ready", None)
-        assert record["checkpoint_digest"] == truth["checkpoint_digest"]
-        assert same(fooled, record["id"], folder)
-        assert fooled.status["restarts"] == honest.status["restarts"] == 0
-    finally:
-        liar.close()
+def test_no_lie_of_a_peer_gets_a_wrong_byte_into_a_stage(lie: str, trap: Trap, folder: Path) -> None:
+    trap.say, trap.asked = LIES[lie], 0
+    record = trap.fooled.stage(trap.uri)
+    assert trap.asked
+    assert (record["state"], record["error"]) == ("ready", None)
+    assert record["checkpoint_digest"] == trap.truth["checkpoint_digest"]
+    assert same(trap.fooled, record["id"], folder)
+    assert trap.fooled.status["restarts"] == trap.honest.status["restarts"] == 0
+    trap.fooled.client.remove(record["id"])
 
 
 def test_the_port_for_peers_wants_the_token_and_knows_no_other_routes(
