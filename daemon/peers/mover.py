@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import importlib.util
 import itertools
 import mmap
@@ -244,7 +245,7 @@ class _Process:
         self._channel = channel
         self._agent: Agent = Agent()
         self_test(self._agent)
-        self._regions: dict[int, tuple[Region, mmap.mmap]] = {}
+        self._regions: dict[int, tuple[Region, _Mapping]] = {}
         self._peers: dict[int, Peer] = {}
         self._transfers: dict[int, Transfer] = {}
 
@@ -296,9 +297,8 @@ class _Process:
         return {"address": self._map(message, fds, writable=True).address, "metadata": None}
 
     def _map(self, message: dict[str, Any], fds: list[int], *, writable: bool) -> Region:
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        memory = mmap.mmap(fds[0], message["nbytes"], mmap.MAP_SHARED, protection)
-        region = self._agent.register(_address(memory), message["nbytes"])
+        memory = _Mapping(fds[0], message["nbytes"], writable=writable)
+        region = self._agent.register(memory.address, memory.nbytes)
         self._regions[message["region"]] = (region, memory)
         return region
 
@@ -335,12 +335,23 @@ class _Process:
         return len(self._transfers) < before
 
 
-def _address(memory: mmap.mmap) -> int:
-    """Where a mapping lies, read-only ones included, of which ctypes takes no address."""
-    import numpy
+class _Mapping:
+    """Memory of a descriptor, mapped without Python: of a read-only mapping it tells no address."""
 
-    address: int = numpy.frombuffer(memory, numpy.uint8).ctypes.data
-    return address
+    def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.mmap.restype = ctypes.c_void_p
+        self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        self._libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        address = self._libc.mmap(None, nbytes, protection, mmap.MAP_SHARED, fd, 0)
+        if address in (None, ctypes.c_void_p(-1).value):
+            raise OSError(ctypes.get_errno(), f"cannot map {nbytes} bytes: {os.strerror(ctypes.get_errno())}")
+        self.address: int = address
+        self.nbytes = nbytes
+
+    def close(self) -> None:
+        self._libc.munmap(self.address, self.nbytes)
 
 
 def main() -> None:

@@ -54,7 +54,9 @@ def _measure(session: Session, section: Section, size: int) -> None:
         origin, *nodes = network.nodes
         server = stack.enter_context(SeaweedFS(session.folder / "s3", origin))
         uri = server.upload(folder, "bench")
-        daemons = daemons_on(nodes, session.folder, "--capacity", f"cpu={2 * size}", env=server.env)
+        daemons = daemons_on(
+            nodes, session.folder, "--capacity", f"cpu={2 * size}", env={**server.env, "WEIGHTD_EXTENT": "1MiB"}
+        )
         stack.callback(at_once, Daemon.stop, daemons)
         at_once(Daemon.start, daemons)
         session.progress("warming up")
@@ -119,7 +121,7 @@ def _run(network: Network, daemons: Sequence[Daemon], uri: str, victim: Daemon |
         "asked_seconds": asked,
         "nbytes": nbytes,
         "origin_share": sent / nbytes,
-        "peer_share": sum(record["peer_bytes"] for record in records.values()) / (nbytes * len(records)),
+        "peer_share": sum(record["bytes_by_source"]["peer"] for record in records.values()) / (nbytes * len(records)),
         "cpu_share": spent / lasted / cores(),
         "landed": landed,
     }

@@ -50,7 +50,7 @@ def stage(runtime_dir: str, model: str, nbytes: int, files: list[str]) -> Sample
     return {
         **sample,
         "nbytes": record["bytes_total"],
-        "peer_bytes": record["peer_bytes"],
+        "peer_bytes": record["bytes_by_source"]["peer"],
         "record_seconds": record["ready_at"] - record["created_at"],
         "state_seconds": record["state_seconds"],
         "phase_seconds": record["phase_seconds"],
