@@ -17,7 +17,7 @@ from weightd.daemon.sources import Source, SourceFile
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20
 
-_FIRST_READ = 256 << 10
+_FIRST_READ = 64 << 10
 """Bytes of the first range read of a file: one round trip for all but the largest headers."""
 _PARALLEL_READS = 64
 _MAX_HEADERS_BYTES = 512 << 20

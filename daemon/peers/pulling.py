@@ -26,7 +26,7 @@ from weightd.daemon.peers.assignment import Assignment
 from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.peers.following import FORMAT, Claims, Peer, listen
 from weightd.daemon.peers.groups import PART, Group, Part, Span, leaf_ranges, parts_of, plan_groups
-from weightd.daemon.peers.membership import READERS, Readers, degree, neighbours
+from weightd.daemon.peers.membership import READERS, Readers, degree, first_readers, neighbours
 from weightd.daemon.peers.mover import Mover, MoverFailed
 from weightd.daemon.peers.paths import better_path, is_local
 from weightd.daemon.peers.window import Inlet, packed
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _STRIKES = 3
 """Times that a peer may fail without having said anything untrue, before it is given up for good."""
+_AHEAD_ALONE = 64
+"""Groups that are asked of the origin at once where nobody else is there."""
 _FIRST_WORD = 2.0
 """Seconds that peers may take to say what they have, before the origin is read."""
 _AGAIN = 1.0
@@ -65,7 +67,7 @@ class PeerReader:
         self._origin: Reader | None = None
         self._origin_thread: threading.Thread | None = None
         self._origin_error: BaseException | None = None
-        self._origin_window = _Window(least=4, most=64)
+        self._origin_window = _Window(0.5, most=_AHEAD_ALONE)
         self._with_origin: set[int] = set()
         """Groups that the origin's reader was given, and that are not here yet."""
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -73,7 +75,7 @@ class PeerReader:
         self._lost: set[str] = set()
         """Peers that were given up for good."""
         self._strikes: dict[str, int] = {}
-        self._peer_window = _Window(least=4, most=256)
+        self._peer_window = _Window(2.0, most=256)
         self._readers = Readers(fleet.me, key, fleet.stall)
         self._mover: Mover | None = None
         self._inlet = Inlet(segments)
@@ -107,6 +109,7 @@ class PeerReader:
             for segment, first, count in self._leaves(group):
                 self._by_leaf[segment].update(dict.fromkeys(range(first, first + count), group.index))
         self._left = {group.index: len(group.extents) for group in self._groups}
+        self._here = 0
         self._assignment = Assignment(
             self._fleet.me, [group.stripe for group in self._groups], self._readers, self._fleet.stall
         )
@@ -165,6 +168,7 @@ class PeerReader:
         self._left[group.index] -= 1
         if not self._left[group.index]:
             self._assignment.done(group.index)
+            self._here += 1
             if group.index in self._with_origin:
                 self._with_origin.discard(group.index)
                 self._origin_window.came()
@@ -190,12 +194,24 @@ class PeerReader:
         if self._fleet.me in self._readers.now(now):
             whole = [name for name in having if (members[name] or {}).get(self._key) == 1.0]
             wanted += neighbours(self._fleet.me, self._key, whole)[:_WHOLE]
+        # Before they have said that they read: nodes that begin together are not to take each other for absent.
+        loading = [name for name in having if (members[name] or {}).get(self._key, 1.0) < 1.0]
+        self._readers.heard(first_readers(self._key, loading), now)
         back = [name for name in self._fleet.gossip.followers(self._key) if name in members]
+        self._hang_up({*wanted, *back})
         for name in [*wanted, *back]:
             if name in self._peers or name in self._lost or len(self._peers) >= 2 * degree(len(members)):
                 continue
             if now >= self._not_before.get(name, 0.0) or name in back:
                 self._follow(name, now)
+
+    def _hang_up(self, wanted: set[str]) -> None:
+        """Listen no more to those whom others are nearer than, now that more members are known."""
+        for peer in list(self._peers.values()):
+            if peer.name not in wanted and peer.answered and not peer.busy and not peer.parts:
+                peer.close()
+                del self._peers[peer.name]
+                self._assignment.lost(peer.name)
 
     def _follow(self, name: str, now: float) -> None:
         self._asked[name] = self._asked.get(name, 0) + 1
@@ -576,7 +592,10 @@ class PeerReader:
                 raise self._origin_error
             return
         idle = 0.0 if self._with_origin else now - self._progress
-        room = self._origin_window.size - len(self._with_origin)
+        room = _AHEAD_ALONE
+        if self._peers:  # what is asked for cannot be called back, and others may begin at the same moment
+            room = min(self._origin_window.size, 1 + self._here)
+        room -= len(self._with_origin)
         if groups := self._assignment.from_origin(room, at=now, idle=idle):
             self._with_origin.update(groups)
             self._fill.begun(
@@ -640,10 +659,12 @@ class PeerReader:
 
 
 class _Window:
-    """How many groups to have asked for at once: as many as come in two seconds, ``least`` until that is known."""
+    """How many to have asked for at once: as many as come in so many seconds, as far as is known, and a few at least."""
 
-    def __init__(self, *, least: int, most: int) -> None:
-        self._least = least
+    _LEAST = 4
+
+    def __init__(self, seconds: float, *, most: int) -> None:
+        self._seconds = seconds
         self._most = most
         self._came: deque[float] = deque(maxlen=most)
 
@@ -654,9 +675,9 @@ class _Window:
     @property
     def size(self) -> int:
         if len(self._came) < 2:
-            return self._least
+            return self._LEAST
         rate = (len(self._came) - 1) / max(self._came[-1] - self._came[0], 1e-3)
-        return max(2, min(self._most, round(2 * rate)))
+        return max(self._LEAST, min(self._most, round(self._seconds * rate)))
 
 
 class _Share:
