@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from weightd.daemon.fill import PeerUse
-from weightd.daemon.peers.fleet import Fleet
+from weightd.daemon.peers.fleet import Fleet, PeerUse
 from weightd.daemon.peers.groups import Part
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from weightd.daemon.devices import Segment
 from weightd.daemon.digests import leaf_digest
 from weightd.daemon.errors import DigestMismatch, SourceFailed
 from weightd.daemon.extents import Extent
-from weightd.daemon.fill import Fill, PeerUse
+from weightd.daemon.fill import Fill
 from weightd.daemon.peers.assignment import Assignment
-from weightd.daemon.peers.fleet import Fleet
+from weightd.daemon.peers.fleet import Fleet, PeerUse
 from weightd.daemon.peers.following import FORMAT, Claims, Peer, listen
 from weightd.daemon.peers.groups import Group, Part, Span, leaf_ranges, parts_of, plan_groups
 from weightd.daemon.peers.membership import READERS, Readers, degree, neighbours
@@ -96,14 +96,14 @@ class PeerReader:
         """For each segment: leaf, counted over all its entries → group."""
 
     def run(self, fill: Fill) -> None:
-        self._fill = fill
+        self._fill, self._account = fill, fill.account
         self._share = _Share(fill)
-        missing = fill.missing()
+        missing = self._account.take_all()
         if not missing:
             return
         self._groups = plan_groups(missing, self._recipes)
         self._group_of = {extent.index: group for group in self._groups for extent in group.extents}
-        self._starts = [fill.leaf_starts(segment) for segment in range(len(self._recipes))]
+        self._starts = [self._account.leaf_starts(segment) for segment in range(len(self._recipes))]
         self._by_leaf = [{} for _ in self._recipes]
         for group in self._groups:
             for segment, first, count in self._leaves(group):
@@ -112,7 +112,7 @@ class PeerReader:
         self._assignment = Assignment(
             self._fleet.me, [group.stripe for group in self._groups], self._readers, self._fleet.stall
         )
-        fill.on_landed = lambda extent: self._events.put(("landed", extent))
+        self._account.on_landed = lambda extent: self._events.put(("landed", extent))
         self._started = self._progress = time.monotonic()
         looked = told = 0.0
         seen: set[str] = set()
@@ -136,7 +136,7 @@ class PeerReader:
                 if not any(self._awaited(peer, now) for peer in self._peers.values()):
                     self._feed_origin(now)
         finally:
-            fill.on_landed = lambda extent: None
+            self._account.on_landed = lambda extent: None
             self._stop()
 
     def _take(self, kind: str, what: Any) -> None:
@@ -150,7 +150,7 @@ class PeerReader:
             absent: Peer = what
             if self._peers.get(absent.name) is absent:
                 del self._peers[absent.name]  # to be asked again: it may come to have it
-                self._fill.peers.pop(absent.name, None)
+                self._account.peers.pop(absent.name, None)
         else:
             peer: Peer = what[0]
             said = what[1]
@@ -202,7 +202,7 @@ class PeerReader:
     def _follow(self, name: str, now: float) -> None:
         self._asked[name] = self._asked.get(name, 0) + 1
         self._not_before[name] = now + min(30.0, _AGAIN * 1.5 ** self._asked[name])
-        use = self._fill.peers.setdefault(name, PeerUse())
+        use = self._account.peers.setdefault(name, PeerUse())
         use.given_up = ""
         peer = self._peers[name] = Peer(name, Claims(self._starts), use)
         arguments = (self._fleet, self._key, peer, self._events)
@@ -305,14 +305,14 @@ class PeerReader:
 
     def _contradicted(self, peer: Peer, segment: int, first: int, count: int) -> bool:
         """Whether this node has one of these leaves from the origin with another digest: then the peer is given up."""
-        there, by_leaf, claims = self._fill.there[segment], self._by_leaf[segment], peer.claims
+        there, by_leaf, claims = self._account.there[segment], self._by_leaf[segment], peer.claims
         if not there.count(1, first, first + count):
             return False
         for leaf in range(first, first + count):
             group = by_leaf.get(leaf)
             if there[leaf] and claims.there[segment][leaf] and group is not None and group not in self._from:
-                entry, at = self._fill.leaf_at(segment, leaf)
-                if self._fill.leaves[segment][entry][at] != claims.digests[segment][leaf]:
+                entry, at = self._account.leaf_at(segment, leaf)
+                if self._account.leaves[segment][entry][at] != claims.digests[segment][leaf]:
                     name = self._recipes[segment].entries[entry].name
                     self._liar(peer, f"tensor {name!r}, leaf {at}: not the digest that the origin's bytes have")
                     return True
@@ -453,7 +453,7 @@ class PeerReader:
                     found.append((span, leaf, leaf_digest(view[start : start + nbytes])))
         for span, leaf, digest in found:
             claim = peer.claims.digests[span.segment][self._starts[span.segment][span.entry] + leaf]
-            expected = self._fill.expected_leaf(span.segment, span.entry, leaf)
+            expected = self._account.expected_leaf(span.segment, span.entry, leaf)
             if digest != claim or expected not in (None, digest):
                 name = self._recipes[span.segment].entries[span.entry].name
                 what = "not the bytes that it claims" if digest != claim else "not the expected bytes"
@@ -479,12 +479,12 @@ class PeerReader:
     def _has_come(self, peer: Peer, group: Group) -> None:
         """All parts of a group have come from a peer, verified."""
         self._from[group.index] = peer.name
-        extents = [extent for extent in group.extents if not self._fill.has(extent)]
+        extents = [extent for extent in group.extents if not self._account.has(extent)]
         digests = peer.digests.pop(group.index)
         if self._on_device:
             self._fill.arrived_on_device(extents, digests)
         else:
-            self._fill.arrived(extents, digests)
+            self._account.arrived(extents, digests)
 
     def _look_for_better(self, peer: Peer) -> None:
         """Say once where a peer is read by TCP although this machine has a better way."""
@@ -513,8 +513,8 @@ class PeerReader:
         if self._on_device:
             self._fill.drain()
         brought = [group for group, name in self._from.items() if name == peer.name]
-        again = self._fill.from_peers(extent for group in brought for extent in self._groups[group].extents)
-        if not self._fill.forget(again):
+        again = self._account.from_peers(extent for group in brought for extent in self._groups[group].extents)
+        if not self._account.forget(again):
             raise DigestMismatch(f"peer {peer.name} serves wrong bytes, and clients use what it has brought: {words}")
         for extent in again:
             self._left[self._group_of[extent.index].index] += 1
@@ -577,13 +577,13 @@ class PeerReader:
         room = self._origin_window.size - len(self._with_origin)
         if groups := self._assignment.from_origin(room, at=now, idle=idle):
             self._with_origin.update(groups)
-            self._fill.begun(
+            self._account.begun(
                 (span.segment, span.entry, span.leaf, len(leaf_ranges(span)))
                 for group in groups
                 for span in self._groups[group].spans
             )
-            self._fill.give(extent for group in groups for extent in self._groups[group].extents)
-        if self._fill.queued and self._origin_thread is None:
+            self._account.give(extent for group in groups for extent in self._groups[group].extents)
+        if self._account.queued and self._origin_thread is None:
             self._origin_thread = threading.Thread(target=self._run_origin, name="origin", daemon=True)
             self._origin_thread.start()
 
@@ -610,7 +610,7 @@ class PeerReader:
         if not isinstance(error, SourceFailed):
             raise error
         log.warning("the origin fails, what is missing is to come from peers: %s", error)
-        self._fill.missing()
+        self._account.take_all()
         for group in self._with_origin:
             if self._left[group]:
                 self._assignment.failed(group)
@@ -661,7 +661,7 @@ class _Share:
     """The part of a fill that the origin brings: its reader stops when its own part is over, not all of the fill."""
 
     def __init__(self, fill: Fill) -> None:
-        self._fill = fill
+        self._fill, self._account = fill, fill.account
         self._stop = threading.Event()
 
     def __getattr__(self, name: str) -> Any:
