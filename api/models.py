@@ -281,7 +281,7 @@ def stage_record(stage: Stage) -> StageRecord:
     loading = seconds.get("loading", 0.0)
     rate = stage.bytes_done / loading if loading > 0 and stage.bytes_done else None
     left = stage.bytes_total - stage.bytes_done
-    from_peers = stage.fill.peer_bytes if stage.fill else stage.peer_bytes
+    from_peers = stage.fill.account.peer_bytes if stage.fill else stage.peer_bytes
     return StageRecord(
         id=stage.id,
         model=stage.uri,

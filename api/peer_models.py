@@ -59,7 +59,7 @@ class PeersState(BaseModel):
 
 def peers_of(stage: Stage) -> list[PeerUseRecord]:
     """What a stage has had from each peer."""
-    used = stage.fill.peers if stage.fill else stage.peers
+    used = stage.fill.account.peers if stage.fill else stage.peers
     return [
         PeerUseRecord(
             address=address,

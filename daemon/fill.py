@@ -1,32 +1,30 @@
-"""Filling segments: where a stage's bytes land, are scattered, hashed and counted.
+"""Filling segments: where a stage's bytes land, are scattered, copied on and hashed.
 
 A source's reader takes extents from a Fill, writes their bytes to their landing, and says so; everything that is the
-same for all sources happens here. Methods may be called from any thread.
+same for all sources happens here, and what has come of it is in the fill's account. Methods may be called from any
+thread.
 """
 
 from __future__ import annotations
 
-import bisect
 import contextlib
-import itertools
 import logging
 import mmap
 import random
 import threading
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightd.daemon.account import Account
 from weightd.daemon.arrivals import Arrivals
 from weightd.daemon.devices.cpu import HostBuffers
-from weightd.daemon.digests import LEAF, leaf_count, leaf_digest, tensor_digest
+from weightd.daemon.digests import LEAF, leaf_count, leaf_digest
 from weightd.daemon.errors import DigestMismatch, SourceFailed
 from weightd.daemon.extents import Extent, Scatter
 from weightd.daemon.header import TensorInfo
-from weightd.daemon.ledger import Ledger, fingerprint, leaf_counts
+from weightd.daemon.ledger import Ledger
 from weightd.daemon.limits import FillLimits
 from weightd.daemon.ordered_hash import OrderedHash
 from weightd.daemon.recipe import Block, Recipe, copy_block
@@ -40,28 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FROM_PEER = 2
-"""What the ledger has for an extent that came from a peer."""
 PHASES = ("source", "buffers", "copying", "verifying")
 """Where a loading thread's time goes: waiting on the source, waiting for a bounce buffer, copying, hashing."""
-
-
-@dataclass
-class PeerUse:
-    """What a stage has had from one peer."""
-
-    nbytes: int = 0
-    """Bytes that came from it, verified."""
-    seconds: float = 0.0
-    """While any were asked of it."""
-    transport: str = ""
-    """By what they came: rdma, cuda_ipc, shm, tcp; unknown where that cannot be told; empty where none have come."""
-    through_host: bool = False
-    """Whether a GPU is at either end, so that its bytes go through host memory there."""
-    slow_path: str = ""
-    """What better way there is here than the one that was taken, and how to take it."""
-    given_up: str = ""
-    """Why nothing more is had from it."""
 
 
 class Landing:
@@ -112,47 +90,26 @@ class Fill:
         self.threads = limits.threads
         self.in_flight_bytes = limits.in_flight_bytes
         self.extent_bytes = limits.extent_bytes
-        self.bytes_read = 0
-        self.peer_bytes = 0
-        self.peers: dict[str, PeerUse] = {}
-        """Peer → what came from it."""
         self.retries = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        hashed = _hashed_tensors(extents)
-        counts = leaf_counts(recipes) + [leaf_count(tensors[index].nbytes) for index in hashed]
-        ledger = ledger or Ledger.private(len(extents), sum(counts))
-        self._landed = ledger.landed
-        found = iter(ledger.leaves(counts))
-        self.leaves = [[next(found) for _ in recipe.entries] for recipe in recipes]
-        self.tensor_leaves = dict(zip(hashed, found, strict=True))
-        """Checkpoint tensors (by index) that are hashed in a bounce buffer, whole, as the checkpoint has them."""
+        self.account = Account(
+            tensors,
+            recipes,
+            extents,
+            ledger=ledger,
+            expected_leaves=expected_leaves or {},
+            on_verified=on_verified,
+        )
         self.sha256 = {file: OrderedHash(prefix) for file, prefix in (sha256_prefixes or {}).items()}
-        starts = [list(itertools.accumulate(map(len, of_segment), initial=0)) for of_segment in self.leaves]
-        self._leaf_starts = starts
-        self.there = [bytearray(of_segment[-1]) for of_segment in starts]
-        """For each segment a byte for each leaf of its entries, one after another: 1 once it is there, and hashed."""
-        self.coming = [bytearray(of_segment[-1]) for of_segment in starts]
-        """The same of leaves that are being read from the source, or are there."""
-        self.on_landed: Callable[[Extent], None] = lambda extent: None
-        """Told of each extent that is there, in any thread."""
-        self.take_back: Callable[[set[tuple[int, int]]], bool] = lambda entries: True
-        """Asked to take back that entries (segment, entry) are verified; False where clients use them already."""
-        self._tensors = tensors
         self._recipes = recipes
         self._segments = segments
         self._limits = limits
-        self._expected = expected_leaves or {}
-        self._on_verified = on_verified
-        self._queue = deque(extent for extent, landed in zip(extents, self._landed, strict=True) if not landed)
-        self._pending = [[entry.nbytes for entry in recipe.entries] for recipe in recipes]
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._sent: dict[tuple[int, int, int], int] = {}
         """(segment, entry, leaf) → its digest, of what is on its way from a peer to a device."""
         self._by_peers: set[int] = set()
         """Extents on that way."""
-        self._bytes_counter: Counter | None = None
-        self._saved_counter: Counter | None = None
         self._retry_counter: Counter | None = None
         self._phase_counters: dict[str, Counter] = {}
         self._failure: BaseException | None = None
@@ -168,28 +125,10 @@ class Fill:
         # Those of a device are kept for the next stage: all of one size, then.
         size = max(largest, limits.extent_bytes) if on_device else largest
         self._slots = Slots(count, segments[0].device.buffers(size) if segments else HostBuffers(size))
-        for index, extent in enumerate(extents):
-            extent.index = index
-            if self._landed[index]:
-                if self._landed[index] == _FROM_PEER:
-                    self._without_leaves(extent)
-                self.bytes_read += extent.nbytes
-                for piece in extent.pieces:
-                    self._pending[piece.segment][piece.entry] -= piece.nbytes
-                whole = [
-                    (piece.segment, piece.entry)
-                    for piece in extent.pieces
-                    if piece.leaf < 0 and not self._pending[piece.segment][piece.entry]
-                ]
-                self._mark(extent, whole, self._landed[index])
-        for segment, pending in enumerate(self._pending):
-            if there := [index for index, nbytes in enumerate(pending) if not nbytes]:
-                on_verified(segment, there)
 
     def count_with(self, metrics: Metrics, source: str) -> None:
         """Add to a daemon's counters from now on, under the source's kind."""
-        self._bytes_counter = metrics.source_bytes.labels(source)
-        self._saved_counter = metrics.saved_bytes
+        self.account.count_with(metrics, source)
         self._retry_counter = metrics.source_retries.labels(source)
         self._phase_counters = {phase: metrics.phase_seconds.labels(source, phase) for phase in PHASES}
 
@@ -222,17 +161,7 @@ class Fill:
             self._arrivals.close()
         self._failure = None
         self._slots.close()
-        # Views, which would keep the ledger's memory and descriptor until the garbage collector comes by.
-        self.leaves, self.tensor_leaves, self._landed = [], {}, memoryview(b"")
-
-    def check_complete(self) -> None:
-        """Raise where a reader has returned before every byte has landed: nothing may be sealed then."""
-        if missing := sum(not landed for landed in self._landed):
-            raise SourceFailed(f"{missing} of {len(self._landed)} extents have not come")
-        for recipe, pending in zip(self._recipes, self._pending, strict=True):
-            for entry, nbytes in zip(recipe.entries, pending, strict=True):
-                if nbytes:
-                    raise SourceFailed(f"tensor {entry.name!r}: {nbytes} of {entry.nbytes} bytes have not come")
+        self.account.close()
 
     def wait(self, seconds: float) -> None:
         """Sleep, but no longer than until the fill is stopped."""
@@ -240,10 +169,7 @@ class Fill:
 
     def next(self) -> Extent | None:
         """The next extent to read, in order; None when there is no more, or the fill is stopped."""
-        try:
-            return None if self.stopped else self._queue.popleft()
-        except IndexError:
-            return None
+        return None if self.stopped else self.account.take()
 
     def landing(self, extent: Extent, *, wait: bool = True) -> Landing | None:
         """Where the extent's bytes go; None where no bounce buffer is free and waiting is not wanted (any more)."""
@@ -280,10 +206,10 @@ class Fill:
         if extent.tensor is not None:
             with self.phase("verifying"):
                 tensor, leaf = extent.tensor
-                leaves = self.tensor_leaves.get(tensor)
+                leaves = self.account.tensor_leaves.get(tensor)
                 if leaves is not None:
                     self._hash(leaves, leaf, landing.views[0], 0, extent.nbytes)
-                    self._compare(self._tensors[tensor].name, leaves, leaf, leaf_count(extent.nbytes))
+                    self.account.compare_tensor(tensor, leaves, leaf, leaf_count(extent.nbytes))
         ordered = self.sha256.get(extent.file)
         landing.holders = 2 if ordered else 1
         if self._arrivals is None:
@@ -311,8 +237,9 @@ class Fill:
                         view, offset = landing.views[0], position
                     else:
                         view, offset = self._segments[piece.segment].view, piece.offset
-                    self._hash(self.leaves[piece.segment][piece.entry], piece.leaf, view, offset, piece.nbytes)
-                    self._compare_entry(piece.segment, piece.entry, piece.leaf, leaf_count(piece.nbytes))
+                    leaves = self.account.leaves[piece.segment][piece.entry]
+                    self._hash(leaves, piece.leaf, view, offset, piece.nbytes)
+                    self.account.compare_entry(piece.segment, piece.entry, piece.leaf, leaf_count(piece.nbytes))
                 position += piece.nbytes
         if through:
             with self.phase("copying"):
@@ -321,14 +248,15 @@ class Fill:
                     self._segments[run.segment].write(run.offset, landing.views[0][position : position + run.nbytes])
                     position += run.nbytes
         with self.phase("verifying"):
-            complete = self._count(extent)
-            late = self._deferred(extent, complete)
+            complete = self.account.count(extent)
+            late = self.account.late(extent, complete)
             for segment, index in late:
                 entry = self._recipes[segment].entries[index]
-                self._hash(self.leaves[segment][index], 0, self._segments[segment].view, entry.offset, entry.nbytes)
-        self._mark(extent, late)
+                leaves = self.account.leaves[segment][index]
+                self._hash(leaves, 0, self._segments[segment].view, entry.offset, entry.nbytes)
+        self.account.mark(extent, late)
         self._let_go(landing)
-        self._tell(complete)
+        self.account.tell(complete)
 
     # ------------------------------------------------------------------ device memory
 
@@ -379,17 +307,13 @@ class Fill:
             ]
             self._hash_on_device(whole)
             for segment, index, leaf, _, nbytes in whole:
-                self._compare_entry(segment, index, leaf, leaf_count(nbytes))
+                self.account.compare_entry(segment, index, leaf, leaf_count(nbytes))
             late = []
-            whole_of: dict[int, list[tuple[int, int]]] = {}
+            late_of: dict[int, list[tuple[int, int]]] = {}
             for extent in extents:
-                from_peer = extent.index in self._by_peers
-                if from_peer:
-                    self._save([extent])
-                    self._without_leaves(extent)
-                done = self._count(extent, by_source=not from_peer)
-                whole_of[extent.index] = self._deferred(extent, done)
-                for segment, index in whole_of[extent.index]:
+                done = self.account.count(extent, from_peer=extent.index in self._by_peers)
+                late_of[extent.index] = self.account.late(extent, done)
+                for segment, index in late_of[extent.index]:
                     entry = self._recipes[segment].entries[index]
                     late.append((segment, index, 0, entry.offset, entry.nbytes))
                 for segment, entries in done.items():
@@ -398,15 +322,15 @@ class Fill:
             for segment, index, leaf, _, nbytes in (*whole, *late):
                 self._compare_sent(segment, index, leaf, leaf_count(nbytes))
         for extent in extents:
-            self._mark(extent, whole_of[extent.index], _FROM_PEER if extent.index in self._by_peers else 1)
+            self.account.mark(extent, late_of[extent.index], from_peer=extent.index in self._by_peers)
         self._by_peers.difference_update(extent.index for extent in extents)
-        self._tell(complete)
+        self.account.tell(complete)
 
     def _compare_sent(self, segment: int, entry: int, first: int, count: int) -> None:
         """What a peer has brought was verified on the host: what lies on the device has to be the same."""
         for leaf in range(first, first + count):
             came = self._sent.pop((segment, entry, leaf), None)
-            if came is not None and came != self.leaves[segment][entry][leaf]:
+            if came is not None and came != self.account.leaves[segment][entry][leaf]:
                 name = self._recipes[segment].entries[entry].name
                 device = self._segments[segment].device.name
                 raise DigestMismatch(
@@ -423,102 +347,11 @@ class Fill:
         ]
         found = iter(self._arrivals.leaves(ranges) if ranges else ())
         for segment, entry, first, _, nbytes in places:
-            leaves = self.leaves[segment][entry]
+            leaves = self.account.leaves[segment][entry]
             for leaf in range(first, first + leaf_count(nbytes)):
                 leaves[leaf] = next(found)
 
-    # ------------------------------------------------------------------ accounts
-
-    def _count(self, extent: Extent, *, by_source: bool = True) -> dict[int, list[int]]:
-        """The extent's bytes are there; returns the entries, by segment, of which that was the last."""
-        complete: dict[int, list[int]] = {}
-        with self._lock:
-            self.bytes_read += extent.nbytes
-            for piece in extent.pieces:
-                pending = self._pending[piece.segment]
-                pending[piece.entry] -= piece.nbytes
-                if not pending[piece.entry]:
-                    complete.setdefault(piece.segment, []).append(piece.entry)
-        if self._bytes_counter is not None and by_source:
-            self._bytes_counter.inc(extent.nbytes)
-        return complete
-
-    def _mark(self, extent: Extent, whole: Sequence[tuple[int, int]], how: int = 1) -> None:
-        """All bytes of the extent are there, and hashed as far as they can be: with it all of the entries ``whole``."""
-        self._landed[extent.index] = how
-        for piece in extent.pieces:
-            if piece.leaf >= 0:
-                first = self._leaf_starts[piece.segment][piece.entry] + piece.leaf
-                count = leaf_count(piece.nbytes)
-                self.there[piece.segment][first : first + count] = b"\1" * count
-        for segment, entry in whole:
-            first, count = self._leaf_starts[segment][entry], len(self.leaves[segment][entry])
-            self.there[segment][first : first + count] = b"\1" * count
-        self.on_landed(extent)
-
-    def missing(self) -> list[Extent]:
-        """Extents that have not landed, taken from the queue: ``give`` puts them back."""
-        found = list(self._queue)
-        self._queue.clear()
-        return found
-
-    def has(self, extent: Extent) -> bool:
-        """Whether it has landed."""
-        return bool(self._landed[extent.index])
-
-    @property
-    def queued(self) -> int:
-        """Extents that no reader has taken."""
-        return len(self._queue)
-
-    def give(self, extents: Iterable[Extent]) -> None:
-        """Let the reader read these."""
-        self._queue.extend(extents)
-
-    def leaf_starts(self, segment: int) -> Sequence[int]:
-        """Where each entry's leaves begin in ``there``, and where the last one's end."""
-        return self._leaf_starts[segment]
-
-    def begun(self, places: Iterable[tuple[int, int, int, int]]) -> None:
-        """These are being read from the source: (segment, entry, first leaf, leaves)."""
-        for segment, entry, leaf, count in places:
-            first = self._leaf_starts[segment][entry] + leaf
-            self.coming[segment][first : first + count] = b"\1" * count
-
-    def forget(self, extents: Sequence[Extent]) -> bool:
-        """What has landed of these is not to be believed: they are missing again. False where clients use it."""
-        pieces = [piece for extent in extents for piece in extent.pieces]
-        whole = {(p.segment, p.entry) for p in pieces if not self._pending[p.segment][p.entry]}
-        if not self.take_back(whole):
-            return False
-        for extent in extents:
-            self._landed[extent.index] = 0
-        with self._lock:
-            self.bytes_read -= sum(extent.nbytes for extent in extents)
-            self.peer_bytes -= sum(extent.nbytes for extent in extents)
-            for piece in pieces:
-                self._pending[piece.segment][piece.entry] += piece.nbytes
-        for piece in pieces:
-            starts = self._leaf_starts[piece.segment]
-            first, count = starts[piece.entry] + piece.leaf, leaf_count(piece.nbytes)
-            if piece.leaf < 0:
-                first, count = starts[piece.entry], starts[piece.entry + 1] - starts[piece.entry]
-            self.there[piece.segment][first : first + count] = bytes(count)
-        return True
-
-    def from_peers(self, extents: Iterable[Extent]) -> list[Extent]:
-        """Those of ``extents`` that came from peers."""
-        return [extent for extent in extents if self._landed[extent.index] == _FROM_PEER]
-
-    def expected_leaf(self, segment: int, entry: int, leaf: int) -> int | None:
-        """The digest that a leaf of an entry has to have, where that is known."""
-        known = self._expected.get(self._recipes[segment].entries[entry].name)
-        return None if known is None else known[leaf]
-
-    def leaf_at(self, segment: int, leaf: int) -> tuple[int, int]:
-        """The entry that a leaf is of, and its number there, by its number over all entries of the segment."""
-        entry = bisect.bisect_right(self._leaf_starts[segment], leaf) - 1
-        return entry, leaf - self._leaf_starts[segment][entry]
+    # ------------------------------------------------------------------ what peers bring to devices
 
     def send(self, views: Sequence[tuple[int, int, memoryview]], done: Callable[[], None]) -> None:
         """Copy what came by another way, each (segment, offset, bytes), to device memory; ``done`` once it is there."""
@@ -534,53 +367,14 @@ class Fill:
             self._arrivals.finish()
 
     def arrived_on_device(self, extents: Sequence[Extent], digests: Iterable[tuple[int, int, int, int]]) -> None:
-        """As ``arrived``, of what ``send`` has sent: it counts once what lies there was hashed, and is what came."""
+        """As ``Account.arrived``, of what ``send`` has sent: it counts once what lies there was hashed and compared."""
         assert self._arrivals is not None
         self._sent.update(((segment, entry, leaf), digest) for segment, entry, leaf, digest in digests)
         self._by_peers.update(extent.index for extent in extents)
         for extent in extents:
             self._arrivals.add(extent)
 
-    def arrived(self, extents: Sequence[Extent], digests: Iterable[tuple[int, int, int, int]]) -> None:
-        """These extents came by another way: (segment, entry, leaf, digest) of all their leaves, or of whole entries.
-
-        Raises DigestMismatch where others were expected.
-        """
-        self._save(extents)
-        for segment, entry, leaf, digest in digests:
-            self.leaves[segment][entry][leaf] = digest
-            self._compare_entry(segment, entry, leaf, 1)
-        complete: dict[int, list[int]] = {}
-        for extent in extents:
-            self._without_leaves(extent)
-            for segment, entries in self._count(extent, by_source=False).items():
-                complete.setdefault(segment, []).extend(entries)
-        for extent in extents:
-            self._mark(extent, self._deferred(extent, complete), _FROM_PEER)
-        self._tell(complete)
-
-    def _save(self, extents: Iterable[Extent]) -> None:
-        """These were not read from the source."""
-        nbytes = sum(extent.nbytes for extent in extents)
-        self.peer_bytes += nbytes
-        if self._saved_counter is not None:
-            self._saved_counter.inc(nbytes)
-
-    def _without_leaves(self, extent: Extent) -> None:
-        """A checkpoint tensor is not hashed as such where a part of it came from a peer, laid out already."""
-        if extent.tensor is not None:
-            self.tensor_leaves.pop(extent.tensor[0], None)
-
-    def _deferred(self, extent: Extent, complete: Mapping[int, Sequence[int]]) -> list[tuple[int, int]]:
-        """(segment, entry) of those that could not be hashed before all of them was there."""
-        late = {(piece.segment, piece.entry) for piece in extent.pieces if piece.leaf < 0}
-        return [
-            (segment, entry) for segment, entries in complete.items() for entry in entries if (segment, entry) in late
-        ]
-
-    def _tell(self, complete: Mapping[int, list[int]]) -> None:
-        for segment, entries in complete.items():
-            self._on_verified(segment, entries)
+    # ------------------------------------------------------------------ retries and figures
 
     def failed(self, extent: Extent, where: str, why: str) -> float:
         """A read failed. Returns the seconds to wait before the next try; raises SourceFailed past the deadline."""
@@ -624,37 +418,11 @@ class Fill:
             if counter := self._phase_counters.get(name):
                 counter.inc(spent)
 
-    def digests(self, segment: int) -> list[str]:
-        """Tensor digests of a segment's entries, in their order. Only when all have landed."""
-        return [
-            tensor_digest(entry.dtype, entry.shape, entry.nbytes, leaves)
-            for entry, leaves in zip(self._recipes[segment].entries, self.leaves[segment], strict=True)
-        ]
-
     def _hash(self, leaves: memoryview, first: int, view: memoryview, offset: int, nbytes: int) -> None:
         end = offset + nbytes
         for start in range(offset, end, LEAF):
             leaves[first] = leaf_digest(view[start : min(start + LEAF, end)])
             first += 1
-
-    def _compare_entry(self, segment: int, index: int, first: int, count: int) -> None:
-        # Where leaves are expected, whole tensors are read, and then only whole tensors carry leaves of their own.
-        if self._expected:
-            name = self._recipes[segment].entries[index].name
-            self._compare(name, self.leaves[segment][index], first, count)
-
-    def _compare(self, name: str, leaves: memoryview, first: int, count: int) -> None:
-        expected = self._expected.get(name)
-        if expected is None:
-            return
-        for leaf in range(first, first + count):
-            if leaves[leaf] != expected[leaf]:
-                raise DigestMismatch(
-                    f"tensor {name!r}, leaf {leaf} (bytes {leaf * LEAF} and up of the tensor): digest is "
-                    f"{leaves[leaf]:016x}, expected {expected[leaf]:016x}",
-                    tensor=name,
-                    leaf=leaf,
-                )
 
     def _scatter(self, scatter: Scatter, landing: Landing) -> None:
         segment = self._segments[scatter.segment]
@@ -663,14 +431,3 @@ class Fill:
             segment.write(block.target, landing.views[0][block.source : block.source + block.run])
         else:
             copy_block(block, landing.views[0], segment.view)
-
-
-def ledger_for(tensors: Sequence[TensorInfo], recipes: Sequence[Recipe], extents: Sequence[Extent]) -> Ledger:
-    """An empty ledger for filling these."""
-    leaves = sum(leaf_counts(recipes)) + sum(leaf_count(tensors[index].nbytes) for index in _hashed_tensors(extents))
-    return Ledger.new(len(extents), leaves, fingerprint(recipes, extents))
-
-
-def _hashed_tensors(extents: Sequence[Extent]) -> list[int]:
-    """Checkpoint tensors that are hashed as such, by index."""
-    return sorted({extent.tensor[0] for extent in extents if extent.tensor is not None})

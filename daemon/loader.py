@@ -232,7 +232,7 @@ class Loader:
         fill = loading.prepare(stage.segments, stage.ledger, verified)
         stage.fill = fill
         fill.count_with(self._metrics, stage.source_kind)
-        fill.take_back = lambda entries: asyncio.run_coroutine_threadsafe(
+        fill.account.take_back = lambda entries: asyncio.run_coroutine_threadsafe(
             self._take_back(stage, entries), self._loop
         ).result()
         self._loading[stage.id] = loading

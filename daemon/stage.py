@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from weightd.daemon.checkpoint import Checkpoint, Listing
 from weightd.daemon.devices import Segment
 from weightd.daemon.errors import DaemonError
-from weightd.daemon.fill import Fill, PeerUse
+from weightd.daemon.fill import Fill
 from weightd.daemon.ledger import Ledger
+from weightd.daemon.peers.fleet import PeerUse
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.request import StageRequest
 
@@ -171,13 +172,13 @@ class Stage:
     @property
     def bytes_done(self) -> int:
         """Bytes that have landed and were hashed."""
-        return self.fill.bytes_read if self.fill else self.bytes_read
+        return self.fill.account.bytes_read if self.fill else self.bytes_read
 
     def settle(self) -> None:
         """Loading is over: keep its figures, let its buffers go."""
         if self.fill is not None:
-            self.bytes_read, self.phase_seconds = self.fill.bytes_read, dict(self.fill.seconds)
-            self.peer_bytes, self.peers = self.fill.peer_bytes, dict(self.fill.peers)
+            account, self.phase_seconds = self.fill.account, dict(self.fill.seconds)
+            self.bytes_read, self.peer_bytes, self.peers = account.bytes_read, account.peer_bytes, dict(account.peers)
             self.fill = None
 
     def enter(self, state: str, error: DaemonError | None = None) -> None:

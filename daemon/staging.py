@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from weightd.daemon.account import ledger_for
 from weightd.daemon.cache import Cache
 from weightd.daemon.checkpoint import Checkpoint, Listing, open_checkpoint
 from weightd.daemon.devices import Device, Segment
@@ -22,7 +23,7 @@ from weightd.daemon.errors import (
     InvalidRequest,
 )
 from weightd.daemon.extents import Demands, Extent, plan_extents
-from weightd.daemon.fill import Fill, ledger_for
+from weightd.daemon.fill import Fill
 from weightd.daemon.header import TensorInfo
 from weightd.daemon.layout import checkpoint_layout
 from weightd.daemon.ledger import Ledger, fingerprint
@@ -198,7 +199,7 @@ class Loading:
         self._reader.run(self.fill)
         self.fill.finish()
         self._check_cancelled()
-        self.fill.check_complete()
+        self.fill.account.check_complete()
         on_landed()
         self._check_unchanged()
         self._summarise()
@@ -211,23 +212,24 @@ class Loading:
 
     def _without_peers(self) -> bool:
         """The bytes are not the expected ones: have what came from peers from the origin instead, if that can be."""
-        again = self.fill.from_peers(self._extents)
-        if not again or "origin" not in self.request.sources or not self.fill.forget(again):
+        account = self.fill.account
+        again = account.from_peers(self._extents)
+        if not again or "origin" not in self.request.sources or not account.forget(again):
             return False
         log.warning("%d extents that came from peers are not what is expected: reading the origin", len(again))
         assert self._reader is not None
         self._reader.close()
         self._reader = self.source.reader(self.plan.checkpoint.listing.weights, native=self._native)
-        self.fill.give(again)
+        account.give(again)
         self._reader.run(self.fill)
         self.fill.finish()
         self._check_cancelled()
-        self.fill.check_complete()
+        account.check_complete()
         return True
 
     def _summarise(self) -> None:
         """Digests of tensors, segments and the checkpoint from those of leaves."""
-        self.tensor_digests = [self.fill.digests(index) for index in range(len(self.plan.recipes))]
+        self.tensor_digests = [self.fill.account.digests(index) for index in range(len(self.plan.recipes))]
         self.segment_digests = [
             checkpoint_digest((entry.name, digest) for entry, digest in zip(recipe.entries, digests, strict=True))
             for recipe, digests in zip(self.plan.recipes, self.tensor_digests, strict=True)
@@ -257,7 +259,7 @@ class Loading:
             raise Cancelled("the stage was cancelled")
 
     def _check_unchanged(self) -> None:
-        if self.fill.peer_bytes >= self.bytes_total:
+        if self.fill.account.peer_bytes >= self.bytes_total:
             return  # nothing was read there, and what peers have is of the identity that was planned with
         for planned in self.plan.checkpoint.listing.weights:
             try:
@@ -270,8 +272,8 @@ class Loading:
     def _whole_leaves(self) -> dict[int, Leaves]:
         """Leaf digests of the checkpoint tensors that were read whole, by index."""
         tensors = self.plan.checkpoint.tensors
-        found: dict[int, Leaves] = dict(self.fill.tensor_leaves)
-        for recipe, leaves in zip(self.plan.recipes, self.fill.leaves, strict=True):
+        found: dict[int, Leaves] = dict(self.fill.account.tensor_leaves)
+        for recipe, leaves in zip(self.plan.recipes, self.fill.account.leaves, strict=True):
             for copy in recipe.copies:
                 if copy.source is None and copy.target is None:
                     found.setdefault(copy.tensor, leaves[copy.entry])
@@ -335,7 +337,7 @@ class Loading:
             reader.run(fill)
         finally:
             reader.close()
-            reread = dict(fill.tensor_leaves)
+            reread = dict(fill.account.tensor_leaves)
             fill.close()
         self._check_cancelled()
         differing = [

@@ -220,16 +220,16 @@ def assert_filled(
             for number, entry in enumerate(recipe.entries):
                 want = expected(recipe, entry)
                 assert filled.held(index, entry) == want, entry
-                assert list(fill.leaves[index][number]) == leaves_of(want), entry
+                assert list(fill.account.leaves[index][number]) == leaves_of(want), entry
                 digests.append(tensor_digest(entry.dtype, entry.shape, len(want), array("Q", leaves_of(want))))
-            assert fill.digests(index) == digests
+            assert fill.account.digests(index) == digests
             assert sorted(filled.verified[index]) == list(range(len(recipe.entries)))
             for before, after in pairwise(recipe.entries):
                 assert not any(filled.segments[index].view[before.offset + before.nbytes : after.offset])
-        for number, leaves in fill.tensor_leaves.items():
+        for number, leaves in fill.account.tensor_leaves.items():
             assert list(leaves) == leaves_of(stored.data[tensors[number].name])
         if demands.whole_tensors:
-            hashed = set(fill.tensor_leaves)
+            hashed = set(fill.account.tensor_leaves)
             hashed |= {
                 copy.tensor for recipe in recipes for copy in recipe.copies if copy.source is copy.target is None
             }
@@ -237,9 +237,9 @@ def assert_filled(
         for file, path in enumerate(stored.files()):
             if file in demands.whole_files:
                 assert fill.sha256[file].hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
-        assert fill.bytes_read == sum(extent.nbytes for extent in filled.extents)
+        assert fill.account.bytes_read == sum(extent.nbytes for extent in filled.extents)
         assert fill.retries == 0
-        return fill.bytes_read
+        return fill.account.bytes_read
 
 
 def land(fill: Fill, extent: Extent, content: bytes) -> None:

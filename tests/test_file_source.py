@@ -76,7 +76,7 @@ def test_a_file_that_changes_between_planning_and_reading_is_noticed(
             bring(stored, filled.fill)
         assert isinstance(error.value, CheckpointChanged) or change is fifo
         assert filled.verified == [[] for _ in recipes]
-        assert filled.fill.bytes_read == 0
+        assert filled.fill.account.bytes_read == 0
 
 
 def test_nothing_is_read_from_a_file_before_it_is_known_to_be_the_planned_one(
@@ -97,7 +97,7 @@ def test_nothing_is_read_from_a_file_before_it_is_known_to_be_the_planned_one(
         with pytest.raises(CheckpointChanged):
             bring(stored, filled.fill)
         assert not landed.is_set()
-        assert filled.fill.bytes_read == 0
+        assert filled.fill.account.bytes_read == 0
 
 
 @pytest.mark.parametrize("change", [None, touched, fifo])
@@ -127,7 +127,7 @@ def test_a_file_cut_short_while_it_is_read_is_noticed(tmp_path: Path) -> None:
             CheckpointChanged, match=rf"0\.safetensors: ends at byte {size - MiB - 100}, had {size} bytes"
         ):
             bring(stored, filled.fill)
-        assert filled.fill.bytes_read == 2 * MiB
+        assert filled.fill.account.bytes_read == 2 * MiB
 
 
 # ---------------------------------------------------------------------------- failing reads
@@ -246,4 +246,4 @@ def test_what_goes_wrong_in_one_thread_ends_them_all(tmp_path: Path) -> None:
         with pytest.raises(ZeroDivisionError):
             bring(stored, filled.fill)
         assert filled.fill.stopped
-        assert filled.fill.bytes_read <= LIMITS.threads * MiB
+        assert filled.fill.account.bytes_read <= LIMITS.threads * MiB

@@ -275,7 +275,7 @@ def test_a_fill_that_is_stopped_before_it_runs_reads_nothing(tmp_path: Path) -> 
     with prepared(stored, checkpoint_layout(stored.checkpoint.tensors)) as filled:
         filled.fill.stop()
         bring(stored, filled.fill)
-        assert (filled.fill.bytes_read, filled.verified) == (0, [[]])
+        assert (filled.fill.account.bytes_read, filled.verified) == (0, [[]])
 
 
 def test_a_fill_that_is_stopped_on_the_way_takes_no_further_extent(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_a_fill_that_is_stopped_on_the_way_takes_no_further_extent(tmp_path: Pat
     ) as filled:
         fills.append(filled.fill)
         bring(stored, filled.fill)
-        assert MiB <= filled.fill.bytes_read <= LIMITS.threads * MiB
+        assert MiB <= filled.fill.account.bytes_read <= LIMITS.threads * MiB
 
 
 def test_stopping_wakes_threads_that_wait_for_a_bounce_buffer(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_stopping_wakes_threads_that_wait_for_a_bounce_buffer(tmp_path: Path) ->
         thread.join(20)
         assert got == [None]
         bring(stored, fill)
-        assert fill.bytes_read == 0
+        assert fill.account.bytes_read == 0
 
 
 def is_waiting(thread: threading.Thread) -> bool:

@@ -38,6 +38,24 @@ class Traffic:
 
 
 @dataclass
+class PeerUse:
+    """What one stage has had from one peer."""
+
+    nbytes: int = 0
+    """Bytes that came from it, verified."""
+    seconds: float = 0.0
+    """While any were asked of it."""
+    transport: str = ""
+    """By what they came: rdma, cuda_ipc, shm, tcp; unknown where that cannot be told; empty where none have come."""
+    through_host: bool = False
+    """Whether a GPU is at either end, so that its bytes go through host memory there."""
+    slow_path: str = ""
+    """What better way there is here than the one that was taken, and how to take it."""
+    given_up: str = ""
+    """Why nothing more is had from it."""
+
+
+@dataclass
 class Fleet:
     """Who else there is, and how to talk to them. Methods and callables are for any thread."""
 

@@ -39,11 +39,6 @@ class Group:
     spans: list[Span]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes in the segments."""
-        return sum(span.nbytes for span in self.spans)
-
-    @property
     def stripe(self) -> str:
         """By what nodes agree on who reads it first, however large each one's extents are."""
         first = self.extents[0]
@@ -81,6 +76,42 @@ def parts_of(group: Group) -> list[Part]:
             at += nbytes
             room -= nbytes
     return parts
+
+
+class Groups:
+    """The groups of a plan, by number: what each brings, and which one brings what.
+
+    ``starts[s][e]`` is where an entry's leaves begin, counted over all entries of its segment.
+    """
+
+    def __init__(self, extents: Sequence[Extent], recipes: Sequence[Recipe], starts: Sequence[Sequence[int]]) -> None:
+        self.all = plan_groups(extents, recipes)
+        self._starts = starts
+        self._of_extent = {extent.index: group for group in self.all for extent in group.extents}
+        self._by_leaf: list[dict[int, int]] = [{} for _ in starts]
+        for group in self.all:
+            for segment, first, count in self.leaves(group.index):
+                self._by_leaf[segment].update(dict.fromkeys(range(first, first + count), group.index))
+
+    def of(self, extent: Extent) -> Group:
+        """The one that an extent is in."""
+        return self._of_extent[extent.index]
+
+    def leaves(self, group: int) -> list[tuple[int, int, int]]:
+        """(segment, first leaf counted over all its entries, leaves) of what a group brings."""
+        return [
+            (span.segment, self._starts[span.segment][span.entry] + span.leaf, leaf_count(span.nbytes))
+            for span in self.all[group].spans
+        ]
+
+    def at(self, segment: int, first: int, count: int) -> list[int]:
+        """Those that bring any of these leaves."""
+        by_leaf = self._by_leaf[segment]
+        return list(dict.fromkeys(by_leaf[leaf] for leaf in range(first, first + count) if leaf in by_leaf))
+
+    def of_leaf(self, segment: int, leaf: int) -> int | None:
+        """The one that brings a leaf; None where that was there already."""
+        return self._by_leaf[segment].get(leaf)
 
 
 def plan_groups(extents: Sequence[Extent], recipes: Sequence[Recipe]) -> list[Group]:

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from weightd.daemon.account import Account
 from weightd.daemon.errors import DeviceFailed, InvalidRequest, UnknownStage
-from weightd.daemon.fill import Fill
 from weightd.daemon.manifests import segment_leaves, segment_manifest
 from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.peers.following import FORMAT
@@ -255,21 +255,23 @@ class Told:
         """Whether there is anything new to tell."""
         if stage.fill is None:
             return stage.state == "ready" and not self._all
-        return stage.fill.there != self._there or stage.fill.coming != self._coming
+        account = stage.fill.account
+        return account.there != self._there or account.coming != self._coming
 
     def news(self, stage: Stage) -> list[dict[str, Any]]:
         """Events about leaves that are there, or coming, and that it has not been told of."""
         fill = stage.fill
         if fill is not None:
+            account = fill.account
             if self._there is None:
-                self._there = [bytearray(len(flags)) for flags in fill.there]
-                self._coming = [bytearray(len(flags)) for flags in fill.there]
+                self._there = [bytearray(len(flags)) for flags in account.there]
+                self._coming = [bytearray(len(flags)) for flags in account.there]
             events: list[dict[str, Any]] = []
-            for segment, flags in enumerate(fill.there):
-                for entry, first, count in _fresh(self._coming[segment], fill.coming[segment], fill, segment):
+            for segment, flags in enumerate(account.there):
+                for entry, first, count in _fresh(self._coming[segment], account.coming[segment], account, segment):
                     events.append(self._event("coming", segment, entry, first, count=count))
-                for entry, first, count in _fresh(self._there[segment], flags, fill, segment):
-                    digests = _hex(fill.leaves[segment][entry][first : first + count])
+                for entry, first, count in _fresh(self._there[segment], flags, account, segment):
+                    digests = _hex(account.leaves[segment][entry][first : first + count])
                     events.append(self._event("leaves", segment, entry, first, digests=digests))
             return events
         if stage.state != "ready" or self._all:
@@ -292,16 +294,16 @@ class Told:
         return {"type": kind, "epoch": self._epoch, "segment": segment, "entry": entry, "first": first, **more}
 
 
-def _fresh(told: bytearray, flags: bytearray, fill: Fill, segment: int) -> Iterator[tuple[int, int, int]]:
+def _fresh(told: bytearray, flags: bytearray, account: Account, segment: int) -> Iterator[tuple[int, int, int]]:
     """(entry, first leaf, leaves) of what is flagged and was not told of, which ``told`` then says."""
     now, before = int.from_bytes(flags, "little"), int.from_bytes(told, "little")  # of 100,000 leaves in no time
     told[:] = (now & before).to_bytes(len(told), "little")
     fresh = (now & ~before).to_bytes(len(told), "little")
     at = fresh.find(1)
     while at >= 0:
-        entry, first = fill.leaf_at(segment, at)
+        entry, first = account.leaf_at(segment, at)
         end = fresh.find(0, at)
-        end = min(len(fresh) if end < 0 else end, fill.leaf_starts(segment)[entry + 1], at + _MAX_LEAVES)
+        end = min(len(fresh) if end < 0 else end, account.leaf_starts(segment)[entry + 1], at + _MAX_LEAVES)
         told[at:end] = b"\1" * (end - at)
         yield entry, first, end - at
         at = fresh.find(1, end)
