@@ -82,6 +82,8 @@ class Account:
         self._pending = [[entry.nbytes for entry in recipe.entries] for recipe in recipes]
         """Bytes that are still to come, of each entry of each segment."""
         self._lock = threading.Lock()
+        self._telling = threading.Lock()
+        """What is told to be verified is not forgotten at the same time."""
         self._bytes_counter: Counter | None = None
         self._saved_counter: Counter | None = None
         for index, extent in enumerate(extents):
@@ -97,6 +99,7 @@ class Account:
         from_peer = self._landed[extent.index] == _FROM_PEER
         if from_peer:
             self._without_tensor(extent)
+            self.peer_bytes += extent.nbytes
         self.bytes_read += extent.nbytes
         for piece in extent.pieces:
             self._pending[piece.segment][piece.entry] -= piece.nbytes
@@ -187,9 +190,12 @@ class Account:
         self.on_landed(extent)
 
     def tell(self, complete: Mapping[int, list[int]]) -> None:
-        """These entries, by segment, are verified."""
-        for segment, entries in complete.items():
-            self._on_verified(segment, entries)
+        """These entries, by segment, are verified; but for what was forgotten since."""
+        with self._telling:
+            for segment, entries in complete.items():
+                whole = [entry for entry in entries if not self._pending[segment][entry]]
+                if whole:
+                    self._on_verified(segment, whole)
 
     def arrived(self, extents: Sequence[Extent], digests: Iterable[tuple[int, int, int, int]]) -> None:
         """A peer has brought these extents: (segment, entry, leaf, digest) of all their leaves, or of whole entries.
@@ -221,18 +227,15 @@ class Account:
         return [extent for extent in extents if self._landed[extent.index] == _FROM_PEER]
 
     def forget(self, extents: Sequence[Extent]) -> bool:
-        """What has come of these, from peers, is not to be believed: it is to come again. False where clients use
-        it."""
+        """What has come of these is not to be believed: it is to come again. False where clients use it."""
         pieces = [piece for extent in extents for piece in extent.pieces]
-        whole = {(p.segment, p.entry) for p in pieces if not self._pending[p.segment][p.entry]}
-        if not self.take_back(whole):
-            return False
+        nbytes = sum(extent.nbytes for extent in extents)
+        by_peers = sum(extent.nbytes for extent in self.from_peers(extents))
         for extent in extents:
             self._landed[extent.index] = 0
-        nbytes = sum(extent.nbytes for extent in extents)
-        with self._lock:
+        with self._telling, self._lock:  # from now on nobody is told of their entries
             self.bytes_read -= nbytes
-            self.peer_bytes -= nbytes
+            self.peer_bytes -= by_peers
             for piece in pieces:
                 self._pending[piece.segment][piece.entry] += piece.nbytes
         for piece in pieces:
@@ -241,7 +244,7 @@ class Account:
             if piece.leaf < 0:
                 first, count = starts[piece.entry], starts[piece.entry + 1] - starts[piece.entry]
             self.there[piece.segment][first : first + count] = bytes(count)
-        return True
+        return self.take_back({(piece.segment, piece.entry) for piece in pieces})
 
     def check_complete(self) -> None:
         """Raise where a reader has returned before every byte has landed: nothing may be sealed then."""

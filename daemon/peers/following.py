@@ -112,23 +112,30 @@ class Peer:
     """Group → (segment, entry, leaf, digest) of those of its parts that have come."""
     arrived: float = 0.0
     """When bytes came from it last, or were asked of it while none were, in monotonic seconds."""
-    told: float = 0.0
-    """When it said something new last."""
+    full: bool = False
+    """Whether it had no room for what it was asked for last."""
+    since: float = field(default_factory=time.monotonic)
+    """Since when it is listened to, in monotonic seconds."""
     gone: threading.Event = field(default_factory=threading.Event)
     """Set when nobody listens to it any more."""
     unheard: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_UNHEARD))
 
     _client: httpx.Client | None = None
+    _opening: threading.Lock = field(default_factory=threading.Lock)
 
     def greet(self, said: Mapping[str, Any]) -> None:
         """It says under what epoch it speaks, and whether it has all. Raises KeyError and the like."""
-        self.epoch = said["epoch"]
+        if self.epoch:
+            raise ValueError("it has said so before")
+        self.epoch = str(said["epoch"])
         self.heard = said["ready"] is not True  # one that loads says what it has as it comes
 
     def introduce(self, said: Mapping[str, Any], segments: int) -> None:
         """It says where its segments are, of which a stage has so many. Raises ValueError, KeyError and the like."""
         if said["epoch"] != self.epoch:
             raise ValueError("segments of another epoch than it said at first")
+        if self.metadata:
+            raise ValueError("it has said before where its segments are")
         self.reader = None if said["reader"] is None else str(said["reader"])
         found = said["segments"]
         expected = segments if self.reader is None else 1
@@ -149,15 +156,19 @@ class Peer:
 
     def client(self, fleet: Fleet) -> httpx.Client:
         """To ask it by, from any thread."""
-        if self._client is None:
-            self._client = fleet.client(self.name)
-        return self._client
+        with self._opening:
+            if self.gone.is_set():
+                raise RuntimeError("nothing is asked of it any more")
+            if self._client is None:
+                self._client = fleet.client(self.name)
+            return self._client
 
     def close(self) -> None:
         """Listen no more, and ask nothing more."""
-        self.gone.set()
-        if self._client is not None:
-            self._client.close()
+        with self._opening:
+            self.gone.set()
+            if self._client is not None:
+                self._client.close()
 
     @property
     def rate(self) -> float:
@@ -261,7 +272,7 @@ class Following:
     def may_say_more(self, now: float) -> bool:
         """Whether any may be about to say that it has what the origin would be read for."""
         return any(
-            now - peer.told < self._fleet.stall if peer.answered else now - self._started < _FIRST_WORD
+            now - peer.since < self._fleet.stall if peer.answered else now - self._started < _FIRST_WORD
             for peer in self
             if not peer.heard
         )
@@ -270,7 +281,8 @@ class Following:
         """A peer has nothing of the stage. It is asked again: it may come to have it."""
         if peer in self:
             del self._peers[peer.name]
-            self._uses.pop(peer.name, None)
+            if not peer.use.nbytes:
+                self._uses.pop(peer.name, None)
 
     def strike(self, peer: Peer, *, counts: bool) -> bool:
         """A peer has failed; whether that was once too often."""

@@ -101,6 +101,9 @@ def _environment() -> dict[str, str]:
 class Mover:
     """One such process. Methods may be called from many threads; all raise MoverFailed once it is gone."""
 
+    _numbers = itertools.count(1)
+    """Of all movers: a ticket of one that has died is none of the next one's."""
+
     def __init__(self) -> None:
         """Start it; that it works shows with the first answer, half a second later."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -115,7 +118,6 @@ class Mover:
             raise
         finally:
             theirs.close()
-        self._numbers = itertools.count(1)
         self._answers: dict[tuple[str, int], queue.SimpleQueue[dict[str, Any]]] = {}
         self._arrivals: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
         self._lock = threading.Lock()

@@ -124,9 +124,11 @@ class PeerReader:
 
     def _feed_origin(self, now: float) -> None:
         """Keep the origin's reader busy with what falls to this node, as long as there is any."""
-        for group in self._origin.left_over():
-            if self._left[group]:
-                self._assignment.failed(group)
+        if left := self._origin.left_over():
+            self._fill.drain()  # what is on its way to a GPU is there before a peer may bring it again
+            for group in left:
+                if self._left[group]:
+                    self._assignment.failed(group)
         quiet = now - self._progress
         if not self._origin.exists and quiet > self._fleet.stall:
             self._origin.error = SourceFailed(f"no peer has brought anything for {self._fleet.stall:g} s")
@@ -135,8 +137,13 @@ class PeerReader:
             room = self._origin.room(alone=not self._following, here=self._here)
             groups = self._assignment.from_origin(room, at=now, idle=idle)
             self._origin.read([self._groups.all[group] for group in groups])
-        elif self._origin.error is not None and not any(peer.metadata for peer in self._following):
+        elif self._origin.error is not None and not self._may_come(quiet):
             raise self._origin.error
+
+    def _may_come(self, quiet: float) -> bool:
+        """Whether peers may still bring what is missing: not where they wait as this node does, nobody with an
+        origin."""
+        return quiet < 3 * self._fleet.stall and any(peer.metadata for peer in self._following)
 
     # ------------------------------------------------------------------ what peers say
 
@@ -154,7 +161,7 @@ class PeerReader:
     def _understand(self, peer: Peer, said: Mapping[str, Any]) -> None:
         kind = said["type"]
         if kind == "answered":
-            peer.answered, peer.told = True, time.monotonic()
+            peer.answered = True
         elif kind == "hello":
             if said["format"] != FORMAT:
                 self._drop(peer, "version", f"it speaks format {str(said['format'])[:20]}, and this daemon {FORMAT}")
@@ -171,7 +178,6 @@ class PeerReader:
         elif kind in ("leaves", "coming"):
             if said["epoch"] != peer.epoch:
                 raise ValueError("leaves of another epoch than it said at first")
-            peer.told = time.monotonic()
             if kind == "coming":
                 count = int(said["count"])
                 segment, first = peer.claims.at(said, count)
@@ -237,7 +243,7 @@ class PeerReader:
 
     def _ask(self, peer: Peer, part: Part, now: float) -> bool:
         """Ask a peer for a part, which has its place; whether that could be done."""
-        if not peer.busy:
+        if not peer.busy and not peer.full:
             peer.arrived = now
         try:
             self._transfers.ask(peer, part)
@@ -257,6 +263,7 @@ class PeerReader:
             return
         peer.awaited.discard(part)
         if address is None:
+            peer.full = True
             self._transfers.free_place(part)
             peer.parts.appendleft(part)
             return
@@ -283,7 +290,7 @@ class PeerReader:
             peer.given.append(part.at)
         self._progress = now = time.monotonic()
         peer.use.seconds += now - peer.arrived
-        peer.arrived = now
+        peer.arrived, peer.full = now, False
         views = self._transfers.views(part)
         with self._fill.phase("verifying"):
             found = _digests(part, views)
@@ -345,7 +352,6 @@ class PeerReader:
     def _liar(self, peer: Peer, words: str) -> None:
         """Give a peer up that serves what is wrong, and all that it has brought."""
         self._drop(peer, "wrong_bytes", words)
-        self._fill.drain()
         brought = [group for group, name in self._from.items() if name == peer.name]
         again = self._account.from_peers(extent for group in brought for extent in self._groups.all[group].extents)
         if not self._account.forget(again):
@@ -366,6 +372,7 @@ class PeerReader:
             self._transfers.kill()
             for other in self._following:
                 self._let_go(other)
+        self._fill.drain()  # nor is anything on its way to a GPU when others bring it
         self._let_go(peer)
         self._assignment.lost(peer.name)
 

@@ -121,7 +121,8 @@ class Serving:
                 stamped = now
                 batch.append({"type": "readers", "stamps": stamps})
             if told.behind(stage):
-                batch += await asyncio.to_thread(told.news, stage)
+                with contextlib.suppress(IndexError):  # it ends at this very moment: the next look says how
+                    batch += await asyncio.to_thread(told.news, stage)
             elif stage.state == "ready" and not told.complete:
                 told.complete = True
                 batch.append({"type": "complete"})

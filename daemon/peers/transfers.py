@@ -32,6 +32,8 @@ class Transfers:
         self._fleet = fleet
         self._events = events
         self._mover: Mover | None = None
+        self._lost = False
+        """Whether one has ended by itself, and there is another."""
         self._numbers: dict[Peer, int] = {}
         """Peer → its number with the mover, once connected."""
         self._inlet = Inlet(segments)
@@ -43,14 +45,15 @@ class Transfers:
     def happened(self, timeout: float) -> list[tuple[str, Any]]:
         """Events, at most ``timeout`` seconds after now; reads that have ended before all else."""
         found: list[tuple[str, Any]] = []
+        waits = self._mover is not None and self._mover.alive
         if self._mover is not None:
             with contextlib.suppress(MoverFailed):
-                arrival = self._mover.arrived(0.001 if not self._events.empty() else timeout)
+                arrival = self._mover.arrived(timeout if waits and self._events.empty() else 0.001)
                 while arrival is not None:
                     found.append(("arrived", arrival))
                     arrival = self._mover.arrived(0)
         with contextlib.suppress(queue.Empty):
-            if self._mover is None:
+            if not waits:
                 found.append(self._events.get(timeout=timeout))
             while len(found) < 1000:
                 found.append(self._events.get_nowait())
@@ -115,14 +118,15 @@ class Transfers:
 
     @property
     def died(self) -> bool:
-        """Whether the process that reads has ended by itself."""
-        return self._mover is not None and not self._mover.alive
+        """Whether a process that read has ended by itself, with what it was reading."""
+        return self._lost or (self._mover is not None and not self._mover.alive)
 
     def kill(self) -> None:
         """End all reads: when this returns, nothing of them is being written any more."""
         if self._mover is not None:
             self._mover.kill()
             self._mover = None
+        self._lost = False
         self._numbers.clear()
 
     def let_go(self, peer: Peer) -> set[int]:
@@ -152,6 +156,7 @@ class Transfers:
 
     def _connected(self) -> Mover:
         if self._mover is None or not self._mover.alive:
+            self._lost = self._lost or self._mover is not None
             mover = Mover()
             try:
                 self._inlet.connect(mover)

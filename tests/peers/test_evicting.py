@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -32,7 +33,9 @@ def test_a_stage_that_a_peer_reads_goes_when_that_peer_has_let_go(
     record = daemon.stage(s3.upload(folder, "peers-evicted"))
     answer = listening(one.addresses[0], record["key"])
     events = answer.iter_lines()
-    assert any('"complete"' in line for line in events)
+    told = set[str]()
+    while not {"segments", "complete"} <= told:
+        told.add(json.loads(next(line for line in events if line.startswith("data:"))[5:])["type"])
     assert daemon.client.leases() == [], "what peers read is nobody's lease"
     daemon.client.remove(record["id"])
     assert daemon.client.show(record["id"])["state"] == "ready"
@@ -51,7 +54,8 @@ def test_a_peer_that_does_not_let_go_is_waited_for_as_long_as_is_set(
     daemon = one.start(WEIGHTD_PEER_GRACE="1")
     record = daemon.stage(s3.upload(folder, "peers-stuck"))
     answer = listening(one.addresses[0], record["key"])
-    until(lambda: movers_of(daemon), "it is mapped for peers")
+    events = answer.iter_lines()
+    assert any('"segments"' in line for line in events), "it is mapped for peers"
     began = time.monotonic()
     daemon.client.remove(record["id"])
     until(lambda: not daemon.used_bytes, "it is free although the peer never hangs up")

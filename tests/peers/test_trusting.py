@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,18 +109,27 @@ def test_a_peer_that_the_origins_bytes_contradict_loses_all_that_it_brought(
     before = weight_bytes(origin)
     impostor.hold = lambda: until(lambda: weight_bytes(origin) > before, "the origin is read")
     try:
-        fooled = start_daemon(env={**env, "WEIGHTD_PEERS": f"static:{impostor.address}"})
+        peers = {"WEIGHTD_PEERS": f"static:{impostor.address}", "WEIGHTD_PEER_STALL": "3"}
+        fooled = start_daemon(env={**env, **peers})
         passed: list[Request] = []
+        passes = threading.Event()
+
+        def watch() -> None:
+            """One that asks, however many wait."""
+            if late == "the origin":
+                until(lambda: from_peers(fooled), "the impostor has brought something")
+            else:
+                until(lambda: 'reason="wrong_bytes"' in fooled.get("/metrics"), "the impostor is seen through")
+            passes.set()
 
         def hold_back(request: Request) -> None:
             """All but the first range of the origin come after the impostor was seen through, or has brought some."""
             if request.nbytes > 300_000:
                 passed.append(request)
-                if late == "the origin":
-                    until(lambda: from_peers(fooled), "the impostor has brought something")
-                elif len(passed) > 1:
-                    until(lambda: 'reason="wrong_bytes"' in fooled.get("/metrics"), "the impostor is seen through")
+                if late == "the origin" or len(passed) > 1:
+                    passes.wait(120)
 
+        threading.Thread(target=watch, daemon=True).start()
         origin.fault = hold_back
         record = fooled.stage(uri)
         assert (record["state"], record["error"]) == ("ready", None)
