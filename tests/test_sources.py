@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import mmap
+import os
 import shutil
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +18,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import lacking
-from tests.servers import Daemon, FakeGCS, SeaweedFS
+from tests.servers import Daemon, FakeGCS, SeaweedFS, until
+from weightd.daemon.sources import libstreamer
 from weightd.ipc import RequestRefused, Weights
 
 
@@ -274,3 +278,37 @@ def test_lacking_is_a_skip_here_and_a_failure_in_ci(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception):
         lacking("x")
+
+
+def test_ending_one_streamer_leaves_others_and_what_they_wait_for_alone(
+    s3: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's own end of one shuts the clients of all of them down: stages that load beside others know it."""
+    data = os.urandom(8 << 20)
+    (tmp_path / "a.safetensors").write_bytes(data)
+    uri = s3.upload(tmp_path, "streamers") + "/a.safetensors"
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    target = mmap.mmap(-1, len(data))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(target))
+
+    def submit(streamer: libstreamer.Streamer, piece: int) -> None:
+        streamer.submit(uri, [piece << 20], [1 << 20], [address + (piece << 20)])
+
+    def answered(streamer: libstreamer.Streamer) -> int:
+        return until(lambda: streamer.response(0.5), "it answers").code
+
+    first, second = libstreamer.Streamer(), libstreamer.Streamer()
+    submit(first, 0)
+    submit(second, 1)
+    assert answered(second) == libstreamer.SUCCESS
+    submit(second, 2)  # what is under way when it is closed is waited for
+    second.close()
+    assert answered(first) == libstreamer.SUCCESS
+    third = libstreamer.Streamer()
+    for piece in range(3, 8):
+        submit(first if piece % 2 else third, piece)
+        assert answered(first if piece % 2 else third) == libstreamer.SUCCESS
+    first.close()
+    third.close()
+    assert target[:] == data

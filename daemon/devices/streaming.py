@@ -85,4 +85,4 @@ def _read(gpu: Gpu, path: str, pieces: list[tuple[int, int, int]], address: int)
             if response.code != libstreamer.SUCCESS:
                 raise _Wrong(libstreamer.describe(response.code))
     finally:
-        streamer.close()
+        streamer.close(gpu.context)

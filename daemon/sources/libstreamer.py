@@ -7,10 +7,13 @@ ranges per submission, each with an absolute destination address, many submissio
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +25,8 @@ SUPPORTED_RELEASE = "0.17"
 SUCCESS = 0
 FINISHED = 1
 TIMED_OUT = 16
+UNKNOWN = 11
+"""After it the library may still write to the destination, until it is ended."""
 
 
 class StreamerUnavailable(RuntimeError):
@@ -112,11 +117,48 @@ def describe(code: int) -> str:
     return text.decode(errors="replace")
 
 
+class _Ended(NamedTuple):
+    """A native streamer that nobody uses any more."""
+
+    handle: ctypes.c_void_p
+    context: Callable[[], AbstractContextManager[object]] | None
+    """In what it is to be ended, where it has sent bytes to a GPU."""
+
+
+class _Users:
+    """Who uses the library in this process.
+
+    Ending one native streamer shuts down the object stores' clients of all of them (0.17): what the others have asked
+    for comes back as FINISHED, or ends the process. So they are ended when nobody uses any, and used again until then.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.active = 0
+        self.idle: list[_Ended] = []
+        """To be used again, or ended when nobody uses any."""
+        self.unsettled: list[_Ended] = []
+        """That may still write to where they were told to, until they are ended."""
+        self.ends = 0
+
+    def end_all(self) -> None:
+        """Nobody uses any: end them. With ``changed`` held."""
+        for handle, context in (*self.idle, *self.unsettled):
+            with context() if context else contextlib.nullcontext():
+                load().runai_file_streamer_end(handle)
+        self.idle, self.unsettled = [], []
+        self.ends += 1
+        self.changed.notify_all()
+
+
+_users = _Users()
+
+
 class Streamer:
     """One native streamer: its threads, its object store clients, one set of credentials.
 
     Not thread-safe: one thread submits and takes responses. Memory named as a destination must stay mapped until
-    ``close()`` has returned: a request that was sent cannot be called back, and only the library's end waits for it.
+    ``close()`` has returned: a request that was sent cannot be called back.
     """
 
     def __init__(self, credentials: Mapping[str, str] | None = None) -> None:
@@ -126,7 +168,17 @@ class Streamer:
         """
         self._lib = load()
         self._handle = ctypes.c_void_p(0)
-        self._check(self._lib.runai_file_streamer_start(ctypes.byref(self._handle)), "start")
+        self._outstanding = 0
+        self._unsettled = False
+        self._own = bool(credentials)
+        with _users.changed:
+            again = next((ended for ended in _users.idle if ended.context is None), None)
+            if again is not None and not credentials:
+                _users.idle.remove(again)
+                self._handle = again.handle
+            else:
+                self._check(self._lib.runai_file_streamer_start(ctypes.byref(self._handle)), "start")
+            _users.active += 1
         if credentials:
             count = len(credentials)
             keys = (ctypes.c_char_p * count)(*[key.encode() for key in credentials])
@@ -165,6 +217,7 @@ class Streamer:
             _HOST if device is None else _Device(_CUDA, device),
         )
         self._check(code, "request")
+        self._outstanding += count
         return submission.value
 
     def response(self, timeout: float) -> Response | None:
@@ -184,10 +237,41 @@ class Streamer:
             return None
         if code == FINISHED:
             raise OSError("libstreamer has ended while responses were awaited")
+        self._outstanding -= 1
+        self._unsettled = self._unsettled or code == UNKNOWN
         return Response(code, submission.value, file_index.value, range_index.value)
 
-    def close(self) -> None:
-        """End it, waiting for requests that are in flight; destinations are free afterwards. Safe to call twice."""
-        if self._handle:
-            self._lib.runai_file_streamer_end(self._handle)
+    def close(self, context: Callable[[], AbstractContextManager[object]] | None = None) -> None:
+        """Return when nothing is written to any destination any more, however long that takes. Safe to call twice.
+
+        ``context``: in what the library lets go of what it had on a GPU.
+        """
+        if not self._handle:
+            return
+        ended, self._handle = _Ended(self._handle, context), ctypes.c_void_p(0)
+        with _users.changed:
+            if _users.active == 1:  # the library's own end waits for what is in flight, and drops what is queued
+                _users.active = 0
+                _users.unsettled.append(ended)
+                _users.end_all()
+                return
+        self._drain(ended.handle)
+        with _users.changed:
+            _users.active -= 1
+            (_users.unsettled if self._unsettled or self._own else _users.idle).append(ended)
+            if not _users.active:
+                _users.end_all()
+            elif self._unsettled:
+                ends = _users.ends
+                _users.changed.wait_for(lambda: _users.ends != ends)
+
+    def _drain(self, handle: ctypes.c_void_p) -> None:
+        """Wait for all that was asked for, others being there whom an end would break."""
+        self._handle = handle
+        try:
+            while self._outstanding:
+                self.response(0.1)
+        except OSError:
+            self._unsettled = True
+        finally:
             self._handle = ctypes.c_void_p(0)

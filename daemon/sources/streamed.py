@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import time
 from collections.abc import Sequence
@@ -20,9 +19,6 @@ from weightd.ipc.cuda import gpus
 # comes out as), end of file, too many open files, unknown, unexpected number of bytes, retryable, and asynchronous file
 # reads, which it then makes synchronously.
 _RETRYABLE = frozenset({2, 3, 6, 11, 15, 19, 22})
-# After an unknown error the library may still write to the destination, which must not be used again before the
-# streamer has been closed.
-_UNSETTLED = frozenset({11})
 
 
 class _Due(NamedTuple):
@@ -96,7 +92,7 @@ class StreamerReader:
                 continue
             at = time.monotonic() + self._failed(fill, extent, response.code)
             again = [(extent, landing)]
-            if response.code in _UNSETTLED:
+            if response.code == libstreamer.UNKNOWN:
                 # All that is in flight is asked for anew, once nothing of the old streamer can still write.
                 self.close()
                 self._streamer = libstreamer.Streamer()
@@ -142,6 +138,5 @@ class StreamerReader:
                 fill.wait(fill.failed(extent, self._uris[extent.file], str(error)))
 
     def close(self) -> None:
-        # The library lets go of what it had on a GPU in whatever context this thread has.
-        with gpus()[self._gpu].context() if self._gpu is not None else contextlib.nullcontext():
-            self._streamer.close()
+        # The library lets go of what it had on a GPU in whatever context it finds.
+        self._streamer.close(gpus()[self._gpu].context if self._gpu is not None else None)

@@ -109,7 +109,8 @@ def ended(daemon: Daemon, stage: str) -> dict[str, Any]:
 
 
 def is_right(daemon: Daemon, record: dict[str, Any], origin: Origin) -> bool:
-    assert (record["state"], record["error"]) == ("ready", None)
+    assert record["error"] is None, record["error"]
+    assert record["state"] == "ready"
     return same(daemon, record["id"], origin.folder)
 
 
