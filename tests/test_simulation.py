@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
-from tests.bench.simulation import GBIT, PROPOSED, Outcome, Rules, Scenario, plot, simulate
+from tests.bench.simulation import GBIT, Outcome, Scenario, plot, simulate
+from weightd.daemon.peers.membership import degree
 
 # Coarse, so that it takes seconds; so slow an origin that what is read twice costs time.
 SMALL = Scenario(
@@ -16,8 +17,8 @@ SMALL = Scenario(
 
 
 @cache
-def outcome(nodes: int, rules: Rules = SMALL.rules) -> Outcome:
-    return simulate(replace(SMALL, nodes=nodes, rules=rules))
+def outcome(nodes: int) -> Outcome:
+    return simulate(replace(SMALL, nodes=nodes))
 
 
 def test_all_that_live_are_ready_and_the_origin_gives_little_more_than_once() -> None:
@@ -25,16 +26,9 @@ def test_all_that_live_are_ready_and_the_origin_gives_little_more_than_once() ->
     assert found.died == 3
     assert found.unfinished == 0
     assert found.seconds < 1.2 * found.alone < found.without_peers / 10
-    assert 1.0 <= found.origin_share < 2.0, "64 where each reads it all; the most of it before they know of each other"
+    assert 1.0 <= found.origin_share < 1.5, "64 where each reads it all; the most of it before they know of each other"
     shares = [share for _, share in found.origin_over_time]
     assert shares == sorted(shares)
-
-
-def test_nodes_that_agree_sooner_read_less_of_the_origin() -> None:
-    found = outcome(64, PROPOSED)
-    assert found.unfinished == 0
-    assert 1.0 <= found.origin_share < min(1.5, outcome(64).origin_share)
-    assert found.listeners_max < outcome(64).listeners_max
 
 
 def test_control_traffic_grows_no_faster_than_the_logarithm_of_the_fleet() -> None:
@@ -42,6 +36,7 @@ def test_control_traffic_grows_no_faster_than_the_logarithm_of_the_fleet() -> No
     assert few.unfinished == many.unfinished == 0
     assert many.control_mean / few.control_mean < 1.1 * math.log2(128) / math.log2(32)
     assert few.control_mean < 0.01 * SMALL.size
+    assert many.listeners_max < 4 * degree(127), "nobody is listened to by all"
 
 
 def test_a_seed_gives_the_same_figures_again(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ AGAIN = 1.0
 WHOLE = 4
 STRIKES = 3
 LOOK = 0.05
+PUBLISH = 0.1
+ORIGIN_AHEAD = 0.5
 HEARTBEAT = 1.0
 REPORT = 2.0
 STALL = 10.0
@@ -77,29 +79,6 @@ ENTRY = 64
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What the code around the decisions does now, and what it could do instead."""
-
-    stamps_wait: bool = True
-    """Who reads the origin is said only where a node has had nothing else to say for a second; else every second."""
-    publish_every: float = 1.0
-    """Seconds between looks at what there is to publish."""
-    hinted: bool = False
-    """Who reads the origin is first taken from the directory, by ``first_readers``."""
-    begins_slowly: bool = False
-    """No more at once of the origin than has come already, and one."""
-    origin_ahead: float = 2.0
-    """Seconds' worth of groups that are asked of the origin at once; they cannot be called back."""
-    hangs_up: bool = False
-    """A node hangs up on those who are not among its neighbours any more, now that it knows more members."""
-
-
-PROPOSED = Rules(
-    stamps_wait=False, publish_every=0.05, hinted=True, begins_slowly=True, origin_ahead=0.5, hangs_up=True
-)
-
-
-@dataclass(frozen=True)
 class Scenario:
     """What is simulated. Rates are in bytes a second."""
 
@@ -115,7 +94,6 @@ class Scenario:
     starts: float = 1.0
     limit: float = 900.0
     """Simulated seconds after which it is given up."""
-    rules: Rules = Rules()
 
     @property
     def size(self) -> int:
@@ -211,7 +189,7 @@ class Window:
         if len(self._came) < 2:
             return self._least
         rate = (len(self._came) - 1) / max(self._came[-1] - self._came[0], 1e-3)
-        return max(2, min(self._most, round(self._ahead * rate)))
+        return max(self._least, min(self._most, round(self._ahead * rate)))
 
 
 class Peer:
@@ -258,7 +236,7 @@ class Node:
         """How many its mover processes were: what an earlier one reads does not arrive."""
         self.mover_ready = 0.0
         self.with_origin: set[int] = set()
-        self.origin_window = Window(4, 64, scenario.scale, scenario.rules.origin_ahead)
+        self.origin_window = Window(4, 64, scenario.scale, ORIGIN_AHEAD)
         self.peer_window = Window(4, 256, scenario.scale)
         self.listeners: dict[Node, Peer] = {}
         """Who listens → what they know this node as."""
@@ -376,7 +354,7 @@ class Simulation:
             return
         node.started = node.progress = self.at
         node.assignment = Assignment(node.name, self._stripes, node.readers, STALL)
-        self._later(self.rng.uniform(0, self.scenario.rules.publish_every), self._publish, node)
+        self._later(self.rng.uniform(0, PUBLISH), self._publish, node)
         self._look(node)
         self._later(self.rng.uniform(0, LOOK), self._tick, node)
         self._turn(node)
@@ -388,7 +366,7 @@ class Simulation:
             node.published = share
             self._later(DIRECTORY, self._published, node, share)
         if not node.dead and share < 1.0:
-            self._later(self.scenario.rules.publish_every, self._publish, node)
+            self._later(PUBLISH, self._publish, node)
 
     def _published(self, node: Node, share: float) -> None:
         if not node.dead:
@@ -425,8 +403,7 @@ class Simulation:
         node.said_there, node.said_coming = len(node.there), len(node.coming)
         ready = node.ready < math.inf
         stamps: dict[str, int] = {}
-        silence = self.at - (node.spoke if self.scenario.rules.stamps_wait else node.said_stamps)
-        if silence >= HEARTBEAT:
+        if self.at - node.said_stamps >= HEARTBEAT:
             stamps = self._stamps(node)
         if node.listeners:
             per_coming, per_leaves = self._of_groups
@@ -438,7 +415,6 @@ class Simulation:
                 node.sent["readers"] += count * event_bytes("readers", stamps=stamps)
                 node.said_stamps = self.at
             if node.again:
-                node.sent["leaves once more"] += count * self._all_leaves(node)
                 node.sent["alive"] += count * event_bytes("complete")
             if there or coming or stamps or node.again:
                 node.spoke = self.at
@@ -519,18 +495,16 @@ class Simulation:
         if (version, lost) != (self.version, len(node.lost)):
             wanted = neighbours(node.name, KEY, [name for name in self.members if name not in node.lost])
             node.listens_to = self.version, len(node.lost), wanted
-            if self.scenario.rules.hinted:
-                if self.hint[0] != self.version:
-                    loading = [name for name, share in self.members.items() if share < 1.0]
-                    self.hint = self.version, first_readers(KEY, loading)
-                node.readers.heard(self.hint[1], self.at)
+            if self.hint[0] != self.version:
+                loading = [name for name, share in self.members.items() if share < 1.0]
+                self.hint = self.version, first_readers(KEY, loading)
+            node.readers.heard(self.hint[1], self.at)
         if node.name in node.readers.now(self.at):
             whole = [name for name, share in self.members.items() if share == 1.0]
             if whole:
                 wanted = wanted + neighbours(node.name, KEY, whole)[:WHOLE]
         back = [name for name in sorted(node.followers) if name in self.members]
-        if self.scenario.rules.hangs_up:
-            self._hang_up(node, {*wanted, *back})
+        self._hang_up(node, {*wanted, *back})
         most = 2 * degree(len(self.members))
         for name in [*wanted, *back]:
             if len(node.peers) >= most:
@@ -677,8 +651,7 @@ class Simulation:
     def _feed_origin(self, node: Node) -> None:
         idle = 0.0 if node.with_origin else self.at - node.progress
         room = node.origin_window.size - len(node.with_origin)
-        if self.scenario.rules.begins_slowly:
-            room = min(room, 1 + len(node.there) - len(node.with_origin))
+        room = min(room, 1 + len(node.there) - len(node.with_origin))
         for group in node.assignment.from_origin(room, at=self.at, idle=idle):
             node.with_origin.add(group)
             node.coming.append(group)
@@ -848,7 +821,6 @@ def main() -> int:
             arguments.groups,
             arguments.group_mib << 20,
             failing=arguments.failing,
-            rules=PROPOSED if arguments.proposed else Rules(),
         )
         for nodes in sorted(arguments.nodes)
     ]
@@ -883,7 +855,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--group-mib", type=int, default=32, help="MiB of each (default: 32; the daemon's have 8)")
     parser.add_argument("--failing", type=float, default=0.01, help="share of the nodes that fail (default: 0.01)")
     parser.add_argument("--seed", type=int, default=0, help="the same figures again (default: 0)")
-    parser.add_argument("--proposed", action="store_true", help="not by the daemon's rules, but by those of PROPOSED")
     parser.add_argument("--jobs", type=int, default=2, help="fleets that are simulated at once (default: 2)")
     parser.add_argument("--json", type=Path, default=Path("simulation.json"), help="the plot is written beside it")
     return parser.parse_args()
