@@ -110,6 +110,7 @@ class Peering:
 
     async def close(self) -> None:
         self._tasks[0].cancel()
+        self._serving.end()
         self._server.end()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._directory.close()

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from weightd.daemon.account import Account, ledger_for
+from weightd.daemon.account import ledger_for
 from weightd.daemon.cache import Cache
 from weightd.daemon.checkpoint import Checkpoint, Listing, open_checkpoint
 from weightd.daemon.devices import Device, Segment
@@ -29,7 +29,7 @@ from weightd.daemon.layout import checkpoint_layout
 from weightd.daemon.ledger import Ledger, fingerprint
 from weightd.daemon.limits import FillLimits
 from weightd.daemon.peers.fleet import Fleet
-from weightd.daemon.peers.groups import plan_groups
+from weightd.daemon.peers.groups import begin_parts_anew
 from weightd.daemon.peers.pulling import PeerReader
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.request import Parallel, StageRequest
@@ -173,22 +173,11 @@ class Loading:
                 return self.source.reader(files, native=self._native)
 
             wanted = origin if "origin" in self.request.sources else None
-            self._begin_groups_anew(self._fill.account)
+            begin_parts_anew(self._extents, self.plan.recipes, self._fill.account)
             self._reader = PeerReader(self.key, self.fleet, self.plan.recipes, segments, wanted)
         else:
             self._reader = self.source.reader(files, native=self._native)
         return self._fill
-
-    def _begin_groups_anew(self, account: Account) -> None:
-        """Of what the daemon before has left, forget groups that are there in part: a peer brings all of a group, and
-        writes over what was there."""
-        if not account.bytes_read:
-            return
-        for group in plan_groups(self._extents, self.plan.recipes):
-            landed = [extent for extent in group.extents if account.has(extent)]
-            if 0 < len(landed) < len(group.extents):
-                account.forget(landed)
-                account.give(landed)
 
     def _from_peers(self) -> bool:
         """Whether peers can bring it: not where what is expected is told by the origin's bytes only, SHA-256 of files,

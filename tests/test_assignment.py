@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.filling import store, tensor
+from tests.filling import land, prepared, store, tensor
+from weightd.daemon.account import ledger_for
 from weightd.daemon.digests import LEAF
+from weightd.daemon.errors import SourceFailed
 from weightd.daemon.extents import Demands, plan_extents
 from weightd.daemon.layout import checkpoint_layout
 from weightd.daemon.peers.assignment import Assignment
-from weightd.daemon.peers.groups import leaf_ranges, plan_groups
+from weightd.daemon.peers.groups import begin_parts_anew, leaf_ranges, plan_groups
 from weightd.daemon.peers.membership import READERS, Readers, degree, first_readers, neighbours, weight
 
 SHARDS = (
@@ -56,6 +58,56 @@ def test_groups_bring_every_leaf_once_from_the_origin_and_once_from_a_peer(
             if piece.leaf < 0:
                 partial.setdefault((piece.segment, piece.entry), set()).add(of[id(extent)])
     assert all(len(found) == 1 for found in partial.values()), "what is gathered from strides comes as one"
+
+
+def test_groups_that_are_there_in_part_begin_anew(tmp_path: Path) -> None:
+    """Else a peer would write over what has come from the origin, and only its own part would be taken for its own."""
+    stored = store(tmp_path, *SHARDS)
+    tensors = stored.checkpoint.tensors
+    recipes = checkpoint_layout(tensors, tp_size=2, tp_ranks=[0, 1], splits={"o": 1, "q": 1, "*": "replicate"})
+    demands = Demands(LEAF, 1, 1 << 16)
+    ledger = ledger_for(tensors, recipes, plan_extents(tensors, recipes, demands))
+    with prepared(stored, recipes, demands, ledger=ledger) as filled:
+        content = {index: file.read_bytes() for index, file in enumerate(stored.files())}
+        for extent in filled.extents[::2]:
+            land(filled.fill, extent, content[extent.file])
+        halves = [
+            {bool(extent.index % 2) for extent in group.extents} for group in plan_groups(filled.extents, recipes)
+        ]
+        assert any(len(half) == 2 for half in halves), "some groups are there in part"
+    with prepared(stored, recipes, demands, ledger=ledger) as filled:
+        account = filled.fill.account
+        begin_parts_anew(filled.extents, recipes, account)
+        groups = plan_groups(filled.extents, recipes)
+        assert all(len({account.has(extent) for extent in group.extents}) == 1 for group in groups)
+        assert any(account.has(extent) for extent in filled.extents)
+        assert account.bytes_read == sum(extent.nbytes for extent in filled.extents if account.has(extent))
+        assert sorted(e.index for e in account.take_all()) == [e.index for e in filled.extents if not account.has(e)]
+
+
+def test_what_is_forgotten_is_taken_back_and_told_of_again_once_it_has_come(tmp_path: Path) -> None:
+    stored = store(tmp_path, {"a": tensor("U8", (3 * LEAF,)), "b": tensor("U8", (LEAF + 5,), 2)})
+    recipes = checkpoint_layout(stored.checkpoint.tensors)
+    content = stored.files()[0].read_bytes()
+    taken: list[set[tuple[int, int]]] = []
+    with prepared(stored, recipes, Demands(LEAF, 1, 0)) as filled:
+        account = filled.fill.account
+        account.take_back = lambda entries: taken.append(entries) or True  # type: ignore[func-returns-value]
+        for extent in filled.extents:
+            land(filled.fill, extent, content)
+        assert sorted(filled.verified[0]) == [0, 1]
+        first = filled.extents[0]
+        entry = first.pieces[0].entry
+        assert account.forget([first])
+        assert taken == [{(0, entry)}]
+        assert not account.has(first)
+        account.tell({0: [entry]})
+        assert sorted(filled.verified[0]) == [0, 1], "who landed the rest of it meanwhile tells nobody"
+        with pytest.raises(SourceFailed, match="have not come"):
+            account.check_complete()
+        land(filled.fill, first, content)
+        account.check_complete()
+        assert sorted(filled.verified[0]) == sorted([0, 1, entry])
 
 
 # ---------------------------------------------------------------------- who listens to whom, and who reads the origin

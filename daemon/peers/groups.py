@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from weightd.daemon.account import Account
 from weightd.daemon.digests import LEAF, leaf_count
 from weightd.daemon.extents import Extent
 from weightd.daemon.recipe import Recipe
@@ -112,6 +113,20 @@ class Groups:
     def of_leaf(self, segment: int, leaf: int) -> int | None:
         """The one that brings a leaf; None where that was there already."""
         return self._by_leaf[segment].get(leaf)
+
+
+def begin_parts_anew(extents: Sequence[Extent], recipes: Sequence[Recipe], account: Account) -> None:
+    """Of what a daemon before has left, forget groups that are there in part.
+
+    A peer brings all of a group, and writes over what was there.
+    """
+    if not account.bytes_read:
+        return
+    for group in plan_groups(extents, recipes):
+        landed = [extent for extent in group.extents if account.has(extent)]
+        if 0 < len(landed) < len(group.extents):
+            account.forget(landed)
+            account.give(landed)
 
 
 def plan_groups(extents: Sequence[Extent], recipes: Sequence[Recipe]) -> list[Group]:

@@ -47,6 +47,7 @@ class Serving:
         self._residency = residency
         self._fleet = fleet
         self._mover: Mover | None = None
+        self._ending = False
         self._readers: dict[str, Offer] = {}
         """Who listens, by the name that it was given, and to what."""
         self._offers: dict[str, _Offering] = {}
@@ -91,7 +92,7 @@ class Serving:
                 yield event
             yield {"type": "gone"}
             # It hangs up once nothing of its reads is under way; unmapping what it reads would end our process.
-            while offering.mapped and not offering.withdrawn:
+            while offering.mapped and not offering.withdrawn and not self._ending:
                 yield {"type": "alive"}
                 await asyncio.sleep(_LOOK)
         except (MoverFailed, OSError) as error:
@@ -110,7 +111,7 @@ class Serving:
         told = Told(offering.epoch)
         mapped = False
         spoke = stamped = 0.0
-        while _servable(stage) and (not mapped or offering.mapped):
+        while _servable(stage) and (not mapped or offering.mapped) and not self._ending:
             now = time.monotonic()
             batch: list[dict[str, Any]] = []
             if not mapped and offering.made.done():
@@ -200,6 +201,12 @@ class Serving:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def end(self) -> None:
+        """Tell all who listen that it is over."""
+        self._ending = True
+        for stage in self._residency.stages.values():
+            stage.notify()
 
     async def close(self) -> None:
         """End the process that peers read from."""
