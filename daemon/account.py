@@ -261,6 +261,18 @@ class Account:
         """Where each entry's leaves begin in ``there``, and where the last one's end."""
         return self._leaf_starts[segment]
 
+    def leaves_at(self, segment: int, first: int, count: int) -> array[int]:
+        """Digests of leaves that follow one another, counted over all entries of a segment."""
+        found = array("Q")
+        while count > 0:
+            entry, at = self.leaf_at(segment, first)
+            part = self.leaves[segment][entry][at : at + count]
+            if not part:
+                raise IndexError("there are not so many leaves")
+            found.frombytes(part.tobytes())
+            first, count = first + len(part), count - len(part)
+        return found
+
     def leaf_at(self, segment: int, leaf: int) -> tuple[int, int]:
         """The entry that a leaf is of, and its number there, by its number over all entries of the segment."""
         entry = bisect.bisect_right(self._leaf_starts[segment], leaf) - 1

@@ -49,19 +49,15 @@ class Claims:
     """The digests that a peer claims for the leaves it has, by segment; ``starts[s][e]`` is where an entry's begin."""
 
     def __init__(self, starts: Sequence[Sequence[int]]) -> None:
-        self._starts = starts
         self.digests = [array("Q", bytes(8 * of_segment[-1])) for of_segment in starts]
         self.there = [bytearray(of_segment[-1]) for of_segment in starts]
 
     def at(self, said: Mapping[str, Any], count: int) -> tuple[int, int]:
-        """The segment and the first leaf in it that an event is about. Raises ValueError."""
-        segment, entry, first = (_number(said[name]) for name in ("segment", "entry", "first"))
-        if segment >= len(self._starts) or entry >= len(self._starts[segment]) - 1:
-            raise ValueError("leaves of an entry that there is not")
-        start, end = self._starts[segment][entry : entry + 2]
-        if start + first + count > end:
-            raise ValueError("more leaves than the entry has")
-        return segment, start + first
+        """The segment and the first leaf in it, over all entries, that an event is about. Raises ValueError."""
+        segment, first = _number(said["segment"]), _number(said["first"])
+        if segment >= len(self.there) or count < 0 or first + count > len(self.there[segment]):
+            raise ValueError("leaves that there are not")
+        return segment, first
 
     def take(self, said: Mapping[str, Any]) -> tuple[int, int, int]:
         """Take in a ``leaves`` event: the segment, and the first and the number of its leaves. Raises ValueError."""

@@ -12,12 +12,12 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from array import array
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import xxhash
 
-from weightd.daemon.account import Account
 from weightd.daemon.errors import DeviceFailed, InvalidRequest, UnknownStage
 from weightd.daemon.manifests import segment_leaves, segment_manifest
 from weightd.daemon.peers.fleet import Fleet
@@ -276,11 +276,11 @@ class Told:
                 self._coming = [bytearray(len(flags)) for flags in account.there]
             events: list[dict[str, Any]] = []
             for segment, flags in enumerate(account.there):
-                for entry, first, count in _fresh(self._coming[segment], account.coming[segment], account, segment):
-                    events.append(self._event("coming", segment, entry, first, count=count))
-                for entry, first, count in _fresh(self._there[segment], flags, account, segment):
-                    digests = _hex(account.leaves[segment][entry][first : first + count])
-                    events.append(self._event("leaves", segment, entry, first, digests=digests))
+                for first, count in _fresh(self._coming[segment], account.coming[segment]):
+                    events.append(self._event("coming", segment, first, count=count))
+                for first, count in _fresh(self._there[segment], flags):
+                    digests = _hex(account.leaves_at(segment, first, count))
+                    events.append(self._event("leaves", segment, first, digests=digests))
             return events
         if stage.state != "ready" or self._all:
             return []
@@ -290,34 +290,33 @@ class Told:
     def _rest(self, stage: Stage) -> Iterator[dict[str, Any]]:
         """Of a ready stage, what it was not told while that was loading."""
         for segment in range(len(stage.segments)):
-            told, at = self._there and self._there[segment], 0
-            for entry, leaves in enumerate(segment_leaves(stage, segment)):
-                for first in range(0, len(leaves), _MAX_LEAVES):
-                    digests = leaves[first : first + _MAX_LEAVES]
-                    if not told or told.count(1, at + first, at + first + len(digests)) < len(digests):
-                        yield self._event("leaves", segment, entry, first, digests=_hex(digests))
-                at += len(leaves)
+            told = self._there and self._there[segment]
+            leaves = array("Q", b"".join(segment_leaves(stage, segment)))
+            for first in range(0, len(leaves), _MAX_LEAVES):
+                digests = leaves[first : first + _MAX_LEAVES]
+                if not told or told.count(1, first, first + len(digests)) < len(digests):
+                    yield self._event("leaves", segment, first, digests=_hex(digests))
 
-    def _event(self, kind: str, segment: int, entry: int, first: int, **more: Any) -> dict[str, Any]:
-        return {"type": kind, "epoch": self._epoch, "segment": segment, "entry": entry, "first": first, **more}
+    def _event(self, kind: str, segment: int, first: int, **more: Any) -> dict[str, Any]:
+        """``first`` counts leaves over all entries of the segment."""
+        return {"type": kind, "epoch": self._epoch, "segment": segment, "first": first, **more}
 
 
-def _fresh(told: bytearray, flags: bytearray, account: Account, segment: int) -> Iterator[tuple[int, int, int]]:
-    """(entry, first leaf, leaves) of what is flagged and was not told of, which ``told`` then says."""
+def _fresh(told: bytearray, flags: bytearray) -> Iterator[tuple[int, int]]:
+    """(first leaf, leaves) of what is flagged and was not told of, which ``told`` then says."""
     now, before = int.from_bytes(flags, "little"), int.from_bytes(told, "little")  # of 100,000 leaves in no time
     told[:] = (now & before).to_bytes(len(told), "little")
     fresh = (now & ~before).to_bytes(len(told), "little")
     at = fresh.find(1)
     while at >= 0:
-        entry, first = account.leaf_at(segment, at)
         end = fresh.find(0, at)
-        end = min(len(fresh) if end < 0 else end, account.leaf_starts(segment)[entry + 1], at + _MAX_LEAVES)
+        end = min(len(fresh) if end < 0 else end, at + _MAX_LEAVES)
         told[at:end] = b"\1" * (end - at)
-        yield entry, first, end - at
+        yield at, end - at
         at = fresh.find(1, end)
 
 
-def _hex(leaves: memoryview) -> str:
+def _hex(leaves: Iterable[int]) -> str:
     return "".join(f"{leaf:016x}" for leaf in leaves)
 
 

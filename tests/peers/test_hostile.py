@@ -109,7 +109,7 @@ def ghosts(said: dict[str, Any]) -> list[Any]:
     return [{**said, "ready": False}] if said["type"] == "hello" else [said] if said["type"] == "segments" else []
 
 
-OF_NOTHING = {"type": "leaves", "segment": 99, "entry": -1, "digests": "f" * 16}
+OF_NOTHING = {"type": "leaves", "segment": 99, "digests": "f" * 16}
 LIES: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
     "digests that are not of its bytes": other_digests,
     "an address beside the truth": shifted,
