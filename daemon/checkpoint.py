@@ -28,10 +28,6 @@ _OTHER_WEIGHTS = (
 )  # fmt: skip
 
 
-MAX_LISTED = 100_000
-"""Files below one URI, over which it is taken for no checkpoint."""
-
-
 @dataclass(frozen=True)
 class Listing:
     """What a source holds of one checkpoint. ``identity`` changes whenever a file is added, removed or replaced."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -11,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from weightd.daemon.devices import Copier, Segment
 from weightd.daemon.digests import LEAF, leaf_digest
 from weightd.daemon.limits import FillLimits
+from weightd.daemon.raw_mapping import RawMapping
 from weightd.daemon.recipe import Block
 from weightd.daemon.slots import address_of
 
@@ -84,17 +83,11 @@ def _cross(copier: Copier, host: int, gpu: int, nbytes: int, *, to_gpu: bool) ->
 @contextmanager
 def _mapped(host: Segment) -> Iterator[int]:
     """A sealed host segment's address, for reading. It is unmapped without Python ever having had a view of it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    address = libc.mmap(None, host.footprint, mmap.PROT_READ, mmap.MAP_SHARED, host.fd, 0)
-    if address in (None, ctypes.c_void_p(-1).value):
-        raise OSError(ctypes.get_errno(), f"cannot map {host.footprint} bytes")
+    mapping = RawMapping(host.fd, host.footprint)
     try:
-        yield address
+        yield mapping.address
     finally:
-        libc.munmap(address, host.footprint)
+        mapping.close()
 
 
 def _gpu_to_gpu(source: Segment, target: Segment, limits: FillLimits) -> None:

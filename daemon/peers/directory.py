@@ -12,12 +12,13 @@ import ipaddress
 import logging
 import random
 import re
-import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
+
+from weightd.daemon.peers.paths import is_local
 
 DIRECTORIES = {
     "none": "weightd.daemon.peers.directories.static",
@@ -235,15 +236,7 @@ class BaseDirectory:
             return False
         if host == self.own_host:
             return True
-        try:
-            ip = ipaddress.ip_address(host)
-            if ip.is_loopback:
-                return False
-            with socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.bind((host, 0))  # the kernel knows its own addresses; this sends nothing
-        except (ValueError, OSError):
-            return False
-        return True
+        return is_address(host) and not ipaddress.ip_address(host).is_loopback and is_local(host)
 
     def put(self, key: str, member: Member | None) -> None:
         """What is known under a key is this now, or nothing."""

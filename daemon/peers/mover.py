@@ -23,10 +23,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import ctypes
 import importlib.util
 import itertools
-import mmap
 import os
 import queue
 import select
@@ -38,6 +36,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from weightd.daemon.raw_mapping import RawMapping
 from weightd.ipc import wire
 
 if TYPE_CHECKING:
@@ -247,7 +246,7 @@ class _Process:
         self._channel = channel
         self._agent: Agent = Agent()
         self_test(self._agent)
-        self._regions: dict[int, tuple[Region, _Mapping]] = {}
+        self._regions: dict[int, tuple[Region, RawMapping]] = {}
         self._peers: dict[int, Peer] = {}
         self._transfers: dict[int, Transfer] = {}
 
@@ -299,7 +298,7 @@ class _Process:
         return {"address": self._map(message, fds, writable=True).address, "metadata": None}
 
     def _map(self, message: dict[str, Any], fds: list[int], *, writable: bool) -> Region:
-        memory = _Mapping(fds[0], message["nbytes"], writable=writable)
+        memory = RawMapping(fds[0], message["nbytes"], writable=writable)
         region = self._agent.register(memory.address, memory.nbytes)
         self._regions[message["region"]] = (region, memory)
         return region
@@ -335,25 +334,6 @@ class _Process:
             del self._transfers[ticket]
             wire.send(self._channel, {"ticket": ticket, "error": error, "transport": transfer.transport})
         return len(self._transfers) < before
-
-
-class _Mapping:
-    """Memory of a descriptor, mapped without Python: of a read-only mapping it tells no address."""
-
-    def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.mmap.restype = ctypes.c_void_p
-        self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        self._libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        address = self._libc.mmap(None, nbytes, protection, mmap.MAP_SHARED, fd, 0)
-        if address in (None, ctypes.c_void_p(-1).value):
-            raise OSError(ctypes.get_errno(), f"cannot map {nbytes} bytes: {os.strerror(ctypes.get_errno())}")
-        self.address: int = address
-        self.nbytes = nbytes
-
-    def close(self) -> None:
-        self._libc.munmap(self.address, self.nbytes)
 
 
 def main() -> None:

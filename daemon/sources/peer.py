@@ -5,13 +5,14 @@ It gives what planning needs, the listing, headers and configuration files. Weig
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from weightd.daemon.checkpoint import MAX_LISTED
 from weightd.daemon.errors import CheckpointNotFound, SourceFailed
 from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.sources.base import Reader, SourceFile
+from weightd.daemon.sources.object_store import MAX_OBJECTS
 
 if TYPE_CHECKING:
     import httpx
@@ -46,10 +47,8 @@ class PeerSource:
         self._peer = peer
         found = self._get("/peer/v1/listing", _MAX_LISTING_BYTES, uri=uri)
         try:
-            import json
-
             table = json.loads(found)
-            if table["uri"] != uri or len(table["weights"]) + len(table["metadata"]) > MAX_LISTED:
+            if table["uri"] != uri or len(table["weights"]) + len(table["metadata"]) > MAX_OBJECTS:
                 raise ValueError("not the listing that was asked for")
             self._identity = str(table["identity"])
             self._files = sorted(_file(*entry) for entry in [*table["weights"], *table["metadata"]])
