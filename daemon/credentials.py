@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 _UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid (socket(7), SO_PEERCRED)
 _SO_PEERGROUPS = 59  # asm-generic/socket.h; Linux 4.13
+_GROUPS_BYTES = 1024  # of 256 groups: Python's getsockopt takes no larger buffer
 
 
 class Peer(NamedTuple):
@@ -46,7 +47,7 @@ def peer_of(connection: socket.socket) -> Peer:
     pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     groups = array.array("I")
     try:
-        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4096)
+        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
         groups.frombytes(raw[: len(raw) - len(raw) % groups.itemsize])
     except OSError:
         pass  # more groups than fit, or an old kernel: the primary group counts
