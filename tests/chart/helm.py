@@ -86,13 +86,14 @@ def _template(values: str, release: str, namespace: str, kubernetes: str, chart:
     )  # fmt: skip
 
 
+@cache
 def parsed(text: str) -> list[Manifest]:
     """Manifests of a stream of YAML documents."""
     return [document for document in yaml.load_all(text, _Loader) if document]
 
 
 def manifests(values: Mapping[str, Any] | None = None, **options: Any) -> list[Manifest]:
-    """What helm renders."""
+    """What helm renders, for reading only: whoever asks again gets the same."""
     return parsed(template(values, **options))
 
 
