@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from tests.chart.helm import Manifest, manifests
+
 OLD, DRA, NEW = "1.31", "1.34", "1.37"
 """Releases of Kubernetes: one before DRA's v1, the first with it, and the newest that is known here."""
 
@@ -182,3 +184,9 @@ CASES: dict[str, Case] = {
         release="r" * 53,
     ),
 }  # fmt: skip
+
+
+def rendered(name: str, kubernetes: str | None = None) -> list[Manifest]:
+    """What helm makes of a case, by default for the newest release that it is for."""
+    case = CASES[name]
+    return manifests(case.values, release=case.release, kubernetes=kubernetes or case.kubernetes[-1])

@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 from kubernetes_validate import utils as validating
 
-from tests.chart.cases import CASES
+from tests.chart.cases import CASES, rendered
 from tests.chart.helm import Manifest, manifests, template
 from tests.chart.manifests import (
     all_of,
@@ -56,11 +56,6 @@ TYPES = {
 # It would read and index two megabytes of definitions again for each manifest.
 validating.schema_contents = functools.cache(validating.schema_contents)
 validating.all_versions = functools.cache(validating.all_versions)
-
-
-def rendered(name: str, kubernetes: str) -> list[Manifest]:
-    case = CASES[name]
-    return manifests(case.values, release=case.release, kubernetes=kubernetes)
 
 
 @pytest.fixture(params=RENDERED, ids=" ".join)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from charts.schema import ELSEWHERE
-from tests.chart.cases import CASES, MAP, PEERS
+from tests.chart.cases import CASES, MAP, PEERS, rendered
 from tests.chart.helm import Manifest, manifests
 from tests.chart.manifests import container, daemon_of, env_of, pod_spec, workloads
 from weightd.daemon.peers.directory import host_port
@@ -70,8 +70,7 @@ Parsed = Callable[..., tuple[Settings, dict[str, str]]]
 @pytest.mark.parametrize("name", [name for name in CASES if name != "no engine"])
 def test_the_daemon_knows_every_variable_and_takes_every_value(name: str, parsed: Parsed) -> None:
     case = CASES[name]
-    documents = manifests(case.values, release=case.release, kubernetes=case.kubernetes[-1])
-    settings, env = parsed(documents, case.values.get("ipFamily", "IPv4"))
+    settings, env = parsed(rendered(name), case.values.get("ipFamily", "IPv4"))
     assert settings.runtime_dir == Path(case.values.get("runtimeDir", "/run/weightd"))
     given = [parse_request(request) for request in json.loads(env.get("WEIGHTD_PRELOAD", "[]"))]
     assert given == [parse_request(request) for request in case.values.get("preload", [])]

@@ -59,3 +59,8 @@ azure.workload.identity/use: "true"
 {{ $image.repository }}:{{ $tag }}
 {{- end -}}
 {{- end -}}
+
+{{/* The port of the API on loopback; empty where there is none. */}}
+{{- define "weightd.apiPort" -}}
+{{- get .Values.settings "listen" | default (ternary "" "127.0.0.1:7400" (hasKey .Values.settings "listen")) | regexFind "[0-9]+$" -}}
+{{- end -}}

@@ -42,7 +42,7 @@
   {{- fail (printf "runtimeDir, cache.path, shim.path and /tmp must differ, found %s" (join ", " $paths)) -}}
 {{- end -}}
 {{- $ports := dict "ports.health" .Values.ports.health "ports.metrics" .Values.ports.metrics "ports.peers" .Values.ports.peers -}}
-{{- with regexFind "[0-9]+$" (get .Values.settings "listen" | default "127.0.0.1:7400") }}{{ $_ := set $ports "settings.listen" (int .) }}{{ end -}}
+{{- with include "weightd.apiPort" . }}{{ $_ := set $ports "settings.listen" (int .) }}{{ end -}}
 {{- if and (eq .Values.mode "sidecar") .Values.engine.enabled }}{{ $_ := set $ports "engine.port" .Values.engine.port }}{{ end -}}
 {{- $seen := dict -}}
 {{- range $name, $port := $ports -}}
