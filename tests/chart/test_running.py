@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import http.server
-import inspect
 import json
 import os
 import shutil
@@ -25,11 +24,10 @@ import yaml
 
 from tests.chart.cases import SINGLE, rendered
 from tests.chart.helm import CHART, manifests
-from tests.chart.manifests import container, env_of
+from tests.chart.manifests import container, env_of, find
 from tests.checkpoints import write_checkpoint
 from tests.conftest import command, lacking
-from tests.servers import Daemon, Missing, SeaweedFS, until
-from weightd.daemon import cli
+from tests.servers import Daemon, Missing, SeaweedFS, free_ports, until
 
 ENGINE = """
 import os, signal
@@ -96,10 +94,10 @@ class Supervised:
 
 
 @pytest.fixture
-def supervised(tmp_path: Path, model: Path) -> Iterator[Callable[..., Supervised]]:
+def supervised(tmp_path: Path) -> Iterator[Callable[..., Supervised]]:
     running: list[Supervised] = []
 
-    def start(*, wait: bool = False) -> Supervised:
+    def start(model: Path, *, wait: bool) -> Supervised:
         running.append(Supervised(tmp_path, model, wait=wait))
         return running[-1]
 
@@ -117,9 +115,9 @@ def gone(pid: int) -> bool:
 
 
 def test_an_engine_that_dies_in_the_common_container_finds_its_weights_again(
-    supervised: Callable[..., Supervised],
+    supervised: Callable[..., Supervised], model: Path
 ) -> None:
-    running = supervised()
+    running = supervised(model, wait=False)
     first = until(lambda: running.engines(), "an engine has attached")[0]
     keeper = running.keeper()
     os.kill(first[0], signal.SIGKILL)
@@ -134,11 +132,15 @@ def test_an_engine_that_dies_in_the_common_container_finds_its_weights_again(
     until(lambda: gone(second[0]) and gone(keeper), "engine and keeper have ended")
 
 
-def test_the_common_container_ends_with_weightd_and_takes_the_engine_along(
-    supervised: Callable[..., Supervised],
+def test_the_common_container_waits_for_what_is_preloaded_and_ends_with_weightd(
+    supervised: Callable[..., Supervised], model: Path, tmp_path: Path
 ) -> None:
-    # The engine has waited for what is preloaded, where this weightd can be asked for it.
-    running = supervised(wait="quick" in inspect.signature(cli.doctor).parameters)
+    later = tmp_path / "later"
+    running = supervised(later, wait=True)
+    until(lambda: "preload" in running.log.read_text(), "the preload has failed: there is no such model")
+    assert not running.engines()
+    shutil.copytree(model, tmp_path / "copy")
+    (tmp_path / "copy").rename(later)
     (engine, _) = until(lambda: running.engines(), "an engine has attached", deadline=60)[0]
     os.kill(running.keeper(), signal.SIGKILL)
     assert running.process.wait(30) == 128 + signal.SIGKILL
@@ -153,6 +155,9 @@ def test_the_shim_is_all_that_an_engine_has_to_import(tmp_path: Path) -> None:
     script = container(manifests({"shim": {"path": place}}), "weightd-shim")["command"]
     assert script[:2] == ["python3", "-c"]
     subprocess.run([sys.executable, "-c", script[2].replace(place, str(tmp_path))], check=True)
+    subprocess.run(
+        [sys.executable, "-c", script[2].replace(place, str(tmp_path))], check=True
+    )  # the Pod's second start
     (only,) = (tmp_path / "weightd").iterdir()
     assert only.name == "ipc"
     found = subprocess.run(
@@ -230,6 +235,33 @@ def test_an_engine_of_any_user_is_let_in_by_the_pods_group_and_reads_the_metadat
             assert "Permission denied" in refused.stderr
     finally:
         shutil.rmtree(folder)
+
+
+def test_probes_and_prometheus_are_answered_where_the_chart_sends_them(
+    tmp_path: Path, model: Path, start_daemon: Callable[..., Daemon]
+) -> None:
+    health, metrics = free_ports(2)
+    documents = manifests(
+        {"ports": {"health": health, "metrics": metrics}, "preload": [{"model": str(model)}],
+         "metrics": {"podMonitor": {"enabled": True}}}
+    )  # fmt: skip
+    weightd = container(documents, "weightd")
+    here = {"WEIGHTD_RUNTIME_DIR", "WEIGHTD_CACHE_DIR"}
+    env = {name: text for name, text in env_of(weightd).items() if name.startswith("WEIGHTD_") and name not in here}
+    start_daemon(env=env)
+    numbers = {port["name"]: port["containerPort"] for port in weightd["ports"]}
+
+    def asked(probe: str) -> httpx.Response:
+        question = weightd[probe]["httpGet"]
+        return httpx.get(f"http://127.0.0.1:{numbers[question['port']]}{question['path']}", timeout=30)
+
+    assert asked("livenessProbe").status_code == 200
+    until(lambda: asked("startupProbe").status_code == 200, "what is preloaded is ready")
+    (endpoint,) = find(documents, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    scraped = httpx.get(f"http://127.0.0.1:{numbers[endpoint['port']]}/metrics", timeout=30)
+    assert "weightd_" in scraped.text
+    for port in (health, metrics):
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/stage", timeout=30).status_code == 404
 
 
 # ---------------------------------------------------------------------- a private authority

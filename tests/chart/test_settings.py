@@ -14,11 +14,11 @@ from charts.schema import ELSEWHERE
 from tests.chart.cases import CASES, MAP, PEERS, rendered
 from tests.chart.helm import Manifest, manifests
 from tests.chart.manifests import container, daemon_of, env_of, pod_spec, workloads
+from weightd.daemon import preload
 from weightd.daemon.peers.directory import host_port
 from weightd.daemon.request import parse_request
 from weightd.daemon.settings import Settings
 
-FORTHCOMING = {"health_listen", "metrics_listen", "preload", "log_format"} - Settings.model_fields.keys()
 ADDRESSES = {"IPv4": "10.1.2.3", "IPv6": "fd00::7"}
 LIKELY: dict[str, Any] = {
     "allow": ["s3://models/", "/models"], "capacity": {"cpu": "64GiB", "cuda:0": 60_000_000_000}, "log_level": "debug",
@@ -54,13 +54,12 @@ def _parsed(
     for name, text in known.items():
         if name.startswith("WEIGHTD_"):
             setting = name.removeprefix("WEIGHTD_").lower()
-            assert setting in Settings.model_fields or setting in FORTHCOMING, f"{name} is no setting"
+            assert setting in Settings.model_fields, f"{name} is no setting"
             if name.startswith("WEIGHTD_PEER_TLS_"):
                 file = tmp_path / name
                 file.touch()
                 text = str(file)
-            if setting not in FORTHCOMING:
-                monkeypatch.setenv(name, text)
+            monkeypatch.setenv(name, text)
     return Settings(), known
 
 
@@ -72,8 +71,8 @@ def test_the_daemon_knows_every_variable_and_takes_every_value(name: str, parsed
     case = CASES[name]
     settings, env = parsed(rendered(name), case.values.get("ipFamily", "IPv4"))
     assert settings.runtime_dir == Path(case.values.get("runtimeDir", "/run/weightd"))
-    given = [parse_request(request) for request in json.loads(env.get("WEIGHTD_PRELOAD", "[]"))]
-    assert given == [parse_request(request) for request in case.values.get("preload", [])]
+    assert settings.preload == env.get("WEIGHTD_PRELOAD", "")
+    assert preload.read(settings.preload) == [parse_request(request) for request in case.values.get("preload", [])]
 
 
 def test_every_setting_can_be_set_and_arrives_as_it_was_meant(parsed: Parsed) -> None:
@@ -84,11 +83,10 @@ def test_every_setting_can_be_set_and_arrives_as_it_was_meant(parsed: Parsed) ->
             values[name] = LIKELY.get(name, default)
     assert len(values) > 20
     settings, env = parsed(manifests({"settings": values}))
-    meant = Settings(**{name: value for name, value in values.items() if name not in FORTHCOMING})
+    meant = Settings(**values)
     for name in values:
-        if name not in FORTHCOMING:
-            assert getattr(settings, name) == getattr(meant, name), name
-            assert f"WEIGHTD_{name.upper()}" in env
+        assert getattr(settings, name) == getattr(meant, name), name
+        assert f"WEIGHTD_{name.upper()}" in env
 
 
 def test_numbers_arrive_as_digits_however_large_they_are() -> None:
@@ -100,17 +98,17 @@ def test_numbers_arrive_as_digits_however_large_they_are() -> None:
 
 
 def test_what_the_chart_makes_of_values_of_its_own_are_settings() -> None:
-    assert Settings.model_fields.keys() >= ELSEWHERE - FORTHCOMING
+    assert Settings.model_fields.keys() >= ELSEWHERE
 
 
 def test_patterns_of_a_map_count_in_the_order_that_was_meant() -> None:
     parallel = {"tp_size": 2, "tp_rank": "all"}
-    preload = [
+    requests = [
         {"model": "s3://m/a", "parallel": {**parallel, "map": MAP}},
         {"model": "s3://m/b", "parallel": {**parallel, "map": [{"*": 0}, {"*.norm.weight": "replicate"}, {"a": -1}]}},
         {"model": "s3://m/c", "parallel": {**parallel, "map": {"*": 0, "**": 1, "b*": 2, "a*": 3}}},
     ]
-    text = env_of(container(manifests({"preload": preload}), "weightd"))["WEIGHTD_PRELOAD"]
+    text = env_of(container(manifests({"preload": requests}), "weightd"))["WEIGHTD_PRELOAD"]
     maps = [list(request["parallel"]["map"].items()) for request in json.loads(text)]
     assert maps[0][-1] == ("*", "replicate"), "the pattern that fits everything is the last to be asked"
     assert dict(maps[0]) == MAP
@@ -120,8 +118,10 @@ def test_patterns_of_a_map_count_in_the_order_that_was_meant() -> None:
 
 
 def test_text_that_looks_like_a_variable_of_kubernetes_stays_text(parsed: Parsed) -> None:
-    preload = [{"model": "s3://m/$(POD_IP)/$$(X)"}]
-    settings, env = parsed(manifests({"preload": preload, "settings": {"allow": ["s3://m/$(POD_IP)"]}, "peers": PEERS}))
+    requests = [{"model": "s3://m/$(POD_IP)/$$(X)"}]
+    settings, env = parsed(
+        manifests({"preload": requests, "settings": {"allow": ["s3://m/$(POD_IP)"]}, "peers": PEERS})
+    )
     assert settings.allow == ["s3://m/$(POD_IP)"]
     assert json.loads(env["WEIGHTD_PRELOAD"])[0]["model"] == "s3://m/$(POD_IP)/$$(X)"
 

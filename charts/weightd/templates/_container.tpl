@@ -73,8 +73,8 @@ command:
   - -c
   - |
     import pathlib, shutil, weightd.ipc
-    source = pathlib.Path(weightd.ipc.__file__).parent
-    shutil.copytree(source, "{{ .Values.shim.path }}/weightd/ipc", dirs_exist_ok=True)
+    source, target = pathlib.Path(weightd.ipc.__file__).parent, "{{ .Values.shim.path }}/weightd/ipc"
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
 securityContext:
   {{- toYaml .Values.securityContext | nindent 2 }}
 volumeMounts:

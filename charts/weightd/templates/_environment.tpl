@@ -165,6 +165,7 @@ etcd:{{ $endpoints }}{{ $prefix }}
 {{- /* Beside the cache, because the root file system is read-only and engines read what lies there. */ -}}
 {{- $env = append $env (dict "name" "HF_HOME" "value" (printf "%s/huggingface" $cache)) -}}
 {{- $env = append $env (dict "name" "CUPY_CACHE_DIR" "value" (printf "%s/cupy" $cache)) -}}
+{{- $env = append $env (dict "name" "CUDA_CACHE_PATH" "value" (printf "%s/cuda" $cache)) -}}
 {{- $env = append $env (dict "name" "WEIGHTD_HEALTH_LISTEN" "value" (printf "%s:%d" $any (int .Values.ports.health))) -}}
 {{- if .Values.metrics.enabled -}}
   {{- $env = append $env (dict "name" "WEIGHTD_METRICS_LISTEN" "value" (printf "%s:%d" $any (int .Values.ports.metrics))) -}}

@@ -16,7 +16,7 @@ runs() { kill -0 "$1" 2>/dev/null; }
 # A shell hears signals while it waits for a child in the background, not for one in front.
 pause() { sleep "$1" & wait $!; }
 {{- if .Values.startup.wait }}
-until weightd doctor --quick >/dev/null 2>&1; do
+until weightd doctor --ready >/dev/null 2>&1; do
   runs "$daemon" || { wait "$daemon"; exit $?; }
   pause 1
 done
