@@ -193,6 +193,7 @@ def values() -> Schema:
     image: dict[str, Schema] = {
         "repository": text(r"^[a-z0-9][a-zA-Z0-9.:_/-]*[a-z0-9]$"),
         "tag": text(r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$", empty=True),
+        "digest": text(r"^sha256:[0-9a-f]{64}$", empty=True),
         "pullPolicy": one_of("Always", "IfNotPresent", "Never"),
     }
     monitor = closed(enabled=BOOL, interval=text(DURATION), labels=LABELS)
@@ -204,9 +205,7 @@ def values() -> Schema:
         nameOverride=text(NAME, empty=True, longest=63),
         fullnameOverride=text(NAME, empty=True, longest=253),
         commonLabels=LABELS,
-        image=closed(
-            **image, variant=one_of("cuda13", "cuda12", "cpu"), digest=text(r"^sha256:[0-9a-f]{64}$", empty=True)
-        ),
+        image=closed(**image, variant=one_of("cuda13", "cuda12", "cpu")),
         imagePullSecrets=named(),
         preload={"type": "array", "maxItems": 1000, "items": {"$ref": "#/definitions/StageRequest"}},
         startup=closed(wait=BOOL, timeoutSeconds={"type": "integer", "minimum": 1, "maximum": 604800}),

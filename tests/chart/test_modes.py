@@ -163,7 +163,9 @@ def test_one_container_runs_both_processes() -> None:
     [
         ("1.37", {}, True, False),
         ("1.34.0", {}, True, False),
+        ("1.34.1-gke.1829001", {}, True, False),
         ("1.33.9", {}, False, True),
+        ("1.33.5-eks-113cf36", {}, False, True),
         ("1.37", {"mode": "node"}, False, True),
         ("1.37", {"image": {"variant": "cpu"}}, False, False),
         ("1.37", {"gpu": {"sharing": "none"}}, False, False),
@@ -200,6 +202,14 @@ def test_any_engine_takes_vllms_place() -> None:
     assert service["spec"]["type"] == "LoadBalancer"
     assert service["spec"]["ports"] == [{"name": "http", "port": 443, "targetPort": "http"}]
     assert not [volume for volume in pod_spec(find(documents, "Deployment"))["volumes"] if "shm" in volume["name"]]
+
+
+def test_an_engine_may_be_pinned_by_digest() -> None:
+    digest = "sha256:" + "b" * 64
+    assert (
+        container(manifests({"engine": {"image": {"digest": digest}}}), "engine")["image"]
+        == f"vllm/vllm-openai@{digest}"
+    )
 
 
 def test_an_engines_processes_have_room_to_talk() -> None:
