@@ -177,7 +177,7 @@ def settings() -> Schema:
         found = bare(schema)
         if "ByteSize" in str(Settings.model_fields[name].annotation):
             if found.get("type") == "object":
-                found = {**found, "propertyNames": {"pattern": POOL}, "additionalProperties": size}
+                found = {**found, "patternProperties": {POOL: size}, "additionalProperties": False}
             else:
                 found = {"description": found["description"], **size}
         if found.get("type") == "array":
@@ -344,7 +344,7 @@ def values() -> Schema:
         priorityClassName=OBJECT,
         runtimeClassName=OBJECT,
         terminationGracePeriodSeconds={"type": "integer", "minimum": 0},
-        podSpec={"type": "object", "propertyNames": {"not": {"enum": sorted(rendered_of_pods())}}},
+        podSpec={"type": "object", "properties": dict.fromkeys(sorted(rendered_of_pods()), False)},
     )
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",

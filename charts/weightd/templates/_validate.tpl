@@ -1,7 +1,7 @@
 {{/* What the schema cannot say: values that contradict each other. Fails naming both, and what to do. */}}
 {{- define "weightd.validate" -}}
 {{- if not (hasKey .Values "preload") -}}
-  {{- fail "weightd: this is not the context of the chart weightd: pass .Subcharts.NAME, by the name or alias of the dependency" -}}
+  {{- fail "weightd: this is not the context of the chart weightd: pass .Subcharts.NAME, by the name or alias of the dependency, and include nothing where it is switched off" -}}
 {{- end -}}
 {{- include "weightd.validateMode" . -}}
 {{- include "weightd.validateGpu" . -}}
