@@ -22,7 +22,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.chart.cases import SINGLE, rendered
+from tests.chart.cases import SINGLE
 from tests.chart.helm import CHART, manifests
 from tests.chart.manifests import container, env_of, find
 from tests.checkpoints import write_checkpoint
@@ -237,33 +237,6 @@ def test_an_engine_of_any_user_is_let_in_by_the_pods_group_and_reads_the_metadat
         shutil.rmtree(folder)
 
 
-def test_probes_and_prometheus_are_answered_where_the_chart_sends_them(
-    tmp_path: Path, model: Path, start_daemon: Callable[..., Daemon]
-) -> None:
-    health, metrics = free_ports(2)
-    documents = manifests(
-        {"ports": {"health": health, "metrics": metrics}, "preload": [{"model": str(model)}],
-         "metrics": {"podMonitor": {"enabled": True}}}
-    )  # fmt: skip
-    weightd = container(documents, "weightd")
-    here = {"WEIGHTD_RUNTIME_DIR", "WEIGHTD_CACHE_DIR"}
-    env = {name: text for name, text in env_of(weightd).items() if name.startswith("WEIGHTD_") and name not in here}
-    start_daemon(env=env)
-    numbers = {port["name"]: port["containerPort"] for port in weightd["ports"]}
-
-    def asked(probe: str) -> httpx.Response:
-        question = weightd[probe]["httpGet"]
-        return httpx.get(f"http://127.0.0.1:{numbers[question['port']]}{question['path']}", timeout=30)
-
-    assert asked("livenessProbe").status_code == 200
-    until(lambda: asked("startupProbe").status_code == 200, "what is preloaded is ready")
-    (endpoint,) = find(documents, "PodMonitor")["spec"]["podMetricsEndpoints"]
-    scraped = httpx.get(f"http://127.0.0.1:{numbers[endpoint['port']]}/metrics", timeout=30)
-    assert "weightd_" in scraped.text
-    for port in (health, metrics):
-        assert httpx.get(f"http://127.0.0.1:{port}/v1/stage", timeout=30).status_code == 404
-
-
 # ---------------------------------------------------------------------- a private authority
 
 
@@ -300,26 +273,47 @@ class SecureSeaweedFS(SeaweedFS):
         return f"s3://models/{prefix}"
 
 
-def test_the_daemon_trusts_the_authorities_that_the_chart_mounts(
+def test_the_charts_variables_make_a_daemon_that_reads_from_that_store_and_answers_probes_and_prometheus(
     tmp_path: Path, model: Path, start_daemon: Callable[..., Daemon]
 ) -> None:
     try:
         server = SecureSeaweedFS(tmp_path / "s3")
     except Missing as error:
         lacking(str(error))
-    variables: dict[str, Any] = env_of(container(rendered("secrets"), "weightd"))
-    mounted = variables["AWS_CA_BUNDLE"]
-    keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_ENDPOINT_URL": server.url}
+    health, metrics = free_ports(2)
+    documents = manifests(
+        {"ports": {"health": health, "metrics": metrics}, "preload": [{"model": "s3://models/x"}],
+         "metrics": {"podMonitor": {"enabled": True}},
+         "credentials": {"s3": {"existingSecret": "s3", "endpoint": server.url}, "caBundle": {"configMap": "ca"}}}
+    )  # fmt: skip
+    weightd = container(documents, "weightd")
+    variables: dict[str, Any] = env_of(weightd)
+    keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
+    elsewhere = {"WEIGHTD_RUNTIME_DIR", "WEIGHTD_CACHE_DIR", "HF_HOME", "CUPY_CACHE_DIR", "CUDA_CACHE_PATH"}
     env = {
-        name: text.replace(mounted, str(server.ca))
+        name: text.replace(variables["AWS_CA_BUNDLE"], str(server.ca))
         for name, text in {**variables, **keys}.items()
-        if isinstance(text, str) and not name.startswith(("WEIGHTD_", "HF_", "AZURE_", "GOOGLE_"))
+        if isinstance(text, str) and name not in elsewhere
     }
     # Obstore, which lists, and the streamer, which reads weights, each go by a variable of its own.
     assert list(env.values()).count(str(server.ca)) == 2
+    numbers = {port["name"]: port["containerPort"] for port in weightd["ports"]}
+
+    def asked(probe: str) -> httpx.Response:
+        question = weightd[probe]["httpGet"]
+        return httpx.get(f"http://127.0.0.1:{numbers[question['port']]}{question['path']}", timeout=30)
+
     with server:
-        uri = server.upload(model, "x")
-        assert start_daemon(env=env).stage(uri)["state"] == "ready"
+        start_daemon(env=env)
+        assert asked("livenessProbe").status_code == 200
+        assert asked("startupProbe").status_code == 503, "the bucket is empty"
+        server.upload(model, "x")
+        until(lambda: asked("startupProbe").status_code == 200, "what is preloaded is ready", deadline=60)
+    (endpoint,) = find(documents, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    scraped = httpx.get(f"http://127.0.0.1:{numbers[endpoint['port']]}/metrics", timeout=30)
+    assert "weightd_" in scraped.text
+    for port in (health, metrics):
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/stage", timeout=30).status_code == 404
 
 
 # ---------------------------------------------------------------------- an upgrade
