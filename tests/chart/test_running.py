@@ -32,7 +32,7 @@ from tests.servers import Daemon, Missing, SeaweedFS, free_ports, until
 ENGINE = """
 import os, signal
 from weightd.ipc import attach
-weights = attach(os.environ["MODEL"], timeout=60)
+weights = attach(os.environ["MODEL"], timeout=120)
 with open(os.environ["STARTED"], "a") as log:
     log.write(f"{os.getpid()} {weights.digest}\\n")
 signal.pause()
@@ -118,18 +118,18 @@ def test_an_engine_that_dies_in_the_common_container_finds_its_weights_again(
     supervised: Callable[..., Supervised], model: Path
 ) -> None:
     running = supervised(model, wait=False)
-    first = until(lambda: running.engines(), "an engine has attached")[0]
+    first = until(lambda: running.engines(), "an engine has attached", deadline=120)[0]
     keeper = running.keeper()
     os.kill(first[0], signal.SIGKILL)
-    until(lambda: len(running.engines()) == 2, "it was started again")
+    until(lambda: len(running.engines()) == 2, "it was started again", deadline=120)
     second = running.engines()[1]
     assert second[1] == first[1]
     assert running.keeper() == keeper, "weightd has not been restarted"
     assert "exit code 137" in running.log.read_text()
     # Kubernetes ends a container by its first process.
     running.process.send_signal(signal.SIGTERM)
-    assert running.process.wait(30) == 0
-    until(lambda: gone(second[0]) and gone(keeper), "engine and keeper have ended")
+    assert running.process.wait(120) == 0
+    until(lambda: gone(second[0]) and gone(keeper), "engine and keeper have ended", deadline=120)
 
 
 def test_the_common_container_waits_for_what_is_preloaded_and_ends_with_weightd(
@@ -137,14 +137,14 @@ def test_the_common_container_waits_for_what_is_preloaded_and_ends_with_weightd(
 ) -> None:
     later = tmp_path / "later"
     running = supervised(later, wait=True)
-    until(lambda: "preload" in running.log.read_text(), "the preload has failed: there is no such model")
+    until(lambda: "preload" in running.log.read_text(), "there is no such model", deadline=120)
     assert not running.engines()
     shutil.copytree(model, tmp_path / "copy")
     (tmp_path / "copy").rename(later)
-    (engine, _) = until(lambda: running.engines(), "an engine has attached", deadline=60)[0]
+    (engine, _) = until(lambda: running.engines(), "an engine has attached", deadline=120)[0]
     os.kill(running.keeper(), signal.SIGKILL)
-    assert running.process.wait(30) == 128 + signal.SIGKILL
-    until(lambda: gone(engine), "the engine has ended")
+    assert running.process.wait(120) == 128 + signal.SIGKILL
+    until(lambda: gone(engine), "the engine has ended", deadline=120)
 
 
 # ---------------------------------------------------------------------- init containers and the example
@@ -308,7 +308,7 @@ def test_the_charts_variables_make_a_daemon_that_reads_from_that_store_and_answe
         assert asked("livenessProbe").status_code == 200
         assert asked("startupProbe").status_code == 503, "the bucket is empty"
         server.upload(model, "x")
-        until(lambda: asked("startupProbe").status_code == 200, "what is preloaded is ready", deadline=60)
+        until(lambda: asked("startupProbe").status_code == 200, "what is preloaded is ready", deadline=120)
     (endpoint,) = find(documents, "PodMonitor")["spec"]["podMetricsEndpoints"]
     scraped = httpx.get(f"http://127.0.0.1:{numbers[endpoint['port']]}/metrics", timeout=30)
     assert "weightd_" in scraped.text
