@@ -4,6 +4,12 @@
 # make soak    kill -9 at random moments, ROUNDS times (SEED=... for the same ones again)
 # make bench   speed against its limits and rivals (ARGS="--size 4GiB")
 # make chart   the chart's values.schema.json and table of values, anew from the code and the comments of values.yaml
+# make screenshots  docs/img/status-*.png, of the status page (needs gcc and chromium)
+# make image   the image, with docker buildx (CUDA=12, 13 or none; ARGS="--platform linux/amd64,linux/arm64 --push")
+# make shim    the image with weightd.ipc alone, for engine images to copy from
+# make lock    the image's locks anew, of pyproject.toml and constraints.txt (ARGS=--upgrade for newer versions)
+# make image-test   its steps and what runs from it, for every CUDA, without a container engine
+# make image-sizes  what the image weighs with each CUDA, built without a container engine, as docs/image.md has it
 # make simulate  fleets of up to 1,000 nodes that load at once, as a table and a plot (ARGS="--nodes 32,128")
 # Each sets up what it needs below .venv. On a machine with a GPU, in a Python that has torch for it (docs/gpu.md):
 # make gpu-test   the proof on the real driver (PYTHON=python3 WHEELS=folder with the wheels that it lacks)
@@ -18,10 +24,23 @@ SEED ?= 0
 WHEELS ?=
 GPU ?= build/gpu
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-SOURCES = $(shell find api daemon ipc -name '*.py' -o -name '*.cu') pyproject.toml README.md
+SOURCES = $(shell find api daemon ipc -name '*.py' -o -name '*.cu' -o -path 'api/status/*.*') pyproject.toml README.md
 AZURITE = 3.35.0
 
-.PHONY: demo test check soak bench simulate chart gpu-test gpu-bench gpu-path clean
+# The image: where it comes from is in its labels, and the commit's time in its files.
+CUDA ?= 13
+IMAGE ?= ghcr.io/weightd/weightd
+SOURCE ?= https://github.com/weightd/weightd
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+TAG = $(or $(TAG_$(CUDA)),$(error CUDA is 12, 13 or none, not "$(CUDA)"))
+TAG_12 = cuda12
+TAG_13 = cuda13
+TAG_none = cpu
+BUILD = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) docker buildx build --build-arg VERSION=$(VERSION) \
+  --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(git log -1 --format=%cI) --build-arg SOURCE=$(SOURCE)
+
+.PHONY: demo test check soak bench chart screenshots simulate image shim lock image-test image-sizes gpu-test gpu-bench \
+  gpu-path clean
 
 demo: $(VENV)/weightd.stamp
 	@$(VENV)/bin/python -m tests.demo $(if $(MODEL),"$(MODEL)")
@@ -40,12 +59,30 @@ soak: $(VENV)/weightd.stamp $(VENV)/test.stamp
 bench: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m tests.bench $(ARGS)
 
+screenshots: $(VENV)/weightd.stamp $(VENV)/test.stamp
+	$(VENV)/bin/python -m tests.status.screenshots docs/img
+
 simulate: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m tests.bench.simulation $(ARGS)
 
 chart: $(VENV)/weightd.stamp
 	$(VENV)/bin/python -m charts.schema
 	$(VENV)/bin/python -m charts.readme
+
+image:
+	$(BUILD) --build-arg CUDA=$(CUDA) --tag $(IMAGE):$(VERSION)-$(TAG) $(ARGS) .
+
+shim:
+	$(BUILD) --target shim --tag $(IMAGE):$(VERSION)-shim $(ARGS) .
+
+lock: $(VENV)/test.stamp
+	UV=$(VENV)/bin/uv ARGS="$(ARGS)" requirements/lock.sh
+
+image-test: $(VENV)/weightd.stamp $(VENV)/test.stamp
+	IMAGES=none,12,13 $(VENV)/bin/python -m pytest tests/image $(ARGS)
+
+image-sizes: $(VENV)/weightd.stamp $(VENV)/test.stamp
+	$(VENV)/bin/python -m tests.image.sizes $(ARGS)
 
 gpu-test: gpu-path
 	$(GPU_ENV) $(PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
