@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from weightd.api.peer_models import PeersState, PeerUseRecord, peers_of
+from weightd.daemon.clock import by_phase
 from weightd.daemon.devices import Device
 from weightd.daemon.manifests import entry_files, segment_leaves, segment_manifest
 from weightd.daemon.node import Fit
@@ -57,7 +58,7 @@ class StageRecord(BaseModel):
     state: State = Field(description="Where it is between queued and ready, or how it ended.")
     error: StageError | None = Field(description="Why it ended, where it is failed or cancelled.")
     request: StageRequest = Field(description="What was asked for.")
-    source: str = Field(description="Kind of source of its bytes: file, object-store.")
+    source: str = Field(description="Source of its bytes: file, s3, gs, az, hf; peer where no origin answers.")
     created_at: float = Field(description="When it was asked for, in seconds since the epoch.")
     ready_at: float | None = Field(description="When it became ready, in seconds since the epoch.")
     bytes_total: int = Field(description="Bytes to read; 0 until planned and started.")
@@ -65,6 +66,12 @@ class StageRecord(BaseModel):
     bytes_per_second: float | None = Field(description="Mean rate of loading so far.")
     eta_seconds: float | None = Field(description="Seconds until loaded at that rate, while loading.")
     state_seconds: dict[str, float] = Field(description="Seconds spent in each state.")
+    seconds: dict[str, float] = Field(
+        description="Where its time went, from the request until it was ready or ended otherwise, in seconds of wall "
+        "clock that add up: queued, listing, headers, source (waiting on it), buffers (waiting for them), copying, "
+        "verifying, other. A moment in which threads are at several of these is shared out among the threads."
+    )
+    source_seconds: dict[str, float] = Field(description="Of seconds.source, how much was waiting on which source.")
     phase_seconds: dict[str, float] = Field(
         description="Thread-seconds of loading by phase: source, buffers, copying, verifying."
     )
@@ -277,8 +284,8 @@ class Health(BaseModel):
 
 def stage_record(stage: Stage) -> StageRecord:
     """A stage as the API shows it."""
-    seconds = stage.state_seconds()
-    loading = seconds.get("loading", 0.0)
+    states, spent = stage.state_seconds(), stage.clock.spent()
+    loading = states.get("loading", 0.0)
     rate = stage.bytes_done / loading if loading > 0 and stage.bytes_done else None
     left = stage.bytes_total - stage.bytes_done
     from_peers = stage.fill.account.peer_bytes if stage.fill else stage.peer_bytes
@@ -298,7 +305,9 @@ def stage_record(stage: Stage) -> StageRecord:
         bytes_done=stage.bytes_done,
         bytes_per_second=rate,
         eta_seconds=left / rate if rate and stage.state == "loading" else None,
-        state_seconds=seconds,
+        state_seconds=states,
+        seconds=by_phase(spent),
+        source_seconds={source: span for (phase, source), span in spent.items() if phase == "source"},
         phase_seconds=dict(stage.fill.seconds) if stage.fill else stage.phase_seconds,
         bytes_by_source={stage.source_kind: stage.bytes_done - from_peers, "peer": from_peers},
         peers=peers_of(stage),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from weightd.daemon.account import Account
 from weightd.daemon.arrivals import Arrivals
+from weightd.daemon.clock import Clock
 from weightd.daemon.devices.cpu import HostBuffers
 from weightd.daemon.digests import LEAF, leaf_count, leaf_digest
 from weightd.daemon.errors import DigestMismatch, SourceFailed
@@ -69,7 +70,8 @@ class Fill:
     source would as well read into buffers, ``native`` that its reader can write to device memory. ``expected_leaves``
     maps a tensor's name to the leaf digests that are known of it: a leaf that differs fails the fill at once.
     ``sha256_prefixes`` maps a file's index to the bytes in front of its tensors, for files whose SHA-256 is wanted.
-    ``on_verified(segment, entries)`` is told of entries (their indices) all of whose leaves are hashed.
+    ``on_verified(segment, entries)`` is told of entries (their indices) all of whose leaves are hashed. ``clock`` is
+    told what threads are at.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Fill:
         expected_leaves: Mapping[str, array[int]] | None = None,
         sha256_prefixes: Mapping[int, bytes] | None = None,
         on_verified: Callable[[int, list[int]], None] = lambda segment, entries: None,
+        clock: Clock | None = None,
     ) -> None:
         self.threads = limits.threads
         self.in_flight_bytes = limits.in_flight_bytes
@@ -111,10 +114,12 @@ class Fill:
         self._by_peers: set[int] = set()
         """Extents on that way."""
         self._retry_counter: Counter | None = None
-        self._phase_counters: dict[str, Counter] = {}
+        self._phase_counter: Counter | None = None
+        self._source = ""
+        self._clock = clock or Clock()
         self._failure: BaseException | None = None
         on_device = bool(segments) and segments[0].device.uuid is not None
-        self._arrivals = Arrivals(segments, self._digest, self._fail) if on_device else None
+        self._arrivals = Arrivals(segments, self._digest, self._fail, self.phase) if on_device else None
         self._native = native
         self._buffered = on_device or (buffered and all(segment.buffered for segment in segments))
         # Each reading thread has one at a time, and the last one is kept for the urgent; on the way to a GPU as many
@@ -130,7 +135,7 @@ class Fill:
         """Add to a daemon's counters from now on, under the source's kind."""
         self.account.count_with(metrics, source)
         self._retry_counter = metrics.source_retries.labels(source)
-        self._phase_counters = {phase: metrics.phase_seconds.labels(source, phase) for phase in PHASES}
+        self._phase_counter, self._source = metrics.phase_seconds, source
 
     @property
     def stopped(self) -> bool:
@@ -163,9 +168,10 @@ class Fill:
         self._slots.close()
         self.account.close()
 
-    def wait(self, seconds: float) -> None:
-        """Sleep, but no longer than until the fill is stopped."""
-        self._stop.wait(seconds)
+    def wait(self, seconds: float, phase: str = "source") -> None:
+        """Sleep, but no longer than until the fill is stopped; what is waited for is a phase."""
+        with self.phase(phase):
+            self._stop.wait(seconds)
 
     def next(self) -> Extent | None:
         """The next extent to read, in order; None when there is no more, or the fill is stopped."""
@@ -406,17 +412,20 @@ class Fill:
             )
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside towards a phase (one of PHASES), in thread-seconds."""
+    def phase(self, name: str, source: str = "") -> Iterator[None]:
+        """Count the time inside towards a phase (one of PHASES), in thread-seconds; ``source``: where it is not the
+        stage's own."""
         start = time.perf_counter()
+        self._clock.join(name, source)
         try:
             yield
         finally:
+            self._clock.leave(name, source)
             spent = time.perf_counter() - start
             with self._lock:
                 self.seconds[name] += spent
-            if counter := self._phase_counters.get(name):
-                counter.inc(spent)
+            if self._phase_counter is not None:
+                self._phase_counter.labels(source or self._source, name).inc(spent)
 
     def _hash(self, leaves: memoryview, first: int, view: memoryview, offset: int, nbytes: int) -> None:
         end = offset + nbytes

@@ -83,7 +83,6 @@ class Loader:
                 f"{waiting} stages wait for their turn, which is all that WEIGHTD_MAX_QUEUED allows: try again later",
                 retry_after_seconds=10,
             )
-        stage.source_kind = source.kind
         self._residency.keep(stage)
         self.spawn(self._run(stage, source), stage.id)
 
@@ -121,10 +120,12 @@ class Loader:
     async def _run(self, stage: Stage, source: Source) -> None:
         loading: Loading | None = None
         turns: list[Turns] = []
+        stage.source_kind = stage.clock.origin = source.kind
         try:
             stage.enter("planning")
             assert stage.listing is not None
-            plan = await self.in_thread(make_plan, source, stage.listing, stage.request, self._cache)
+            plan = await self.in_thread(make_plan, source, stage.listing, stage.request, self._cache, stage.clock)
+            stage.clock.enter("other")
             if stage.finished:
                 return
             devices = [self._devices[name] for name in stage.devices]
@@ -132,13 +133,16 @@ class Loader:
                 await self.in_thread(device.open)
             if stage.finished:
                 return
+            stage.clock.enter("queued")
             await self._admit(stage, allocated(plan.recipes, devices))
+            stage.clock.enter("other")
             if stage.finished:
                 return
             stage.plan, stage.infos, stage.metadata = plan, plan.infos, plan.metadata
             if self._fleet is not None and not self._fleet.off:
                 await self.in_thread(self._cache.keep_headers, plan.checkpoint)
                 stage.key = await self.in_thread(key_of, stage)
+            stage.clock.enter("queued")
             # One for each device, always in the same order, so that nobody waits for each other.
             for name in sorted(set(stage.devices)):
                 own = self._turns.setdefault((stage.source_kind, name), Turns(self._limits.concurrent_loads))
@@ -151,7 +155,15 @@ class Loader:
                 return
             stage.enter("loading")
             loading = Loading(
-                source, plan, stage.request, devices, self._cache, self._fill_limits, self._fleet, stage.key
+                source,
+                plan,
+                stage.request,
+                devices,
+                self._cache,
+                self._fill_limits,
+                self._fleet,
+                stage.key,
+                stage.clock,
             )
             manifests = await self.in_thread(self._load, stage, loading)
             if stage.finished:
@@ -204,6 +216,7 @@ class Loader:
 
     def _load(self, stage: Stage, loading: Loading) -> list[SealedManifest]:
         """In a thread: allocate, fill, verify, seal. Returns the segments' manifests."""
+        stage.clock.enter("other")
         plan = stage.plan
         assert plan is not None
         recipes = plan.recipes

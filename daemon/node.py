@@ -105,16 +105,17 @@ class Node:
 
         Raises InvalidRequest, NotAllowed, InsufficientCapacity, QueueFull. All else is in the stage's record.
         """
+        asked = time.monotonic()
         try:
             found, source, listing = await self._resolve(request)
         except _Unlisted as unlisted:
-            return self._failed(unlisted), False
+            return self._failed(unlisted, asked), False
         if found is not None:
             self.change(found, priority=max(found.priority, request.priority), pin=found.pin or request.pin)
             created = False
         else:
             assert source is not None
-            found = Stage(canonical(request.model), self.placed(request), request, listing)
+            found = Stage(canonical(request.model), self.placed(request), request, listing, asked)
             self._loader.start(found, source)
             created = True
         with contextlib.suppress(TimeoutError):
@@ -286,8 +287,9 @@ class Node:
             task.add_done_callback(lambda _: self._listings.pop(uri, None))
         return await asyncio.shield(task)
 
-    def _failed(self, unlisted: _Unlisted) -> Stage:
-        stage = Stage(unlisted.uri, unlisted.devices, unlisted.request, None)
+    def _failed(self, unlisted: _Unlisted, asked: float) -> Stage:
+        stage = Stage(unlisted.uri, unlisted.devices, unlisted.request, None, asked)
+        stage.source_kind = stage.clock.origin = unlisted.uri.partition(":")[0]
         self.residency.keep(stage)
         self._loader.end(stage, "failed", unlisted.error)
         return stage

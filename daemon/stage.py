@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightd.daemon.checkpoint import Checkpoint, Listing
+from weightd.daemon.clock import Clock
 from weightd.daemon.devices import Segment
 from weightd.daemon.errors import DaemonError
 from weightd.daemon.fill import Fill
@@ -78,9 +79,18 @@ class Stage:
 
     States: ``queued → planning → loading → verifying → ready``, or ``failed``, ``cancelled``, ``evicted``. A planned
     stage that has to wait for others goes back to ``queued``.
+
+    ``asked`` is when it was asked for, in monotonic seconds, where its URI has been listed since.
     """
 
-    def __init__(self, uri: str, devices: Sequence[str], request: StageRequest, listing: Listing | None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        devices: Sequence[str],
+        request: StageRequest,
+        listing: Listing | None,
+        asked: float | None = None,
+    ) -> None:
         self.id = "st-" + secrets.token_hex(6)
         self.uri = uri
         self.devices = tuple(devices)
@@ -89,7 +99,10 @@ class Stage:
         self.listing = listing
         self.state = "queued"
         self.error: DaemonError | None = None
-        self.created_at = time.time()
+        self.clock = Clock(asked, "listing")
+        """Where its time goes, until it is ready or has ended otherwise."""
+        self.clock.enter("queued")
+        self.created_at = time.time() - (time.monotonic() - self.clock.began)
         self.ready_at: float | None = None
         self.seconds: dict[str, float] = {}
         """Seconds spent in each state so far, the current one excluded."""
@@ -193,6 +206,7 @@ class Stage:
         if state == "ready":
             self.ready_at = time.time()
         if self.finished:
+            self.clock.stop()
             self.planned.set()
         self.notify()
 

@@ -1,13 +1,14 @@
 """Hugging Face repositories, ``hf://org/name[@revision]``: the hub's own local cache, filled where it lacks files.
 
 What a revision holds is asked of the hub only where the cache does not have all of it. Files are downloaded, whole,
-when they are first read, which is while a stage is planned; from then on they are files.
+before they are read, which is while a stage is planned; from then on they are files.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from weightd.daemon.checkpoint import INDEX_NAME, read_index
@@ -25,12 +26,13 @@ def open_source(uri: str, allow: Allow) -> HubSource:
 
 
 _Files = list[SourceFile]
+_PARALLEL_DOWNLOADS = 8
 
 
 class HubSource:
     """The files of one revision. A file's version is its blob's name, the same in the cache and on the hub."""
 
-    kind = "file"
+    kind = "hf"
     buffered = FileSource.buffered
     max_extent = FileSource.max_extent
     max_runs = FileSource.max_runs
@@ -112,6 +114,11 @@ class HubSource:
     def read(self, name: str, offset: int, length: int) -> bytes:
         with self._fetch(name).open("rb") as file:
             return os.pread(file.fileno(), length, offset)
+
+    def fetch(self, files: Sequence[SourceFile]) -> None:
+        if files and not self._was_cached:
+            with ThreadPoolExecutor(_PARALLEL_DOWNLOADS, thread_name_prefix="hub") as pool:
+                list(pool.map(lambda file: self._fetch(file.name), files))
 
     def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> Reader:
         paths = [self._fetch(file.name) for file in files]

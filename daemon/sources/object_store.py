@@ -78,7 +78,6 @@ def _aws_profile() -> bool:
 class ObjectStoreSource:
     """The objects below one prefix."""
 
-    kind = "object-store"
     buffered = False
     max_extent = 1 << 30
     # One request brings one contiguous range; scattering it is the bounce buffer's work.
@@ -90,6 +89,7 @@ class ObjectStoreSource:
 
         self.uri = uri
         scheme, _, rest = uri.partition("://")
+        self.kind = scheme
         bucket, _, prefix = rest.partition("/")
         single = prefix.endswith(".safetensors")
         self._prefix, _, name = prefix.rpartition("/") if single else (prefix, "", "")
@@ -150,6 +150,9 @@ class ObjectStoreSource:
             if "NoSuchBucket" in str(error) or "404 Not Found" in str(error):
                 raise CheckpointNotFound(f"{uri}: no such bucket") from None
             raise SourceFailed(f"{uri}: {_reason(error)}") from None
+
+    def fetch(self, files: Sequence[SourceFile]) -> None:
+        """They are read where they are."""
 
     def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> StreamerReader:
         return StreamerReader(self, files, [f"{self.base}/{file.name}" for file in files])
