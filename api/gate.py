@@ -78,9 +78,9 @@ class Gate:
 
         async def measured(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "unmatched")
-                labels = (scope["method"] if route != "unmatched" else "other", route, str(message["status"]))
-                self._metrics.api_seconds.labels(*labels).observe(time.perf_counter() - started)
+                route = getattr(scope.get("route"), "path", None)
+                spent = time.perf_counter() - started
+                self._metrics.answered(scope["method"], route, message["status"], spent)
             await send(message)
 
         refusal = self._refusal(scope)

@@ -288,7 +288,6 @@ def stage_record(stage: Stage) -> StageRecord:
     loading = states.get("loading", 0.0)
     rate = stage.bytes_done / loading if loading > 0 and stage.bytes_done else None
     left = stage.bytes_total - stage.bytes_done
-    from_peers = stage.fill.account.peer_bytes if stage.fill else stage.peer_bytes
     return StageRecord(
         id=stage.id,
         model=stage.uri,
@@ -309,7 +308,7 @@ def stage_record(stage: Stage) -> StageRecord:
         seconds=by_phase(spent),
         source_seconds={source: span for (phase, source), span in spent.items() if phase == "source"},
         phase_seconds=dict(stage.fill.seconds) if stage.fill else stage.phase_seconds,
-        bytes_by_source={stage.source_kind: stage.bytes_done - from_peers, "peer": from_peers},
+        bytes_by_source=stage.bytes_by_source(),
         peers=peers_of(stage),
         key=stage.key or None,
         footprint_bytes=stage.footprint,

@@ -42,6 +42,8 @@ class Clock:
         self._threads: dict[tuple[str, str], int] = {}
         """What threads are at, and how many."""
         self._stopped = False
+        self._before: dict[tuple[str, str], float] = {}
+        """What had been spent when it was taken over."""
 
     @classmethod
     def taken_over(cls, began: float, spent: Mapping[tuple[str, str], float], *, stopped: bool) -> Clock:
@@ -49,10 +51,10 @@ class Clock:
         clock = cls(began)
         clock._spent = dict(spent)
         clock._at = began + sum(spent.values())
-        if not stopped:
-            clock._phase = "other"
-            clock.enter("queued")
         clock._stopped = stopped
+        clock._phase = "other"
+        clock.enter("queued")
+        clock._before = dict(clock._spent)
         return clock
 
     def enter(self, phase: str) -> None:
@@ -85,11 +87,21 @@ class Clock:
         """Seconds so far, by phase and source."""
         with self._lock:
             self._account()
-            found: dict[tuple[str, str], float] = {}
-            for (phase, source), seconds in self._spent.items():
-                key = phase, source or self.origin
-                found[key] = found.get(key, 0.0) + seconds
-            return found
+            return self._by_source(self._spent)
+
+    def fresh(self) -> dict[tuple[str, str], float]:
+        """The same without what had been spent when it was taken over."""
+        with self._lock:
+            self._account()
+            before = self._before
+            return self._by_source({key: seconds - before.get(key, 0.0) for key, seconds in self._spent.items()})
+
+    def _by_source(self, spent: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+        found: dict[tuple[str, str], float] = {}
+        for (phase, source), seconds in spent.items():
+            key = phase, source or self.origin
+            found[key] = found.get(key, 0.0) + seconds
+        return found
 
     def _account(self) -> None:
         now = time.monotonic()

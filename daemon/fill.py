@@ -115,6 +115,7 @@ class Fill:
         """Extents on that way."""
         self._retry_counter: Counter | None = None
         self._phase_counter: Counter | None = None
+        self._mismatch_counter: Counter | None = None
         self._source = ""
         self._clock = clock or Clock()
         self._failure: BaseException | None = None
@@ -136,6 +137,7 @@ class Fill:
         self.account.count_with(metrics, source)
         self._retry_counter = metrics.source_retries.labels(source)
         self._phase_counter, self._source = metrics.phase_seconds, source
+        self._mismatch_counter = metrics.mismatches
 
     @property
     def stopped(self) -> bool:
@@ -410,6 +412,11 @@ class Fill:
                 f"{where[0]}: no byte of {len(where)} requests in flight has come for {spent:.1f} s "
                 "(WEIGHTD_RETRY_DEADLINE)"
             )
+
+    def mismatched(self, source: str) -> None:
+        """What came from a source is not what was expected, and is not of the stage any more."""
+        if self._mismatch_counter is not None:
+            self._mismatch_counter.labels(source).inc()
 
     @contextlib.contextmanager
     def phase(self, name: str, source: str = "") -> Iterator[None]:

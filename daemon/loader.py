@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -83,6 +82,9 @@ class Loader:
                 f"{waiting} stages wait for their turn, which is all that WEIGHTD_MAX_QUEUED allows: try again later",
                 retry_after_seconds=10,
             )
+        stage.source_kind = stage.clock.origin = source.kind
+        if self._residency.made_room(stage):
+            self._metrics.restaged.inc()
         self._residency.keep(stage)
         self.spawn(self._run(stage, source), stage.id)
 
@@ -98,6 +100,7 @@ class Loader:
             self._residency.release(stage)
             return
         stage.listing = listing
+        stage.source_kind = stage.clock.origin = source.kind
         await self._run(stage, source)
 
     def cancel(self, stage: Stage, reason: str) -> None:
@@ -120,7 +123,6 @@ class Loader:
     async def _run(self, stage: Stage, source: Source) -> None:
         loading: Loading | None = None
         turns: list[Turns] = []
-        stage.source_kind = stage.clock.origin = source.kind
         try:
             stage.enter("planning")
             assert stage.listing is not None
@@ -302,14 +304,11 @@ class Loader:
             error = error.with_traceback(None)
             error.__cause__ = error.__context__ = None
         stage.enter(state, error)
-        self._metrics.finished.labels(state).inc()
+        self._metrics.ended(stage, refused=refused(stage))
         if state == "ready":
-            seconds = time.time() - stage.created_at
-            self._metrics.stage_seconds.observe(seconds)
+            seconds = sum(stage.clock.spent().values())
             log.info("%s %s ready: %d bytes in %.2f s", stage.id, stage.uri, stage.bytes_total, seconds)
         else:
-            if error is not None and state == "failed":
-                self._metrics.errors.labels(error.code).inc()
             log.warning("%s %s %s: %s", stage.id, stage.uri, state, error)
 
     # ------------------------------------------------------------------ threads

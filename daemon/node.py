@@ -323,7 +323,7 @@ class Node:
 
     def _adopted(self, stage: Stage) -> None:
         self.residency.keep(stage)
-        self.metrics.adopted.labels(stage.state if stage.finished else "interrupted").inc()
+        self.metrics.adopted(stage)
         if stage.state == "failed":
             self._deposits.drop(stage.id)
             return

@@ -179,6 +179,7 @@ def _read(fd: int) -> tuple[Stage, list[int], list[str | None], list[int]]:
         began = table.get("began", time.monotonic() - (time.time() - stage.created_at))
         spent = {(str(phase), str(source)): float(seconds) for phase, source, seconds in table.get("spent", ())}
         stage.clock = Clock.taken_over(float(began), spent, stopped=table["state"] == "ready")
+        stage.clock.origin = stage.source_kind
         stage.infos = tuple(SegmentInfo(**info) for info in table["infos"])
         stage.satisfied = set(table["satisfied"])
         stage.announced = True

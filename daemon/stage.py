@@ -187,6 +187,11 @@ class Stage:
         """Bytes that have landed and were hashed."""
         return self.fill.account.bytes_read if self.fill else self.bytes_read
 
+    def bytes_by_source(self) -> dict[str, int]:
+        """Bytes done by where they came from: its own source, and peers."""
+        from_peers = self.fill.account.peer_bytes if self.fill else self.peer_bytes
+        return {self.source_kind: self.bytes_done - from_peers, "peer": from_peers}
+
     def settle(self) -> None:
         """Loading is over: keep its figures, let its buffers go."""
         if self.fill is not None:

@@ -232,6 +232,7 @@ class Loading:
         if not again or "origin" not in self.request.sources or not account.forget(again):
             return False
         log.warning("%d extents that came from peers are not what is expected: reading the origin", len(again))
+        self.fill.mismatched("peer")
         assert self._reader is not None
         self._reader.close()
         self._reader = self.source.reader(self.plan.checkpoint.listing.weights, native=self._native)

@@ -68,7 +68,7 @@ class Source(Protocol):
         """Up to ``length`` bytes at ``offset``: for headers and configuration, never for weights."""
 
     def fetch(self, files: Sequence[SourceFile]) -> None:
-        """Before anything of these is read: have all of them here, where that is how they are read. Raises as ``read``."""
+        """Before anything of these is read: have them here, where that is how they are read. Raises as ``read``."""
 
     def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> Reader:
         """A reader for extents whose ``file`` is an index into ``files``. Raises CheckpointChanged.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from weightd.daemon.errors import CheckpointNotFound, InvalidRequest, NotAllowed, SourceFailed
+from weightd.daemon.errors import CheckpointNotFound, CredentialsRefused, InvalidRequest, SourceFailed
 from weightd.daemon.sources import Allow
 from weightd.daemon.sources.base import SourceFile
 from weightd.daemon.sources.streamed import StreamerReader
@@ -141,7 +141,7 @@ class ObjectStoreSource:
         except FileNotFoundError:
             raise CheckpointNotFound(f"{uri}: not found") from None
         except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
-            raise NotAllowed(
+            raise CredentialsRefused(
                 f"{uri}: the object store refused the credentials: {_reason(error)}: "
                 "weightd doctor shows which are in use"
             ) from None
