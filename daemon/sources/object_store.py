@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from weightd.daemon.sources.streamed import StreamerReader
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
+_REFUSED = re.compile("status code: 40[13] |<Code>(?:ExpiredToken|InvalidToken|TokenRefreshRequired)<")
+"""What tells in an error's text that credentials were refused: S3 answers 400 to a session that has expired."""
 MAX_OBJECTS = 100_000
 """Objects below one prefix, over which it is taken for no checkpoint."""
 
@@ -140,13 +143,15 @@ class ObjectStoreSource:
             yield
         except FileNotFoundError:
             raise CheckpointNotFound(f"{uri}: not found") from None
-        except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
-            raise CredentialsRefused(
-                f"{uri}: the object store refused the credentials: {_reason(error)}: "
-                "weightd doctor shows which are in use"
-            ) from None
         except (BaseError, OSError) as error:
-            # Listing a bucket that does not exist is a generic error; its text has the store's own answer.
+            # Of listings everything is a generic error, and so is a token that is not to be had; the text has the
+            # store's own answer.
+            kinds = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+            if isinstance(error, kinds) or _REFUSED.search(str(error)):
+                raise CredentialsRefused(
+                    f"{uri}: the object store refused the credentials: {_reason(error)}: "
+                    "weightd doctor shows which are in use"
+                ) from None
             if "NoSuchBucket" in str(error) or "404 Not Found" in str(error):
                 raise CheckpointNotFound(f"{uri}: no such bucket") from None
             raise SourceFailed(f"{uri}: {_reason(error)}") from None
