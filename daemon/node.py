@@ -254,7 +254,9 @@ class Node:
         joinable = [
             stage
             for stage in self.stages()
-            if (stage.uri, stage.devices, stage.request.layout_key()) == (uri, devices, key)
+            if stage.uri == uri  # what costs least, first: there may be very many
+            and stage.devices == devices
+            and stage.request.layout_key() == key
             and _live(stage)
             and stage.listing is not None
             and (listing is None or stage.listing.identity == listing.identity)
