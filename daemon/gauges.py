@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -93,7 +94,8 @@ class NodeGauges:
         yield _gauge("weightd_leases", {(): len(ages)})
         yield _gauge("weightd_leases_by_age", {(name,): count for name, count in by_age.items()})
         yield _gauge("weightd_lease_oldest_seconds", {(): ages[-1] if ages else 0.0})
-        yield _gauge("weightd_leases_awaited", {(): sum(awaited(stage, now()) for stage in stages)})
+        still = now()
+        yield _gauge("weightd_leases_awaited", {(): sum(awaited(stage, still) for stage in stages if stage.awaited)})
 
     def _orphans(self) -> Iterator[Metric]:
         orphans = self._node.residency.unadopted
@@ -111,21 +113,20 @@ class NodeGauges:
 
 def _latest(stages: list[Stage]) -> Iterator[Metric]:
     """The latest stage of each model on each device: of those on their way, then of the youngest."""
-    latest: dict[tuple[str, str], Stage] = {}
-    ready: dict[tuple[str, str], Stage] = {}
-    for stage in sorted(stages, key=lambda stage: stage.created_at):
-        latest[stage.uri, stage.device] = stage
+    latest: dict[tuple[str, tuple[str, ...]], Stage] = {}
+    ready: dict[tuple[str, tuple[str, ...]], Stage] = {}
+    for stage in stages:
+        _keep_later(latest, stage)
         if stage.ready_at is not None:
-            ready[stage.uri, stage.device] = stage
+            _keep_later(ready, stage)
     shown: dict[tuple[str, str], Stage] = {}
     last: dict[tuple[str, str], Stage] = {}
-    youngest = sorted(latest.items(), key=lambda item: (item[1].finished, -item[1].created_at))
-    for (uri, device), stage in youngest[:MAX_MODELS]:
-        key = model_label(uri), device
+    for stage in heapq.nsmallest(MAX_MODELS, latest.values(), key=lambda stage: (stage.finished, -stage.created_at)):
+        key = model_label(stage.uri), stage.device
         if key not in shown:  # of URIs that differ only in what no label says, one
             shown[key] = stage
-            if (uri, device) in ready:
-                last[key] = ready[uri, device]
+            if (found := ready.get((stage.uri, stage.devices))) is not None:
+                last[key] = found
     yield _gauge(
         "weightd_latest_stage_seconds",
         {
@@ -146,6 +147,12 @@ def _latest(stages: list[Stage]) -> Iterator[Metric]:
     yield _gauge(
         "weightd_latest_ready_seconds", {key: sum(stage.clock.spent().values()) for key, stage in last.items()}
     )
+
+
+def _keep_later(found: dict[tuple[str, tuple[str, ...]], Stage], stage: Stage) -> None:
+    other = found.setdefault((stage.uri, stage.devices), stage)
+    if other.created_at < stage.created_at:
+        found[stage.uri, stage.devices] = stage
 
 
 def _largest(held: Mapping[str, int]) -> dict[str, int]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,9 @@ class Metrics:
         self.wall_seconds: dict[tuple[str, str], float] = {}
         """Of stages that have ended, by phase and source."""
         self._peer = Named(MAX_PEERS)
+        self._text = b""
+        self._good_until = 0.0
+        """Until when the last exposition is given again (monotonic seconds)."""
         # A counter's first step shows only where there was a 0 before.
         for counter, values in (
             (self.source_retries, SOURCES), (self.slow_paths, BETTER_PATHS), (self.finished, _ENDED),
@@ -158,8 +162,13 @@ class Metrics:
         self.registry.register(KeeperGauges(folder))
 
     def exposition(self) -> bytes:
-        """The text format, version 0.0.4. On the event loop."""
-        return generate_latest(self.registry)
+        """The text format, version 0.0.4. On the event loop, of whose time whoever asks gets half at most."""
+        started = time.monotonic()
+        if started >= self._good_until:
+            self._text = generate_latest(self.registry)
+            ended = time.monotonic()
+            self._good_until = ended + (ended - started)
+        return self._text
 
 
 def error_codes(of: type[errors.DaemonError] = errors.DaemonError) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -37,6 +37,7 @@ def test_long_values_are_cut_and_still_differ() -> None:
     assert first != second
 
 
+@settings(max_examples=50)
 @given(st.text(max_size=300))
 def test_any_text_makes_a_value_that_prometheus_reads_back(text: str) -> None:
     registry = CollectorRegistry()
