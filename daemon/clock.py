@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 
 STAGE_PHASES = {
@@ -38,9 +39,11 @@ class Clock:
         self._phase = phase
         self._at = self.began
         """Up to when it is accounted for."""
-        self._spent: dict[tuple[str, str], float] = {}
+        self._spent: dict[tuple[str, str], float] = defaultdict(float)
         self._threads: dict[tuple[str, str], int] = {}
         """What threads are at, and how many."""
+        self._count = 0
+        """Of them all."""
         self._stopped = False
         self._before: dict[tuple[str, str], float] = {}
         """What had been spent when it was taken over."""
@@ -49,7 +52,7 @@ class Clock:
     def taken_over(cls, began: float, spent: Mapping[tuple[str, str], float], *, stopped: bool) -> Clock:
         """Go on where the daemon before ended. What it has not noted down before it died is ``other``."""
         clock = cls(began)
-        clock._spent = dict(spent)
+        clock._spent.update(spent)
         clock._at = began + sum(spent.values())
         clock._stopped = stopped
         clock._phase = "other"
@@ -68,14 +71,18 @@ class Clock:
         with self._lock:
             self._account()
             self._threads[phase, source] = self._threads.get((phase, source), 0) + 1
+            self._count += 1
 
     def leave(self, phase: str, source: str = "") -> None:
         """It is not any more."""
         with self._lock:
             self._account()
-            self._threads[phase, source] -= 1
-            if not self._threads[phase, source]:
+            left = self._threads[phase, source] - 1
+            if left:
+                self._threads[phase, source] = left
+            else:
                 del self._threads[phase, source]
+            self._count -= 1
 
     def stop(self) -> None:
         """The stage is ready, or has ended otherwise: nothing counts any more."""
@@ -104,14 +111,17 @@ class Clock:
         return found
 
     def _account(self) -> None:
+        # Several times for each extent: as little as can be.
         now = time.monotonic()
         span, self._at = now - self._at, now
         if self._stopped or span <= 0:
             return
-        threads = self._threads or {(self._phase, ""): 1}
-        share = span / sum(threads.values())
-        for key, count in threads.items():
-            self._spent[key] = self._spent.get(key, 0.0) + share * count
+        if not self._count:
+            self._spent[self._phase, ""] += span
+            return
+        share = span / self._count
+        for key, count in self._threads.items():
+            self._spent[key] += share * count
 
 
 def by_phase(spent: Mapping[tuple[str, str], float]) -> dict[str, float]:

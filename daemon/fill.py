@@ -7,14 +7,13 @@ thread.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import random
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from weightd.daemon.account import Account
@@ -41,6 +40,23 @@ log = logging.getLogger(__name__)
 
 PHASES = ("source", "buffers", "copying", "verifying")
 """Where a loading thread's time goes: waiting on the source, waiting for a bounce buffer, copying, hashing."""
+
+
+class _Phase:
+    """A block of a thread's time; a class, as a generator would cost more than what it measures."""
+
+    __slots__ = ("_fill", "_phase", "_since", "_source")
+
+    def __init__(self, fill: Fill, phase: str, source: str) -> None:
+        self._fill = fill
+        self._phase = phase
+        self._source = source
+
+    def __enter__(self) -> None:
+        self._since = self._fill._enter(self._phase, self._source)
+
+    def __exit__(self, *_: object) -> None:
+        self._fill._leave(self._phase, self._source, self._since)
 
 
 class Landing:
@@ -115,6 +131,7 @@ class Fill:
         """Extents on that way."""
         self._retry_counter: Counter | None = None
         self._phase_counter: Counter | None = None
+        self._phase_counters: dict[tuple[str, str], Counter] = {}
         self._mismatch_counter: Counter | None = None
         self._source = ""
         self._clock = clock or Clock()
@@ -418,21 +435,26 @@ class Fill:
         if self._mismatch_counter is not None:
             self._mismatch_counter.labels(source).inc()
 
-    @contextlib.contextmanager
-    def phase(self, name: str, source: str = "") -> Iterator[None]:
+    def phase(self, name: str, source: str = "") -> _Phase:
         """Count the time inside towards a phase (one of PHASES), in thread-seconds; ``source``: where it is not the
         stage's own."""
-        start = time.perf_counter()
-        self._clock.join(name, source)
-        try:
-            yield
-        finally:
-            self._clock.leave(name, source)
-            spent = time.perf_counter() - start
-            with self._lock:
-                self.seconds[name] += spent
-            if self._phase_counter is not None:
-                self._phase_counter.labels(source or self._source, name).inc(spent)
+        return _Phase(self, name, source)
+
+    def _enter(self, phase: str, source: str) -> float:
+        self._clock.join(phase, source)
+        return time.perf_counter()
+
+    def _leave(self, phase: str, source: str, since: float) -> None:
+        spent = time.perf_counter() - since
+        self._clock.leave(phase, source)
+        with self._lock:
+            self.seconds[phase] += spent
+        if self._phase_counter is not None:
+            counter = self._phase_counters.get((phase, source))
+            if counter is None:
+                counter = self._phase_counter.labels(source or self._source, phase)
+                self._phase_counters[phase, source] = counter
+            counter.inc(spent)
 
     def _hash(self, leaves: memoryview, first: int, view: memoryview, offset: int, nbytes: int) -> None:
         end = offset + nbytes

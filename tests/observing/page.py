@@ -17,10 +17,10 @@ _HEAD = f"""\
 
 <!-- Made by `python -m tests.observing.page` from daemon/families.py; a test compares. -->
 
-`GET /metrics` answers in the Prometheus text format, on the Unix socket and on the port of the API. What is there, how
-many series there can be, and how to read the ones that are not plain, is on this page. A dashboard and alerts that use
-them are in [charts/weightd/files](../charts/weightd/files); what to do when an alert fires is in the
-[runbook](runbook.md).
+`GET /metrics` answers in the Prometheus text format: on the Unix socket, on the port of the API, and on the port of
+`WEIGHTD_METRICS_LISTEN`, which serves nothing else. What is there, how many series there can be, and how to read the
+ones that are not plain, is on this page. A dashboard and alerts that use them are in
+[charts/weightd/files](../charts/weightd/files); what to do when an alert fires is in the [runbook](runbook.md).
 
 ## Why was this start slow
 

@@ -150,6 +150,7 @@ def locked_out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         def do_GET(self) -> None:
             body = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
             self.send_response(401 if "unknown" in self.path else 403)
+            self.send_header("X-Error-Code", "RepoNotFound" if "unknown" in self.path else "GatedRepo")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command != "HEAD":
@@ -162,7 +163,9 @@ def locked_out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    with Daemon(tmp_path_factory.mktemp("weightd"), env=s3_env(f"http://127.0.0.1:{server.server_port}")) as daemon:
+    url, folder = f"http://127.0.0.1:{server.server_port}", tmp_path_factory.mktemp("weightd")
+    env = {**s3_env(url), "HF_ENDPOINT": url, "HF_HOME": str(folder / "hf")}
+    with Daemon(folder, env=env) as daemon:
         yield daemon
     server.shutdown()
     server.server_close()
@@ -171,14 +174,16 @@ def locked_out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 def test_what_is_secret_in_a_uri_is_in_no_label_and_refused_credentials_have_a_code(locked_out: Daemon) -> None:
     uris = (
         f"s3://AKIA:{SECRET}@models/llama", f"s3://models/llama?X-Amz-Signature={SECRET}", "s3://models/unknown",
-        "s3://models/llama/one.safetensors",
+        "s3://models/llama/one.safetensors", "hf://org/gated",
     )  # fmt: skip
     for uri in uris:
         record = locked_out.stage(uri)
         assert (record["state"], record["error"]["code"]) == ("failed", "credentials_refused")
+    # What the hub says 401 of, without a token, is most often not there.
+    assert locked_out.stage("hf://org/unknown")["error"]["code"] == "checkpoint_not_found"
     text = locked_out.get("/metrics")
     assert SECRET not in text
-    assert 'weightd_errors_total{code="credentials_refused"} 4.0' in text
+    assert 'weightd_errors_total{code="credentials_refused"} 5.0' in text
     assert 'weightd_latest_stage_state{device="cpu",model="s3://models/llama",state="failed"} 1.0' in text
 
 
