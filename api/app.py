@@ -8,7 +8,6 @@ from importlib import metadata
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
-from fastapi.responses import PlainTextResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from weightd.api import problems
@@ -16,7 +15,6 @@ from weightd.api.gate import MAX_BODY_BYTES, BodyLimit, Gate
 from weightd.api.models import (
     Change,
     FitRecord,
-    Health,
     LeaseEvent,
     LeaseList,
     LeaseRecord,
@@ -30,9 +28,11 @@ from weightd.api.models import (
     device_record,
     fit_record,
     manifest_record,
+    preload_record,
     stage_record,
 )
 from weightd.api.peer_models import PeerList, peer_list, peers_state
+from weightd.api.probes import health_routes, metrics_routes
 from weightd.api.problems import NeedsSocket, NotPlanned, responses
 from weightd.daemon.credentials import AllowedPeers
 from weightd.daemon.errors import InvalidRequest
@@ -228,22 +228,14 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
             devices=[device_record(device, node.residency) for device in node.devices.values()],
             mapped_elsewhere_bytes=await node.residency.mapped_elsewhere(),
             unadopted=[Unadopted(**left) for left in node.residency.unadopted],
+            not_ready=node.preload.missing,
+            preload=[preload_record(wanted) for wanted in node.preload.wanted],
             peers=peers_state(node),
             versions={name: _version(name) for name in _VERSIONS},
         )
 
-    @app.get("/livez")
-    @app.get("/readyz")
-    @app.get("/healthz")
-    async def health() -> Health:
-        """The daemon answers."""
-        return Health()
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """Prometheus metrics."""
-        return Response(node.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
+    app.include_router(health_routes(node, named=True))
+    app.include_router(metrics_routes(node))
     return app
 
 

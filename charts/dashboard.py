@@ -279,10 +279,12 @@ def _residency(board: Board) -> None:
         "short",
     ))  # fmt: skip
     board.add(lines(
-        "Queue", "Stages that wait for their turn, and how long the first of them has.",
+        "Queue",
+        "Stages that wait for their turn, how long the first of them has, and what daemons are still to preload.",
         {
             "waiting": f'sum(weightd_stages{{{HERE}, state="queued"}})',
             "longest wait (s)": f"max(weightd_queue_oldest_seconds{{{HERE}}})",
+            "still to preload": f"sum(weightd_preload_missing{{{HERE}}})",
         },
         "short",
     ))  # fmt: skip

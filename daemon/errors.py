@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from weightd.daemon.logs import cleaned, redacted
+
 
 class DaemonError(Exception):
     """Base of all errors that are reported to a client. ``details`` goes with the message, as JSON values."""
@@ -14,8 +16,9 @@ class DaemonError(Exception):
     code: ClassVar[str] = "internal_error"
 
     def __init__(self, message: str, **details: Any) -> None:
-        super().__init__(message)
-        self.details = details
+        # Libraries put URLs into their errors, signatures and all; from here they go into records, answers and metrics.
+        super().__init__(redacted(message))
+        self.details: dict[str, Any] = {name: cleaned(value) for name, value in details.items()}
 
 
 class InvalidRequest(DaemonError):
@@ -52,6 +55,12 @@ class CheckpointChanged(DaemonError):
     """A file was replaced between planning and the last byte: stage again."""
 
     code = "checkpoint_changed"
+
+
+class NotReady(DaemonError):
+    """What the daemon is to preload is not there yet. The message says what, and why."""
+
+    code = "not_ready"
 
 
 class SourceFailed(DaemonError):

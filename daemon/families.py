@@ -42,6 +42,9 @@ SECTIONS: dict[str, tuple[Family, ...]] = {
         Family("weightd_stages", "gauge", "Stages known, by state; of those that have ended the latest.", ("state",)),
         Family("weightd_queue_oldest_seconds", "gauge", "Seconds that the stage has waited which waits longest for "
                "its turn; 0 where none waits."),
+        Family("weightd_preload_entries", "gauge", "Entries of the preload list."),
+        Family("weightd_preload_missing", "gauge", "Those that were not ready since the daemon started; a list that "
+               "cannot be read is one."),
         Family("weightd_stage_duration_seconds", "histogram", "Seconds from request to ready.", ("source",), _LONG),
         Family("weightd_stage_wall_seconds_total", "counter", "Seconds of stages by where they went, from the request "
                "until ready or the end: of each stage they add up to its duration.", ("phase", "source")),

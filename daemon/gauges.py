@@ -55,6 +55,8 @@ class NodeGauges:
                 seconds[key] = seconds.get(key, 0.0) + span
         yield _gauge("weightd_stages", {(state,): count for state, count in counts.items()})
         yield _gauge("weightd_queue_oldest_seconds", {(): oldest})
+        yield _gauge("weightd_preload_entries", {(): len(self._node.preload.wanted)})
+        yield _gauge("weightd_preload_missing", {(): len(self._node.preload.missing)})
         yield _counter("weightd_stage_wall_seconds_total", seconds)
 
     def _devices(self, stages: list[Stage]) -> Iterator[Metric]:

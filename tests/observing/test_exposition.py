@@ -172,8 +172,9 @@ def locked_out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 def test_what_is_secret_in_a_uri_is_in_no_label_and_refused_credentials_have_a_code(locked_out: Daemon) -> None:
+    # What looks like a credential is refused already; labels do not depend on its looks.
     uris = (
-        f"s3://AKIA:{SECRET}@models/llama", f"s3://models/llama?X-Amz-Signature={SECRET}", "s3://models/unknown",
+        f"s3://models/llama#{SECRET}", f"s3://models/llama?se={SECRET}", "s3://models/unknown",
         "s3://models/llama/one.safetensors", "hf://org/gated",
     )  # fmt: skip
     for uri in uris:
