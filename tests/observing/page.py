@@ -35,15 +35,18 @@ label `source` says where the bytes of that moment came from or were to come fro
 `weightd_stage_phase_seconds_total` is of the same phases in thread-seconds: eight threads that wait for a second are
 eight seconds there, and one second of wall clock.
 
-    # of the last hour's stages, which share of their time went where
-    sum by (phase, source) (increase(weightd_stage_wall_seconds_total[1h]))
-      / ignoring (phase, source) group_left sum without (phase, source) (increase(weightd_stage_wall_seconds_total[1h]))
+Which share of all stages' time of the last hour went where:
+
+```promql
+sum by (phase, source) (increase(weightd_stage_wall_seconds_total[1h]))
+  / on () group_left () sum(increase(weightd_stage_wall_seconds_total[1h]))
+```
 
 ## How many series there are
 
 Nothing that comes from outside makes any number of series. {MAX_MODELS} models on each device, and {MAX_PEERS} peers,
-have series of their own; URIs lose their query and user, which may be secrets, and what is longer than 120 characters
-its middle.
+are named in labels; URIs lose their query and user, which may be secrets, and what is longer than 120 characters its
+middle. A daemon that has a thousand models, and no peers, has about 500 series, most of them buckets of histograms.
 Counters begin at 0 where their labels are known, so that the first step of each shows in `increase()`.
 """
 

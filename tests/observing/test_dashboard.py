@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from charts.dashboard import FILE, text
 from tests.conftest import lacking
+from tests.observing.page import PAGE
 from tests.observing.prometheus import Prometheus
 from tests.servers import Daemon, SeaweedFS, free_ports, until
 from weightd.daemon.families import FAMILIES, PROCESS
@@ -182,6 +183,14 @@ def test_every_query_brings_series(panel: dict[str, Any], watched: Watched) -> N
     for query in queries(panel):
         asked = substituted(query, watched.variables)
         until(lambda asked=asked: watched.prometheus.query(asked), f"{asked} brings series", 60)  # type: ignore[misc]
+
+
+def test_queries_of_the_page_bring_series_that_are_shares(watched: Watched) -> None:
+    found = re.findall(r"```promql\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert found
+    for query in found:
+        shares = until(lambda query=query: watched.prometheus.query(query), query, 60)  # type: ignore[misc]
+        assert sum(float(one["value"][1]) for one in shares) == pytest.approx(1)
 
 
 def test_queries_show_what_has_happened(watched: Watched) -> None:
