@@ -89,12 +89,12 @@ class Gate:
         async def measured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", own.encode())]
-                route = getattr(scope.get("route"), "path", "unmatched")
-                labels = (scope["method"] if route != "unmatched" else "other", route, str(message["status"]))
+                route = getattr(scope.get("route"), "path", None)
                 spent = time.perf_counter() - started
-                self._metrics.api_seconds.labels(*labels).observe(spent)
+                self._metrics.answered(scope["method"], route, message["status"], spent)
                 fields = {"event": "request", "status": message["status"], "seconds": round(spent, 6)}
-                log.debug("%s %s: %d", scope["method"], route, message["status"], extra={"fields": fields})
+                told = (scope["method"], route or "unmatched", message["status"])
+                log.debug("%s %s: %d", *told, extra={"fields": fields})
             await send(message)
 
         refusal = self._refusal(scope)

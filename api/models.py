@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from weightd.api.peer_models import PeersState, PeerUseRecord, peers_of
+from weightd.daemon.clock import by_phase
 from weightd.daemon.devices import Device
 from weightd.daemon.logs import redacted
 from weightd.daemon.manifests import entry_files, segment_leaves, segment_manifest
@@ -61,7 +62,7 @@ class StageRecord(BaseModel):
     error: StageError | None = Field(description="Why it ended, where it is failed or cancelled.")
     request: StageRequest = Field(description="What was asked for.")
     request_id: str = Field(description="X-Request-ID of the request that it was made for; empty where for none.")
-    source: str = Field(description="Kind of source of its bytes: file, object-store.")
+    source: str = Field(description="Source of its bytes: file, s3, gs, az, hf; peer where no origin answers.")
     created_at: float = Field(description="When it was asked for, in seconds since the epoch.")
     ready_at: float | None = Field(description="When it became ready, in seconds since the epoch.")
     bytes_total: int = Field(description="Bytes to read; 0 until planned and started.")
@@ -69,6 +70,12 @@ class StageRecord(BaseModel):
     bytes_per_second: float | None = Field(description="Mean rate of loading so far.")
     eta_seconds: float | None = Field(description="Seconds until loaded at that rate, while loading.")
     state_seconds: dict[str, float] = Field(description="Seconds spent in each state.")
+    seconds: dict[str, float] = Field(
+        description="Where its time went, from the request until it was ready or ended otherwise, in seconds of wall "
+        "clock that add up: queued, listing, headers, source (waiting on it), buffers (waiting for them), copying, "
+        "verifying, other. A moment in which threads are at several of these is shared out among the threads."
+    )
+    source_seconds: dict[str, float] = Field(description="Of seconds.source, how much was waiting on which source.")
     phase_seconds: dict[str, float] = Field(
         description="Thread-seconds of loading by phase: source, buffers, copying, verifying."
     )
@@ -306,11 +313,10 @@ def preload_record(wanted: Wanted) -> PreloadRecord:
 
 def stage_record(stage: Stage) -> StageRecord:
     """A stage as the API shows it."""
-    seconds = stage.state_seconds()
-    loading = seconds.get("loading", 0.0)
+    states, spent = stage.state_seconds(), stage.clock.spent()
+    loading = states.get("loading", 0.0)
     rate = stage.bytes_done / loading if loading > 0 and stage.bytes_done else None
     left = stage.bytes_total - stage.bytes_done
-    from_peers = stage.fill.account.peer_bytes if stage.fill else stage.peer_bytes
     return StageRecord(
         id=stage.id,
         model=stage.uri,
@@ -328,9 +334,11 @@ def stage_record(stage: Stage) -> StageRecord:
         bytes_done=stage.bytes_done,
         bytes_per_second=rate,
         eta_seconds=left / rate if rate and stage.state == "loading" else None,
-        state_seconds=seconds,
+        state_seconds=states,
+        seconds=by_phase(spent),
+        source_seconds={source: span for (phase, source), span in spent.items() if phase == "source"},
         phase_seconds=dict(stage.fill.seconds) if stage.fill else stage.phase_seconds,
-        bytes_by_source={stage.source_kind: stage.bytes_done - from_peers, "peer": from_peers},
+        bytes_by_source=stage.bytes_by_source(),
         peers=peers_of(stage),
         key=stage.key or None,
         footprint_bytes=stage.footprint,

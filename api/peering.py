@@ -42,7 +42,8 @@ def open_fleet(settings: Settings, metrics: Metrics) -> tuple[Fleet | None, Dire
         stall=settings.peer_stall,
         tls=_client_tls(settings),
         off=unavailable(),
-        count_arrived=metrics.from_peers,
+        count_arrived=metrics.from_peer,
+        count_sent=metrics.to_peer,
         count_slow=lambda better: metrics.slow_paths.labels(better).inc(),
         count_dropped=metrics.dropped_peer,
     )

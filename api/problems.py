@@ -19,6 +19,7 @@ from weightd.daemon.request import describe_errors
 STATUS = {
     "invalid_request": 422,
     "not_allowed": 403,
+    "credentials_refused": 403,
     "peer_not_allowed": 403,
     "insufficient_capacity": 507,
     "unknown_stage": 404,

@@ -75,6 +75,7 @@ def serve(settings: Settings) -> int:
     async def run() -> bool:
         loop = asyncio.get_running_loop()
         metrics = Metrics()
+        metrics.watch_keeper(settings.runtime_dir if deposits.kept else None)
         residency = Residency(
             devices,
             deposits,
@@ -134,6 +135,7 @@ def serve(settings: Settings) -> int:
         if deposits.stop_ordered:
             stop.ordered()
         log.info("weightd listens on %s%s", settings.runtime_dir, f" and {settings.listen}" if settings.listen else "")
+        metrics.serving()
         deposits.up()
         await server.serve(sockets=over_http)
         for port in ports:

@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from weightd.daemon.extents import Extent
@@ -24,7 +25,7 @@ class Arrivals:
     """What is on its way into ``segments``, all of them in device memory.
 
     ``digest`` is given the extents whose bytes are all there, in the second thread; ``failed`` is told of what either
-    thread raises.
+    thread raises. Waiting for copies is ``phase("copying")``.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class Arrivals:
         segments: Sequence[Segment],
         digest: Callable[[Sequence[Extent]], None],
         failed: Callable[[BaseException], None],
+        phase: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self._segments = segments
         self._digest = digest
         self._failed = failed
+        self._phase = phase
         self._copiers: dict[str, Copier] = {}
         for segment in segments:
             if segment.device.name not in self._copiers:
@@ -119,8 +122,10 @@ class Arrivals:
                     return
                 extent, marks, done = self._copying.popleft()
             try:
-                for mark in marks:
-                    mark.wait()
+                if marks:
+                    with self._phase("copying"):
+                        for mark in marks:
+                            mark.wait()
                 done()
             except BaseException as error:
                 self._break(error)

@@ -365,7 +365,8 @@ def _show(record: dict[str, Any]) -> None:
             for segment in record["segments"]
         ),
         "digest": record["checkpoint_digest"] or ", ".join(s["digest"] for s in record["segments"] if s["digest"]),
-        "seconds": ", ".join(f"{state} {seconds:.2f}" for state, seconds in record["state_seconds"].items()),
+        "states": ", ".join(f"{state} {seconds:.2f} s" for state, seconds in record["state_seconds"].items()),
+        "time": _spent(record),
         "metadata": record["metadata"],
         "leases": str(record["leases"]),
     }
@@ -373,6 +374,18 @@ def _show(record: dict[str, Any]) -> None:
         if value:
             view.add_row(key, str(value).replace("[", "\\["))
     out.print(view)
+
+
+def _spent(record: dict[str, Any]) -> str:
+    """Where its time went, most first: why its start was slow."""
+    seconds, sources = record["seconds"], record["source_seconds"]
+    waits = ", ".join(f"{source} {span:.2f}" for source, span in sorted(sources.items(), key=lambda item: -item[1]))
+    parts = [
+        f"{phase} {span:.2f}" + (f" ({waits})" if phase == "source" else "")
+        for phase, span in sorted(seconds.items(), key=lambda item: -item[1])
+        if span >= 0.005
+    ]
+    return f"{sum(seconds.values()):.2f} s" + (f": {', '.join(parts)}" if parts else "")
 
 
 def _size(nbytes: float) -> str:

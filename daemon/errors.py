@@ -33,6 +33,12 @@ class NotAllowed(DaemonError):
     code = "not_allowed"
 
 
+class CredentialsRefused(DaemonError):
+    """The storage does not let this daemon in (401, 403): mend its credentials, or what they are allowed."""
+
+    code = "credentials_refused"
+
+
 class CheckpointNotFound(DaemonError):
     """Nothing is at the URI, or a file that belongs to the checkpoint is missing."""
 

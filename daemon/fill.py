@@ -7,18 +7,18 @@ thread.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import random
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from weightd.daemon.account import Account
 from weightd.daemon.arrivals import Arrivals
+from weightd.daemon.clock import Clock
 from weightd.daemon.devices.cpu import HostBuffers
 from weightd.daemon.digests import LEAF, leaf_count, leaf_digest
 from weightd.daemon.errors import DigestMismatch, SourceFailed
@@ -40,6 +40,23 @@ log = logging.getLogger(__name__)
 
 PHASES = ("source", "buffers", "copying", "verifying")
 """Where a loading thread's time goes: waiting on the source, waiting for a bounce buffer, copying, hashing."""
+
+
+class _Phase:
+    """A block of a thread's time; a class, as a generator would cost more than what it measures."""
+
+    __slots__ = ("_fill", "_phase", "_since", "_source")
+
+    def __init__(self, fill: Fill, phase: str, source: str) -> None:
+        self._fill = fill
+        self._phase = phase
+        self._source = source
+
+    def __enter__(self) -> None:
+        self._since = self._fill._enter(self._phase, self._source)
+
+    def __exit__(self, *_: object) -> None:
+        self._fill._leave(self._phase, self._source, self._since)
 
 
 class Landing:
@@ -69,7 +86,8 @@ class Fill:
     source would as well read into buffers, ``native`` that its reader can write to device memory. ``expected_leaves``
     maps a tensor's name to the leaf digests that are known of it: a leaf that differs fails the fill at once.
     ``sha256_prefixes`` maps a file's index to the bytes in front of its tensors, for files whose SHA-256 is wanted.
-    ``on_verified(segment, entries)`` is told of entries (their indices) all of whose leaves are hashed.
+    ``on_verified(segment, entries)`` is told of entries (their indices) all of whose leaves are hashed. ``clock`` is
+    told what threads are at.
     """
 
     def __init__(
@@ -86,6 +104,7 @@ class Fill:
         expected_leaves: Mapping[str, array[int]] | None = None,
         sha256_prefixes: Mapping[int, bytes] | None = None,
         on_verified: Callable[[int, list[int]], None] = lambda segment, entries: None,
+        clock: Clock | None = None,
     ) -> None:
         self.threads = limits.threads
         self.in_flight_bytes = limits.in_flight_bytes
@@ -111,10 +130,14 @@ class Fill:
         self._by_peers: set[int] = set()
         """Extents on that way."""
         self._retry_counter: Counter | None = None
-        self._phase_counters: dict[str, Counter] = {}
+        self._phase_counter: Counter | None = None
+        self._phase_counters: dict[tuple[str, str], Counter] = {}
+        self._mismatch_counter: Counter | None = None
+        self._source = ""
+        self._clock = clock or Clock()
         self._failure: BaseException | None = None
         on_device = bool(segments) and segments[0].device.uuid is not None
-        self._arrivals = Arrivals(segments, self._digest, self._fail) if on_device else None
+        self._arrivals = Arrivals(segments, self._digest, self._fail, self.phase) if on_device else None
         self._native = native
         self._buffered = on_device or (buffered and all(segment.buffered for segment in segments))
         # Each reading thread has one at a time, and the last one is kept for the urgent; on the way to a GPU as many
@@ -130,7 +153,8 @@ class Fill:
         """Add to a daemon's counters from now on, under the source's kind."""
         self.account.count_with(metrics, source)
         self._retry_counter = metrics.source_retries.labels(source)
-        self._phase_counters = {phase: metrics.phase_seconds.labels(source, phase) for phase in PHASES}
+        self._phase_counter, self._source = metrics.phase_seconds, source
+        self._mismatch_counter = metrics.mismatches
 
     @property
     def stopped(self) -> bool:
@@ -163,9 +187,10 @@ class Fill:
         self._slots.close()
         self.account.close()
 
-    def wait(self, seconds: float) -> None:
-        """Sleep, but no longer than until the fill is stopped."""
-        self._stop.wait(seconds)
+    def wait(self, seconds: float, phase: str = "source") -> None:
+        """Sleep, but no longer than until the fill is stopped; what is waited for is a phase."""
+        with self.phase(phase):
+            self._stop.wait(seconds)
 
     def next(self) -> Extent | None:
         """The next extent to read, in order; None when there is no more, or the fill is stopped."""
@@ -405,18 +430,31 @@ class Fill:
                 "(WEIGHTD_RETRY_DEADLINE)"
             )
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside towards a phase (one of PHASES), in thread-seconds."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            with self._lock:
-                self.seconds[name] += spent
-            if counter := self._phase_counters.get(name):
-                counter.inc(spent)
+    def mismatched(self, source: str) -> None:
+        """What came from a source is not what was expected, and is not of the stage any more."""
+        if self._mismatch_counter is not None:
+            self._mismatch_counter.labels(source).inc()
+
+    def phase(self, name: str, source: str = "") -> _Phase:
+        """Count the time inside towards a phase (one of PHASES), in thread-seconds; ``source``: where it is not the
+        stage's own."""
+        return _Phase(self, name, source)
+
+    def _enter(self, phase: str, source: str) -> float:
+        self._clock.join(phase, source)
+        return time.perf_counter()
+
+    def _leave(self, phase: str, source: str, since: float) -> None:
+        spent = time.perf_counter() - since
+        self._clock.leave(phase, source)
+        with self._lock:
+            self.seconds[phase] += spent
+        if self._phase_counter is not None:
+            counter = self._phase_counters.get((phase, source))
+            if counter is None:
+                counter = self._phase_counter.labels(source or self._source, phase)
+                self._phase_counters[phase, source] = counter
+            counter.inc(spent)
 
     def _hash(self, leaves: memoryview, first: int, view: memoryview, offset: int, nbytes: int) -> None:
         end = offset + nbytes

@@ -67,6 +67,8 @@ class Keeper:
         self._outbox: deque[tuple[bytes, int]] = deque()
         self._deaths: deque[float] = deque()
         self._restarts = 0
+        self._ends = {"crashed": 0, "killed": 0, "replaced": 0}
+        """Daemons by how they ended."""
         self._last_exit = ""
         self._reason = ""
         """Why the daemon that runs is about to end, in its own words."""
@@ -262,6 +264,7 @@ class Keeper:
         self._last_exit = how
         self._failed_starts = 0 if self._serving else self._failed_starts + 1
         self._serving = False
+        self._ends["replaced" if self._replacing else "killed" if killed else "crashed"] += 1
         if self._replacing:
             self._replacing = False
             log("the daemon has made room for its successor")
@@ -299,6 +302,7 @@ class Keeper:
             "state": state,
             "serving": self._serving,
             "restarts": self._restarts,
+            "ends": self._ends,
             "last_exit": self._last_exit,
             "held": len(self._held),
         }

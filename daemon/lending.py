@@ -59,6 +59,7 @@ async def lend_by_handle(node: Node, stage: Stage, rank: int, peer: Peer | None)
 
     What it cannot be lent for comes as an ``error``, the last event.
     """
+    started, was_ready = time.perf_counter(), stage.state == "ready"
     try:
         while stage.state != "ready":
             if stage.finished:
@@ -73,6 +74,8 @@ async def lend_by_handle(node: Node, stage: Stage, rank: int, peer: Peer | None)
     index = stage.request.ranks.index(rank)
     segment = stage.segments[index]
     assert isinstance(segment, IpcSegment)
+    if was_ready:
+        node.metrics.attach_seconds.observe(time.perf_counter() - started)
     try:
         yield {
             "type": "lease",

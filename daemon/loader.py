@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -86,7 +85,9 @@ class Loader:
                 f"{waiting} stages wait for their turn, which is all that WEIGHTD_MAX_QUEUED allows: try again later",
                 retry_after_seconds=10,
             )
-        stage.source_kind = source.kind
+        stage.source_kind = stage.clock.origin = source.kind
+        if self._residency.made_room(stage):
+            self._metrics.restaged.inc()
         self._residency.keep(stage)
         stage.log_state()
         self.spawn(self._run(stage, source), stage.id)
@@ -103,6 +104,7 @@ class Loader:
             self._residency.release(stage)
             return
         stage.listing = listing
+        stage.source_kind = stage.clock.origin = source.kind
         await self._run(stage, source)
 
     def cancel(self, stage: Stage, reason: str) -> None:
@@ -128,7 +130,8 @@ class Loader:
         try:
             stage.enter("planning")
             assert stage.listing is not None
-            plan = await self.in_thread(make_plan, source, stage.listing, stage.request, self._cache)
+            plan = await self.in_thread(make_plan, source, stage.listing, stage.request, self._cache, stage.clock)
+            stage.clock.enter("other")
             if stage.finished:
                 return
             devices = [self._devices[name] for name in stage.devices]
@@ -136,13 +139,16 @@ class Loader:
                 await self.in_thread(device.open)
             if stage.finished:
                 return
+            stage.clock.enter("queued")
             await self._admit(stage, allocated(plan.recipes, devices))
+            stage.clock.enter("other")
             if stage.finished:
                 return
             stage.plan, stage.infos, stage.metadata = plan, plan.infos, plan.metadata
             if self._fleet is not None and not self._fleet.off:
                 await self.in_thread(self._cache.keep_headers, plan.checkpoint)
                 stage.key = await self.in_thread(key_of, stage)
+            stage.clock.enter("queued")
             # One for each device, always in the same order, so that nobody waits for each other.
             for name in sorted(set(stage.devices)):
                 own = self._turns.setdefault((stage.source_kind, name), Turns(self._limits.concurrent_loads))
@@ -155,7 +161,15 @@ class Loader:
                 return
             stage.enter("loading")
             loading = Loading(
-                source, plan, stage.request, devices, self._cache, self._fill_limits, self._fleet, stage.key
+                source,
+                plan,
+                stage.request,
+                devices,
+                self._cache,
+                self._fill_limits,
+                self._fleet,
+                stage.key,
+                stage.clock,
             )
             manifests = await self.in_thread(self._load, stage, loading)
             if stage.finished:
@@ -208,6 +222,7 @@ class Loader:
 
     def _load(self, stage: Stage, loading: Loading) -> list[SealedManifest]:
         """In a thread: allocate, fill, verify, seal. Returns the segments' manifests."""
+        stage.clock.enter("other")
         plan = stage.plan
         assert plan is not None
         recipes = plan.recipes
@@ -293,12 +308,7 @@ class Loader:
             error = error.with_traceback(None)
             error.__cause__ = error.__context__ = None
         stage.enter(state, error)
-        self._metrics.finished.labels(state).inc()
-        if state == "ready":
-            seconds = time.time() - stage.created_at
-            self._metrics.stage_seconds.observe(seconds)
-        elif error is not None and state == "failed":
-            self._metrics.errors.labels(error.code).inc()
+        self._metrics.ended(stage, refused=refused(stage))
 
     # ------------------------------------------------------------------ threads
 

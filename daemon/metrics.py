@@ -1,150 +1,179 @@
-"""Prometheus metrics of one daemon. Names follow the conventions that ``promtool check metrics`` knows."""
+"""Prometheus metrics of one daemon: counters and histograms, which whatever happens is told to.
+
+``families`` says what there is; ``gauges`` has what is read off the daemon at every scrape.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from weightd.daemon import errors
+from weightd.daemon.build import build_info
+from weightd.daemon.families import (
+    ADOPTED,
+    BETTER_PATHS,
+    DROPPED,
+    EVICTED,
+    FAMILIES,
+    MAX_PEERS,
+    SOURCES,
+)
+from weightd.daemon.gauges import KeeperGauges, NodeGauges
+from weightd.daemon.labels import OTHER, Named
+from weightd.daemon.process import seconds_since_start
 
 if TYPE_CHECKING:
     from weightd.daemon.node import Node
+    from weightd.daemon.stage import Stage
 
-_MAX_PEERS = 200
-"""Peers with series of their own."""
-STAGE_STATES = ("queued", "planning", "loading", "verifying", "ready", "failed", "cancelled", "evicted")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_ENDED = ("ready", "failed", "cancelled")
+
+# Their timestamps would double the number of series.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
-    """All counters and histograms; gauges are read off the node when scraped."""
+    """What happened since the daemon's start. Methods may be called from any thread, unless they say otherwise."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.source_bytes = self._counter("weightd_source_read_bytes_total")
+        self.source_retries = self._counter("weightd_source_retries_total")
+        self.phase_seconds = self._counter("weightd_stage_phase_seconds_total")
+        self.saved_bytes = self._counter("weightd_origin_saved_bytes_total")
+        self.slow_paths = self._counter("weightd_peer_slow_path_total")
+        self.finished = self._counter("weightd_stages_finished_total")
+        self.evictions = self._counter("weightd_evictions_total")
+        self.restaged = self._counter("weightd_stages_restaged_total")
+        self.errors = self._counter("weightd_errors_total")
+        self.mismatches = self._counter("weightd_digest_mismatches_total")
+        self._adopted = self._counter("weightd_stages_adopted_total")
+        self._adopted_bytes = self._counter("weightd_adopted_bytes_total")
+        self._peer_bytes = self._counter("weightd_peer_read_bytes_total")
+        self._sent_bytes = self._counter("weightd_peer_sent_bytes_total")
+        self._peers_dropped = self._counter("weightd_peers_dropped_total")
+        self._stage_seconds = self._histogram("weightd_stage_duration_seconds")
+        self.attach_seconds = self._histogram("weightd_attach_duration_seconds")
+        self._api_seconds = self._histogram("weightd_api_request_duration_seconds")
+        self._start_seconds = self._gauge("weightd_start_duration_seconds")
+        self._gauge("weightd_build_info").labels(**build_info()).set(1)
+        ProcessCollector(registry=self.registry)
+        self.wall_seconds: dict[tuple[str, str], float] = {}
+        """Of stages that have ended, by phase and source."""
+        self._peer = Named(MAX_PEERS)
+        self._text = b""
+        self._good_until = 0.0
+        """Until when the last exposition is given again (monotonic seconds)."""
+        # A counter's first step shows only where there was a 0 before.
+        for counter, values in (
+            (self.source_retries, SOURCES), (self.slow_paths, BETTER_PATHS), (self.finished, _ENDED),
+            (self.evictions, EVICTED), (self._adopted, ADOPTED), (self.mismatches, SOURCES),
+            (self.errors, error_codes()),
+        ):  # fmt: skip
+            for value in values:
+                counter.labels(value)
+        for why in DROPPED:
+            self._peers_dropped.labels(OTHER, why)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=self.registry)
+    def _counter(self, name: str) -> Counter:
+        family = FAMILIES[name]
+        return Counter(name, family.text, family.labels, registry=self.registry)
 
-        self.source_bytes = counter(
-            "weightd_source_read_bytes_total", "Bytes of weights read, by kind of source.", "source"
-        )
-        self.source_retries = counter(
-            "weightd_source_retries_total", "Reads that failed and were tried again.", "source"
-        )
-        self.phase_seconds = counter(
-            "weightd_stage_phase_seconds_total",
-            "Thread-seconds of staging by kind of source and phase: waiting on the source, waiting for bounce buffers, "
-            "copying, verifying.",
-            "source", "phase",
-        )  # fmt: skip
-        self.peer_bytes = counter(
-            "weightd_peer_read_bytes_total",
-            "Bytes of weights read from peers, and verified, by transport: rdma, cuda_ipc, shm, tcp, unknown.",
-            "transport",
-        )
-        self.saved_bytes = counter(
-            "weightd_origin_saved_bytes_total", "Bytes that were not read from an origin because peers had them."
-        )
-        self.peers_dropped = counter(
-            "weightd_peers_dropped_total",
-            "Peers given up while a stage was read from them, by peer and reason: stalled, gone, failed, unreachable, "
-            "wrong_bytes, nonsense, version.",
-            "peer", "reason",
-        )  # fmt: skip
-        self.slow_paths = counter(
-            "weightd_peer_slow_path_total",
-            "Stages that read from a peer by TCP, or not as fast as this machine can, by the better path there is.",
-            "better",
-        )
-        self._named_peers: set[str] = set()
-        self.finished = counter("weightd_stages_finished_total", "Stages that ended, by state.", "state")
-        self.evictions = counter(
-            "weightd_evictions_total",
-            "Ready stages that were freed, by reason: capacity, ttl, request, revoked.",
-            "reason",
-        )
-        self.adopted = counter(
-            "weightd_stages_adopted_total", "Stages taken over from the daemon before, by what they were.", "state"
-        )
-        self.errors = counter(
-            "weightd_errors_total", "Failed stages and refused requests, by code of the error.", "code"
-        )
-        self.stage_seconds = Histogram(
-            "weightd_stage_duration_seconds",
-            "Seconds from request to ready.",
-            buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000),
-            registry=self.registry,
-        )
-        self.attach_seconds = Histogram(
-            "weightd_attach_duration_seconds",
-            "Seconds from a lease request for a ready stage to its handle being sent.",
-            buckets=(0.0005, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
-            registry=self.registry,
-        )
-        self.api_seconds = Histogram(
-            "weightd_api_request_duration_seconds",
-            "Seconds to answer an HTTP request (to the first byte of an event stream).",
-            ("method", "route", "status"),
-            buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
-            registry=self.registry,
-        )
-        for state in ("ready", "failed", "cancelled"):
-            self.finished.labels(state)
+    def _gauge(self, name: str) -> Gauge:
+        family = FAMILIES[name]
+        return Gauge(name, family.text, family.labels, registry=self.registry)
 
-    def from_peers(self, transport: str, nbytes: int) -> None:
-        """Bytes have come from a peer. Callable from any thread."""
-        self.peer_bytes.labels(transport).inc(nbytes)
+    def _histogram(self, name: str) -> Histogram:
+        family = FAMILIES[name]
+        return Histogram(name, family.text, family.labels, registry=self.registry, buckets=family.buckets)
+
+    # ------------------------------------------------------------------ stages
+
+    def ended(self, stage: Stage, *, refused: bool) -> None:
+        """A stage has become ready, has failed or was cancelled. Once for each; on the event loop.
+
+        ``refused``: it was none, and whoever says so counts the error.
+        """
+        for key, seconds in stage.clock.fresh().items():
+            self.wall_seconds[key] = self.wall_seconds.get(key, 0.0) + seconds
+        if refused:
+            return
+        self.finished.labels(stage.state).inc()
+        if stage.state == "ready":
+            self._stage_seconds.labels(stage.source_kind).observe(sum(stage.clock.spent().values()))
+        elif stage.state == "failed" and stage.error is not None:
+            self.errors.labels(stage.error.code).inc()
+            if isinstance(stage.error, errors.DigestMismatch):
+                self.mismatches.labels(stage.source_kind).inc()
+
+    def adopted(self, stage: Stage) -> None:
+        """A stage was taken over from the daemon before."""
+        self._adopted.labels(stage.state if stage.finished else "interrupted").inc()
+        self._adopted_bytes.inc(stage.footprint)
+
+    def serving(self) -> None:
+        """The daemon is about to serve."""
+        self._start_seconds.set(seconds_since_start())
+
+    # ------------------------------------------------------------------ peers
+
+    def from_peer(self, peer: str, transport: str, nbytes: int) -> None:
+        """Bytes have come from a peer."""
+        self._peer_bytes.labels(self._peer(peer), transport).inc(nbytes)
+
+    def to_peer(self, peer: str, nbytes: int) -> None:
+        """A peer says that it has read so many bytes."""
+        self._sent_bytes.labels(self._peer(peer)).inc(nbytes)
 
     def dropped_peer(self, peer: str, why: str) -> None:
-        """A peer was given up. Of very many, not all have a series of their own. Callable from any thread."""
-        if len(self._named_peers) < _MAX_PEERS:
-            self._named_peers.add(peer)
-        self.peers_dropped.labels(peer if peer in self._named_peers else "other", why).inc()
+        """A peer was given up."""
+        self._peers_dropped.labels(self._peer(peer), why).inc()
+        if why == "wrong_bytes":
+            self.mismatches.labels("peer").inc()
+
+    # ------------------------------------------------------------------ the API
+
+    def answered(self, method: str, route: str | None, status: int, seconds: float) -> None:
+        """A request was answered; ``route`` is its template. The method is whatever the client has made up."""
+        known = method if route is not None and method in _METHODS else OTHER
+        self._api_seconds.labels(known, route or "unmatched", str(status)).observe(seconds)
+
+    # ------------------------------------------------------------------ the exposition
 
     def watch(self, node: Node) -> None:
         """Read gauges off ``node`` at every scrape."""
-        self.registry.register(_NodeCollector(lambda: node))
+        self.registry.register(NodeGauges(node, self.wall_seconds))
+
+    def watch_keeper(self, folder: Path | None) -> None:
+        """Read at every scrape what the keeper says in its runtime directory; None: there is none."""
+        self.registry.register(KeeperGauges(folder))
 
     def exposition(self) -> bytes:
-        """The text format, version 0.0.4."""
-        return generate_latest(self.registry)
+        """The text format, version 0.0.4. On the event loop, of whose time whoever asks gets half at most."""
+        started = time.monotonic()
+        if started >= self._good_until:
+            self._text = generate_latest(self.registry)
+            ended = time.monotonic()
+            self._good_until = ended + (ended - started)
+        return self._text
 
 
-class _NodeCollector:
-    def __init__(self, node: Callable[[], Node]) -> None:
-        self._node = node
-
-    def collect(self) -> Iterable[Metric]:
-        node = self._node()
-        stages = GaugeMetricFamily("weightd_stages", "Stages known, by state.", labels=["state"])
-        counts = dict.fromkeys(STAGE_STATES, 0)
-        resident: dict[tuple[str, str], int] = {}
-        for stage in node.stages():
-            counts[stage.state] += 1
-            for device, nbytes in stage.reserved.items():
-                resident[device, stage.uri] = resident.get((device, stage.uri), 0) + nbytes
-        for state, count in counts.items():
-            stages.add_metric([state], count)
-        yield stages
-        held = GaugeMetricFamily(
-            "weightd_resident_bytes", "Bytes of device memory that segments take.", labels=["device", "model"]
-        )
-        for (device, model), nbytes in resident.items():
-            held.add_metric([device, model], nbytes)
-        yield held
-        capacity = GaugeMetricFamily("weightd_capacity_bytes", "Bytes that segments may take.", labels=["device"])
-        for name, device_ in node.devices.items():
-            capacity.add_metric([name], device_.capacity)
-        yield capacity
-        paths = GaugeMetricFamily(
-            "weightd_device_paths_info",
-            "How a GPU is filled (streamer: libstreamer's CUDA backend, ring: pinned bounce buffers), and where "
-            "digests of its memory are computed (gpu, host); always 1.",
-            labels=["device", "fill", "digests"],
-        )
-        for name, device_ in node.devices.items():
-            found = device_.describe()
-            if found.get("fill_path"):
-                paths.add_metric([name, str(found["fill_path"]), str(found["digest_path"])], 1)
-        yield paths
-        yield GaugeMetricFamily("weightd_leases", "Leases held.", value=sum(len(s.leases) for s in node.stages()))
+def error_codes(of: type[errors.DaemonError] = errors.DaemonError) -> dict[str, str]:
+    """Every error's code, with the first line of what it says of itself."""
+    found = {of.code: (of.__doc__ or "").partition("\n")[0]}
+    for kind in of.__subclasses__():
+        found |= error_codes(kind)
+    return found

@@ -108,16 +108,17 @@ class Node:
 
         Raises InvalidRequest, NotAllowed, InsufficientCapacity, QueueFull. All else is in the stage's record.
         """
+        asked = time.monotonic()
         try:
             found, source, listing = await self._resolve(request)
         except _Unlisted as unlisted:
-            return self._failed(unlisted), False
+            return self._failed(unlisted, asked), False
         if found is not None:
             self.change(found, priority=max(found.priority, request.priority), pin=found.pin or request.pin)
             created = False
         else:
             assert source is not None
-            found = Stage(canonical(request.model), self.placed(request), request, listing)
+            found = Stage(canonical(request.model), self.placed(request), request, listing, asked)
             self._loader.start(found, source)
             created = True
         with contextlib.suppress(TimeoutError):
@@ -256,7 +257,9 @@ class Node:
         joinable = [
             stage
             for stage in self.stages()
-            if (stage.uri, stage.devices, stage.request.layout_key()) == (uri, devices, key)
+            if stage.uri == uri  # what costs least, first: there may be very many
+            and stage.devices == devices
+            and stage.request.layout_key() == key
             and _live(stage)
             and stage.listing is not None
             and (listing is None or stage.listing.identity == listing.identity)
@@ -289,8 +292,9 @@ class Node:
             task.add_done_callback(lambda _: self._listings.pop(uri, None))
         return await asyncio.shield(task)
 
-    def _failed(self, unlisted: _Unlisted) -> Stage:
-        stage = Stage(unlisted.uri, unlisted.devices, unlisted.request, None)
+    def _failed(self, unlisted: _Unlisted, asked: float) -> Stage:
+        stage = Stage(unlisted.uri, unlisted.devices, unlisted.request, None, asked)
+        stage.source_kind = stage.clock.origin = unlisted.uri.partition(":")[0]
         self.residency.keep(stage)
         self._loader.end(stage, "failed", unlisted.error)
         return stage
@@ -324,7 +328,7 @@ class Node:
 
     def _adopted(self, stage: Stage) -> None:
         self.residency.keep(stage)
-        self.metrics.adopted.labels(stage.state if stage.finished else "interrupted").inc()
+        self.metrics.adopted(stage)
         if stage.state == "failed":
             self._deposits.drop(stage.id)
             return

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from weightd.daemon.checkpoint import Listing
+from weightd.daemon.clock import Clock
 from weightd.daemon.deposits import Deposits
 from weightd.daemon.devices import Device
 from weightd.daemon.errors import Lost
@@ -94,6 +96,8 @@ def _describe(stage: Stage) -> dict[str, Any]:
         "revoke_deadline": stage.revoke_deadline,
         "seconds": stage.seconds,
         "phase_seconds": stage.phase_seconds,
+        "began": stage.clock.began,
+        "spent": [[*of, seconds] for of, seconds in stage.clock.spent().items()],
         "bytes_total": stage.bytes_total,
         "bytes_read": stage.bytes_done,
         "peer_bytes": stage.peer_bytes,
@@ -172,6 +176,11 @@ def _read(fd: int) -> tuple[Stage, list[int], list[str | None], list[int]]:
         ):  # fmt: skip
             setattr(stage, name, table[name])
         stage.peer_bytes, stage.request_id = table.get("peer_bytes", 0), table.get("request_id", "")
+        # Until there were clocks, when a stage had begun was told in seconds since the epoch.
+        began = table.get("began", time.monotonic() - (time.time() - stage.created_at))
+        spent = {(str(phase), str(source)): float(seconds) for phase, source, seconds in table.get("spent", ())}
+        stage.clock = Clock.taken_over(float(began), spent, stopped=table["state"] == "ready")
+        stage.clock.origin = stage.source_kind
         stage.infos = tuple(SegmentInfo(**info) for info in table["infos"])
         stage.satisfied = set(table["satisfied"])
         stage.announced = True

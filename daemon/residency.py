@@ -12,8 +12,8 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from weightd.daemon import record
 from weightd.daemon.deposits import Deposits
@@ -26,11 +26,16 @@ from weightd.daemon.errors import (
     StageRevoked,
     UnknownStage,
 )
-from weightd.daemon.metrics import Metrics
 from weightd.daemon.stage import Lease, PeerLease, Stage
+
+if TYPE_CHECKING:
+    from weightd.daemon.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
+_LATELY = 3600.0
+"""Seconds for which what went to make room is remembered."""
+_REMEMBERED = 10_000
 MAX_ENDED = 200
 """Records of failed, cancelled and evicted stages that are kept for looking at."""
 
@@ -60,6 +65,8 @@ class Residency:
         """Told of a stage whose memory is about to be freed."""
         self.unadopted: list[dict[str, Any]] = []
         """What the keeper holds and this version does not understand: name, nbytes, reason. Host memory."""
+        self._made_room: dict[Hashable, float] = {}
+        """What went to make room, and when."""
         self._lent_away: dict[int, int] = {}
         """Bytes of freed segments that were lent, by the inode of their memfd."""
 
@@ -161,8 +168,18 @@ class Residency:
         """Free a ready stage, whoever leases it: the callers have seen to that."""
         stage.enter("evicted")
         self._metrics.evictions.labels(reason).inc()
+        if reason == "capacity":
+            self._made_room.pop(_what(stage), None)
+            self._made_room[_what(stage)] = now()
+            while len(self._made_room) > _REMEMBERED:
+                del self._made_room[next(iter(self._made_room))]
         self.release(stage)
         self.keep(stage)
+
+    def made_room(self, stage: Stage) -> bool:
+        """Whether what a new stage is of went to make room lately: it may be loaded again and again."""
+        went = self._made_room.pop(_what(stage), None)
+        return went is not None and now() - went < _LATELY
 
     def release(self, stage: Stage) -> None:
         """Let go of all memory that is held for a stage, here and at the keeper, and of its bytes of capacity."""
@@ -350,6 +367,10 @@ class Residency:
     def leases(self) -> Iterable[Lease]:
         """All leases there are."""
         return itertools.chain.from_iterable(stage.leases.values() for stage in self.stages.values())
+
+
+def _what(stage: Stage) -> Hashable:
+    return stage.uri, stage.devices, stage.request.layout_key()
 
 
 def _holder(lease: Lease) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightd.daemon.checkpoint import Checkpoint, Listing
+from weightd.daemon.clock import Clock
 from weightd.daemon.devices import Segment
 from weightd.daemon.errors import DaemonError
 from weightd.daemon.fill import Fill
@@ -82,9 +83,18 @@ class Stage:
 
     States: ``queued → planning → loading → verifying → ready``, or ``failed``, ``cancelled``, ``evicted``. A planned
     stage that has to wait for others goes back to ``queued``.
+
+    ``asked`` is when it was asked for, in monotonic seconds, where its URI has been listed since.
     """
 
-    def __init__(self, uri: str, devices: Sequence[str], request: StageRequest, listing: Listing | None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        devices: Sequence[str],
+        request: StageRequest,
+        listing: Listing | None,
+        asked: float | None = None,
+    ) -> None:
         self.id = "st-" + secrets.token_hex(6)
         self.uri = uri
         self.devices = tuple(devices)
@@ -95,7 +105,10 @@ class Stage:
         """Of the HTTP request that it was made for; empty where it was for none."""
         self.state = "queued"
         self.error: DaemonError | None = None
-        self.created_at = time.time()
+        self.clock = Clock(asked, "listing")
+        """Where its time goes, until it is ready or has ended otherwise."""
+        self.clock.enter("queued")
+        self.created_at = time.time() - (time.monotonic() - self.clock.began)
         self.ready_at: float | None = None
         self.seconds: dict[str, float] = {}
         """Seconds spent in each state so far, the current one excluded."""
@@ -180,6 +193,11 @@ class Stage:
         """Bytes that have landed and were hashed."""
         return self.fill.account.bytes_read if self.fill else self.bytes_read
 
+    def bytes_by_source(self) -> dict[str, int]:
+        """Bytes done by where they came from: its own source, and peers."""
+        from_peers = self.fill.account.peer_bytes if self.fill else self.peer_bytes
+        return {self.source_kind: self.bytes_done - from_peers, "peer": from_peers}
+
     def settle(self) -> None:
         """Loading is over: keep its figures, let its buffers go."""
         if self.fill is not None:
@@ -199,6 +217,7 @@ class Stage:
         if state == "ready":
             self.ready_at = time.time()
         if self.finished:
+            self.clock.stop()
             self.planned.set()
         self.log_state()
         self.notify()

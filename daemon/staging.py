@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from weightd.daemon.account import ledger_for
 from weightd.daemon.cache import Cache
 from weightd.daemon.checkpoint import Checkpoint, Listing, open_checkpoint
+from weightd.daemon.clock import Clock
 from weightd.daemon.devices import Device, Segment
 from weightd.daemon.digests import LEAF, Leaves, checkpoint_digest, tensor_digest
 from weightd.daemon.errors import (
@@ -40,11 +41,17 @@ from weightd.daemon.stage import Plan
 log = logging.getLogger(__name__)
 
 
-def make_plan(source: Source, listing: Listing, request: StageRequest, cache: Cache) -> Plan:
-    """Read the headers, compute the layout, fetch the configuration files. Allocates nothing.
+def make_plan(
+    source: Source, listing: Listing, request: StageRequest, cache: Cache, clock: Clock | None = None
+) -> Plan:
+    """Read the headers, compute the layout, fetch the configuration files. Allocates nothing. Tells ``clock``.
 
     Raises InvalidCheckpoint, InvalidRequest, CheckpointNotFound, CheckpointChanged, SourceFailed.
     """
+    clock = clock or Clock()
+    clock.enter("source")
+    source.fetch(listing.weights)
+    clock.enter("headers")
     checkpoint = open_checkpoint(source, listing)
     parallel = request.parallel or Parallel()
     recipes = checkpoint_layout(
@@ -82,7 +89,8 @@ def _expected_sha256(checkpoint: Checkpoint, request: StageRequest) -> dict[int,
 class Loading:
     """One load, from its plan to sealed segments: ``lay_out``, ``prepare``, ``run`` in a thread, and ``close``.
 
-    ``devices`` has each segment's. ``fleet`` is whom to load from besides the source what goes by ``key`` there.
+    ``devices`` has each segment's. ``fleet`` is whom to load from besides the source what goes by ``key`` there;
+    ``clock`` is told where the time goes.
     """
 
     source: Source
@@ -93,6 +101,7 @@ class Loading:
     limits: FillLimits
     fleet: Fleet | None = None
     key: str = ""
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         self._fill: Fill | None = None
@@ -167,6 +176,7 @@ class Loading:
             expected_leaves=known,
             sha256_prefixes={file: checkpoint.prefixes[file] for file in self._sha256},
             on_verified=verified,
+            clock=self.clock,
         )
         files = checkpoint.listing.weights
         if self._asks_peers():
@@ -206,12 +216,15 @@ class Loading:
         self._check_cancelled()
         self.fill.account.check_complete()
         on_landed()
+        self.clock.enter("source")
         self._check_unchanged()
+        self.clock.enter("verifying")
         self._summarise()
         if self._digest not in (None, self.checkpoint_digest) and self._without_peers():
             self._summarise()
         self._check_expected(self._whole_leaves())
         self._check_cancelled()
+        self.clock.enter("other")
         for segment in self._segments:
             segment.seal()
 
@@ -222,6 +235,7 @@ class Loading:
         if not again or "origin" not in self.request.sources or not account.forget(again):
             return False
         log.warning("%d extents that came from peers are not what is expected: reading the origin", len(again))
+        self.fill.mismatched("peer")
         assert self._reader is not None
         self._reader.close()
         self._reader = self.source.reader(self.plan.checkpoint.listing.weights, native=self._native)

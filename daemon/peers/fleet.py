@@ -70,7 +70,8 @@ class Fleet:
     """Certificate and authorities by which daemons know each other; None: plain HTTP."""
     off: str = ""
     """Why nothing can be read from peers, nor they from this daemon; empty while it can."""
-    count_arrived: Callable[[str, int], None] = lambda transport, nbytes: None
+    count_arrived: Callable[[str, str, int], None] = lambda peer, transport, nbytes: None
+    count_sent: Callable[[str, int], None] = lambda peer, nbytes: None
     count_slow: Callable[[str], None] = lambda better: None
     count_dropped: Callable[[str, str], None] = lambda peer, why: None
     gossip: Gossip = field(default_factory=lambda: Gossip())
@@ -98,11 +99,12 @@ class Fleet:
         found.bytes_from += nbytes
         found.transport = transport
         found.bytes_per_second = rate
-        self.count_arrived(transport, nbytes)
+        self.count_arrived(peer, transport, nbytes)
 
     def read_by(self, peer: str, nbytes: int) -> None:
         """A peer says that it has read so much from this daemon."""
         self._of(peer).bytes_to += nbytes
+        self.count_sent(peer, nbytes)
 
     def dropped(self, peer: str, why: str, words: str) -> None:
         """A peer was given up; ``why`` is one of ``DROPPED``."""

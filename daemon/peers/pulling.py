@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from weightd.daemon.devices import Segment
@@ -75,7 +76,7 @@ class PeerReader:
                 for name in self._following.look(now):
                     self._assignment.lost(name)
                 self._following.tell(now, reads=self._origin.works)
-                with fill.phase("source"):
+                with self._waiting():
                     happened = self._transfers.happened(0.02)
                 for kind, what in happened:
                     self._take(kind, what)
@@ -93,6 +94,11 @@ class PeerReader:
     def close(self) -> None:
         self._origin.close()
         self._transfers.close()
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        """Waiting for peers; where only the origin is at work, its own threads say what they wait for."""
+        alone = self._origin.groups and not any(peer.busy for peer in self._following)
+        return nullcontext() if alone else self._fill.phase("source", "peer")
 
     def _take(self, kind: str, what: Any) -> None:
         """Something has happened: events of ``listen``, of ``Transfers``, and ``landed``, with the extent."""

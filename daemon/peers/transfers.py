@@ -186,9 +186,9 @@ class Transfers:
 
     def _settle(self, part: Part, fill: Fill) -> list[tuple[Span, int, int]]:
         """(span, leaf, digest) of all leaves of a part."""
-        with fill.phase("copying"):
+        with fill.phase("copying", "peer"):
             self._inlet.settle(part)
-        with fill.phase("verifying"):  # what stays: a slot is open to whoever makes the mover write
+        with fill.phase("verifying", "peer"):  # what stays: a slot is open to whoever makes the mover write
             return [
                 (span, leaf, leaf_digest(view[at - span.offset : at - span.offset + nbytes]))
                 for span, view in zip(part.spans, self._inlet.views(part), strict=True)

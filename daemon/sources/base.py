@@ -48,7 +48,7 @@ class Source(Protocol):
     """A checkpoint's place. Methods block and may be called from many threads at once."""
 
     kind: str
-    """Label in metrics and records: ``file``, ``object-store``."""
+    """Label in metrics and records: the URI's scheme, or ``peer``."""
     buffered: bool
     """Whether its reads can as well land in a buffer, to be written to segments from there."""
     max_extent: int
@@ -66,6 +66,9 @@ class Source(Protocol):
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes at ``offset``: for headers and configuration, never for weights."""
+
+    def fetch(self, files: Sequence[SourceFile]) -> None:
+        """Before anything of these is read: have them here, where that is how they are read. Raises as ``read``."""
 
     def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> Reader:
         """A reader for extents whose ``file`` is an index into ``files``. Raises CheckpointChanged.

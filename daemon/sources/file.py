@@ -97,6 +97,9 @@ class FileSource:
         finally:
             os.close(fd)
 
+    def fetch(self, files: Sequence[SourceFile]) -> None:
+        """They are here."""
+
     def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> Reader:
         if not native:
             return FileReader(self, files)

@@ -1,17 +1,18 @@
 """Hugging Face repositories, ``hf://org/name[@revision]``: the hub's own local cache, filled where it lacks files.
 
 What a revision holds is asked of the hub only where the cache does not have all of it. Files are downloaded, whole,
-when they are first read, which is while a stage is planned; from then on they are files.
+before they are read, which is while a stage is planned; from then on they are files.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from weightd.daemon.checkpoint import INDEX_NAME, read_index
-from weightd.daemon.errors import CheckpointNotFound, InvalidRequest, SourceFailed
+from weightd.daemon.errors import CheckpointNotFound, CredentialsRefused, DaemonError, InvalidRequest, SourceFailed
 from weightd.daemon.sources import Allow
 from weightd.daemon.sources.base import Reader, SourceFile
 from weightd.daemon.sources.file import FileSource
@@ -25,12 +26,13 @@ def open_source(uri: str, allow: Allow) -> HubSource:
 
 
 _Files = list[SourceFile]
+_PARALLEL_DOWNLOADS = 8
 
 
 class HubSource:
     """The files of one revision. A file's version is its blob's name, the same in the cache and on the hub."""
 
-    kind = "file"
+    kind = "hf"
     buffered = FileSource.buffered
     max_extent = FileSource.max_extent
     max_runs = FileSource.max_runs
@@ -75,16 +77,11 @@ class HubSource:
 
     def _ask_hub(self) -> _Files:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
 
         try:
             info = HfApi().model_info(self._repository, revision=self._revision, files_metadata=True, timeout=30)
-        except HfHubHTTPError as error:
-            if error.response is not None and error.response.status_code in (401, 403, 404):
-                raise CheckpointNotFound(f"{self._uri}: {error}") from None
-            raise SourceFailed(f"{self._uri}: {error}") from None
         except Exception as error:  # whatever the HTTP client of this release of huggingface_hub raises
-            raise SourceFailed(f"{self._uri}: not in the local cache, and the hub cannot be reached: {error}") from None
+            raise _meaning(f"{self._uri}: not in the local cache, and on the hub", error) from None
         self._revision = info.sha or self._revision
         return [
             SourceFile(item.rfilename, item.size or 0, (item.lfs.sha256 if item.lfs else item.blob_id) or "")
@@ -100,18 +97,20 @@ class HubSource:
     def _fetch(self, name: str, revision: str | None = None) -> Path:
         """The file in the cache, downloaded where it is not there yet."""
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
 
         try:
             return Path(hf_hub_download(self._repository, name, revision=revision or self._revision))
-        except EntryNotFoundError as error:
-            raise CheckpointNotFound(f"{self._uri}: {error}") from None
         except Exception as error:
-            raise SourceFailed(f"{self._uri}: {name}: {error}") from None
+            raise _meaning(f"{self._uri}: {name}", error) from None
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         with self._fetch(name).open("rb") as file:
             return os.pread(file.fileno(), length, offset)
+
+    def fetch(self, files: Sequence[SourceFile]) -> None:
+        if files and not self._was_cached:
+            with ThreadPoolExecutor(_PARALLEL_DOWNLOADS, thread_name_prefix="hub") as pool:
+                list(pool.map(lambda file: self._fetch(file.name), files))
 
     def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> Reader:
         paths = [self._fetch(file.name) for file in files]
@@ -126,6 +125,29 @@ class HubSource:
 def _local(folder: Path) -> FileSource:
     # The daemon chose the folder: what a repository's URI is allowed to be was checked already.
     return FileSource(folder, Allow())
+
+
+def _meaning(where: str, error: BaseException) -> DaemonError:
+    """What an error of huggingface_hub is to whoever asked for the repository."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # why it had to do with what is cached
+    response = error.response if isinstance(error, HfHubHTTPError) else None
+    status = response.status_code if response is not None else 0
+    # Of a repository that is not there, the hub says 401 to those who may not know.
+    missing = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+    if status in (401, 403) and not missing:
+        return CredentialsRefused(f"{where}: the hub refused the credentials (HF_TOKEN): {error}")
+    if missing or status == 404 or isinstance(error, RemoteEntryNotFoundError):
+        return CheckpointNotFound(f"{where}: {error}")
+    return SourceFailed(f"{where}: {error}")
 
 
 def _blob(path: Path) -> str | None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from weightd.daemon.errors import CheckpointNotFound, InvalidRequest, NotAllowed, SourceFailed
+from weightd.daemon.errors import CheckpointNotFound, CredentialsRefused, InvalidRequest, SourceFailed
 from weightd.daemon.sources import Allow
 from weightd.daemon.sources.base import SourceFile
 from weightd.daemon.sources.streamed import StreamerReader
@@ -20,6 +21,8 @@ from weightd.daemon.sources.streamed import StreamerReader
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
+_REFUSED = re.compile("status code: 40[13] |<Code>(?:ExpiredToken|InvalidToken|TokenRefreshRequired)<")
+"""What tells in an error's text that credentials were refused: S3 answers 400 to a session that has expired."""
 MAX_OBJECTS = 100_000
 """Objects below one prefix, over which it is taken for no checkpoint."""
 
@@ -78,7 +81,6 @@ def _aws_profile() -> bool:
 class ObjectStoreSource:
     """The objects below one prefix."""
 
-    kind = "object-store"
     buffered = False
     max_extent = 1 << 30
     # One request brings one contiguous range; scattering it is the bounce buffer's work.
@@ -90,6 +92,7 @@ class ObjectStoreSource:
 
         self.uri = uri
         scheme, _, rest = uri.partition("://")
+        self.kind = scheme
         bucket, _, prefix = rest.partition("/")
         single = prefix.endswith(".safetensors")
         self._prefix, _, name = prefix.rpartition("/") if single else (prefix, "", "")
@@ -140,16 +143,21 @@ class ObjectStoreSource:
             yield
         except FileNotFoundError:
             raise CheckpointNotFound(f"{uri}: not found") from None
-        except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
-            raise NotAllowed(
-                f"{uri}: the object store refused the credentials: {_reason(error)}: "
-                "weightd doctor shows which are in use"
-            ) from None
         except (BaseError, OSError) as error:
-            # Listing a bucket that does not exist is a generic error; its text has the store's own answer.
+            # Of listings everything is a generic error, and so is a token that is not to be had; the text has the
+            # store's own answer.
+            kinds = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+            if isinstance(error, kinds) or _REFUSED.search(str(error)):
+                raise CredentialsRefused(
+                    f"{uri}: the object store refused the credentials: {_reason(error)}: "
+                    "weightd doctor shows which are in use"
+                ) from None
             if "NoSuchBucket" in str(error) or "404 Not Found" in str(error):
                 raise CheckpointNotFound(f"{uri}: no such bucket") from None
             raise SourceFailed(f"{uri}: {_reason(error)}") from None
+
+    def fetch(self, files: Sequence[SourceFile]) -> None:
+        """They are read where they are."""
 
     def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> StreamerReader:
         return StreamerReader(self, files, [f"{self.base}/{file.name}" for file in files])

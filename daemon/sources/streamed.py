@@ -76,7 +76,7 @@ class StreamerReader:
             if not in_flight:
                 if not waiting:
                     return
-                fill.wait(max(0.001, waiting[0].at - time.monotonic()))
+                fill.wait(max(0.001, waiting[0].at - time.monotonic()), "buffers" if deferred else "source")
                 continue
             with fill.phase("source"):
                 response = self._streamer.response(0.1)

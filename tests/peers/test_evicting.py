@@ -135,9 +135,9 @@ def test_each_peer_and_what_it_brought_is_in_the_record_and_in_the_list(
     assert (use["transport"], use["given_up"]) == ("tcp", None)
     assert use["bytes_per_second"] > 0
     assert "UCX_TLS=tcp leaves it out" in use["slow_path"], "both are on this machine"
-    assert record["bytes_by_source"] == {"object-store": 0, "peer": record["bytes_total"]}
+    assert record["bytes_by_source"] == {"s3": 0, "peer": record["bytes_total"]}
     counted = dict(line.rsplit(" ", 1) for line in second.get("/metrics").splitlines() if not line.startswith("#"))
-    assert float(counted['weightd_peer_read_bytes_total{transport="tcp"}']) == use["bytes"]
+    assert float(counted[f'weightd_peer_read_bytes_total{{peer="{use["address"]}",transport="tcp"}}']) == use["bytes"]
     assert float(counted["weightd_origin_saved_bytes_total"]) == record["bytes_total"]
     assert float(counted['weightd_peer_slow_path_total{better="shm"}']) == 1
     (peer,) = second.client.peers()["peers"]

@@ -65,7 +65,7 @@ def test_a_gpus_stage_goes_to_and_comes_from_peers(
     assert (record["state"], record["error"]) == ("ready", None)
     assert weight_bytes(origin) == read
     assert record["checkpoint_digest"] == truth["checkpoint_digest"]
-    assert record["bytes_by_source"] == {"object-store": 0, "peer": record["bytes_total"]}
+    assert record["bytes_by_source"] == {"s3": 0, "peer": record["bytes_total"]}
     (use,) = record["peers"]
     assert use["through_host"]
     if there != "cpu":
