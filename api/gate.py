@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from anyio import BrokenResourceError
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -88,7 +89,10 @@ class Gate:
             await send(message)
 
         refusal = self._refusal(scope)
-        await (refusal or self._app)(scope, receive, measured)
+        try:
+            await (refusal or self._app)(scope, receive, measured)
+        except* BrokenResourceError:
+            pass  # of FastAPI's event streams, whose client has hung up while it was being told something
 
     def _refusal(self, scope: Scope) -> Callable[..., Any] | None:
         headers = dict(scope["headers"])

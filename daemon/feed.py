@@ -78,6 +78,8 @@ class Feed:
         """Entries of records that are gone."""
         self._forgotten = 0
         """Version of the last such entry that was dropped."""
+        self._broken: set[tuple[str, str]] = set()
+        """What could not be read or rendered, and was complained of."""
         self._watchers: set[Watcher] = set()
         self._looking: asyncio.Task[None] | None = None
         self._looked = asyncio.Event()
@@ -142,20 +144,22 @@ class Feed:
                 entry = self._entries.get((row.kind, row.key))
                 if entry is None or entry.text is None or entry.mark != row.mark:
                     changed.append(row)
+            self._broken.discard(("", ""))
         except Exception:
-            log.exception("what there is cannot be read")  # not for whoever watches to suffer from: the next time, then
+            self._complain("", "", "what there is cannot be read")  # those who watch go on with what was there
             return time.perf_counter() - started
         gone = [key for key, entry in self._entries.items() if entry.text is not None and key not in seen]
         spent = time.perf_counter() - started
         for key in gone:
             self._put(key, None, None)
         for number, row in enumerate(changed, 1):
+            key = row.kind, row.key
             try:
                 text = row.render()
+                self._broken.discard(key)
             except Exception:
-                log.exception("%s %s cannot be rendered", row.kind, row.key)
+                self._complain(*key, f"{row.kind} {row.key} cannot be rendered")
                 continue
-            key = row.kind, row.key
             entry = self._entries.get(key)
             if entry is not None and entry.text == text:
                 self._entries[key] = entry._replace(mark=row.mark)
@@ -167,6 +171,13 @@ class Feed:
         if self._version != before:
             self._wake()
         return spent
+
+    def _complain(self, kind: str, key: str, words: str) -> None:
+        """Log the exception, once until it has gone well again."""
+        if (kind, key) not in self._broken:
+            log.exception(words)
+        if len(self._broken) < _MAX_GONE:
+            self._broken.add((kind, key))
 
     def _put(self, key: tuple[str, str], mark: Any, text: str | None) -> None:
         self._version += 1
