@@ -75,12 +75,12 @@ const base = (uri) => uri.replace(/\/+$/, "").split("/").pop() || uri;
 let clockOffset = 0;
 const now = () => Date.now() / 1000 + clockOffset;
 
-// A table whose rows are kept by key. Columns: [title, value(record), {number, link(record)}].
-function table(host, caption, columns, key, nothing) {
+// A table whose rows are kept by key. Columns: [title, value(record), {number, link, title, mood: of a record}].
+function table(host, kind, caption, columns, key, nothing) {
   const body = element("tbody");
   const head = element("tr", {}, ...columns.map(([title, , options]) =>
     element("th", { scope: "col", class: options?.number && "number" }, title)));
-  const made = element("table", {}, element("caption", {}, caption), element("thead", {}, head), body);
+  const made = element("table", { class: kind }, element("caption", {}, caption), element("thead", {}, head), body);
   const empty = element("p", { class: "muted" }, nothing);
   host.append(made, empty);
   const row = () => {
@@ -95,6 +95,7 @@ function table(host, caption, columns, key, nothing) {
       write(place, String(value(record) ?? ""));
       if (options?.link) mark(place, "href", options.link(record));
       if (options?.title) mark(cell, "title", options.title(record));
+      if (options?.mood) mark(cell, "data-mood", options.mood(record));
     });
     return { root: element("tr", {}, ...cells.map(({ cell }) => cell)), update };
   };

@@ -128,7 +128,4 @@ document.addEventListener("click", (event) => {
     reveal(href.slice(3));
   }
 });
-for (const [name, words] of Object.entries(PHASES)) {
-  byId("phases").append(element("li", { "data-phase": name, title: words }, element("i"), name));
-}
 setInterval(() => document.hidden || drawSoon(), 1000); // what only time changes

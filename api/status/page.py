@@ -116,7 +116,7 @@ def _table(
 ) -> str:
     """As many rows as fit into ``most`` bytes; the rest is counted."""
     if not total:
-        return f"<h2>{caption}</h2><p>None.</p>"
+        return f"<section><h2>{caption}</h2><p>None.</p></section>\n"
     rows: list[str] = []
     nbytes = 0
     for record in records:
@@ -129,8 +129,8 @@ def _table(
     head = "".join(f'<th scope="col">{name}</th>' for name in columns)
     left = f"<p>And {total - len(rows)} more.</p>" if len(rows) < total else ""
     return (
-        f'<div class="scroll"><table><caption>{caption} ({total})</caption><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{''.join(rows)}</tbody></table></div>{left}\n"
+        f'<section class="scroll"><table><caption>{caption} ({total})</caption><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{''.join(rows)}</tbody></table>{left}</section>\n"
     )
 
 

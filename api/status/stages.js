@@ -103,7 +103,7 @@ function stageLine() {
     write(times, `${span(total)}${longest[1] > 0 && spans.length > 1 ? `, ${span(longest[1])} of it ${longest[0]}` : ""}` +
       (left === null ? "" : `, ${span(left)} left`));
     const held = Object.values(stage.reserved).reduce((sum, nbytes) => sum + nbytes, 0);
-    write(bytes, size(stage.bytes_total || held));
+    write(bytes, stage.bytes_total || held ? size(stage.bytes_total || held) : "–");
     write(share, stage.bytes_total ? percent(stage.bytes_done, stage.bytes_total) : "");
     write(fast, stage.state === "loading" ? rate(speed) : rate(stage.bytes_per_second));
     write(mean, stage.state === "loading" ? `mean ${rate(stage.bytes_per_second)}` : stage.bytes_per_second ? "mean" : "");
@@ -120,24 +120,25 @@ function stageLine() {
 }
 
 function stageInside(host) {
-  const error = element("div", { class: "error", hidden: true });
+  const error = element("div", { class: "error whole", hidden: true });
   const facts = element("dl", { class: "facts" });
-  const [timesAt, sourcesAt, peersAt, leasesAt] = [0, 0, 0, 0].map(() => element("div", { class: "scroll" }));
-  host.append(error, timesAt, sourcesAt, facts, leasesAt, peersAt);
+  const [timesAt, sourcesAt, leasesAt, peersAt] = ["", "", "", " whole"].map((more) =>
+    element("div", { class: `scroll${more}` }));
+  host.append(error, timesAt, element("div", {}, sourcesAt, leasesAt), facts, peersAt);
   let whole = 0;
-  const times = table(timesAt, "Where the time went", [
-    ["Phase", ([name]) => name, { swatch: true }], ["Seconds", ([, seconds]) => seconds.toFixed(2), { number: true }],
-    ["Share", ([, seconds]) => percent(seconds, whole), { number: true }], ["", ([name]) => PHASES[name]],
+  const times = table(timesAt, "times", "Where the time went", [
+    ["Phase", ([name]) => name], ["Seconds", ([, seconds]) => seconds.toFixed(2), { number: true }],
+    ["Share", ([, seconds]) => `${Math.round((100 * seconds) / whole)} %`, { number: true }], ["", ([name]) => PHASES[name]],
   ], ([name]) => name, "It has not begun.");
-  const sources = table(sourcesAt, "Bytes by source", [
+  const sources = table(sourcesAt, "", "Bytes by source", [
     ["Source", ([name]) => name || "unknown"], ["Bytes", ([, nbytes]) => size(nbytes), { number: true }],
   ], ([name]) => name, "Nothing has been read.");
-  const peers = table(peersAt, "Read from peers", [
+  const peers = table(peersAt, "stacked", "Read from peers", [
     ["Peer", (of) => of.address], ["Bytes", (of) => size(of.bytes), { number: true }],
     ["Rate", (of) => rate(of.bytes_per_second), { number: true }], ["By", (of) => of.transport],
     ["Given up", (of) => of.given_up], ["Better", (of) => of.slow_path],
   ], (of) => of.address, "");
-  const leases = table(leasesAt, "Leases on it", [
+  const leases = table(leasesAt, "stacked", "Leases on it", [
     ["Process", (of) => (of.pid === null ? "over TCP" : of.pid ? `pid ${of.pid}` : "foreign pid")],
     ["User", (of) => (of.uid === null ? "" : `uid ${of.uid}`)], ["Rank", (of) => of.tp_rank, { number: true }],
     ["Since", (of) => ago(of.since), { title: (of) => when(of.since) }],
@@ -187,8 +188,13 @@ function wanted() {
     .sort((a, b) => b.created_at - a.created_at || (a.id < b.id ? 1 : -1));
 }
 
+const legendItem = (name) =>
+  ({ root: element("li", { "data-phase": name, title: PHASES[name] }, element("i"), name), update() {} });
+
 function drawStages(counts) {
   const found = wanted();
+  const used = new Set(found.slice(0, limit).flatMap((stage) => spent(stage).map(([name]) => name)));
+  keep(byId("phases"), Object.keys(PHASES).filter((name) => used.has(name)), (name) => name, legendItem);
   const all = Object.values(counts).reduce((sum, n) => sum + n, 0);
   keep(byId("stages").querySelector("ol"), found.slice(0, limit), (stage) => stage.id, stageLine);
   const shown = Math.min(limit, found.length);

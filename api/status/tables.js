@@ -5,7 +5,7 @@ const MOST_ROWS = 100;
 const MOST_ERRORS = 20;
 const modelOf = (id) => (there.stages.has(id) ? base(there.stages.get(id).model) : id);
 
-const drawLeases = table(byId("leases").querySelector(".rows"), "Who uses what, the latest first", [
+const drawLeases = table(byId("leases").querySelector(".rows"), "stacked", "Who uses what, the latest first", [
   ["Process", (of) => (of.pid === null ? "over TCP" : of.pid ? `pid ${of.pid}` : "foreign pid")],
   ["User", (of) => (of.uid === null ? "" : `uid ${of.uid}`)],
   ["Model", (of) => modelOf(of.stage), { link: (of) => `#s-${of.stage}` }],
@@ -15,10 +15,11 @@ const drawLeases = table(byId("leases").querySelector(".rows"), "Who uses what, 
 
 const health = (of) => (!of.given_up_at ? (of.bytes_from || of.bytes_to ? "ok" : "idle")
   : now() - of.given_up_at < GIVEN_UP_LATELY ? "given up" : "was given up");
+const mood = (of) => ({ ok: "good", "given up": "bad" })[health(of)];
 const peersState = element("p");
 byId("peers").querySelector(".rows").append(peersState);
-const drawPeerTable = table(byId("peers").querySelector(".rows"), "Other daemons, as the directory knows them", [
-  ["Address", (of) => of.address, { title: (of) => of.node }], ["Health", health],
+const drawPeerTable = table(byId("peers").querySelector(".rows"), "stacked", "Other daemons, as the directory knows them", [
+  ["Address", (of) => of.address, { title: (of) => of.node }], ["Health", health, { mood }],
   ["By", (of) => of.transport], ["Rate", (of) => rate(of.bytes_per_second), { number: true }],
   ["From it", (of) => size(of.bytes_from), { number: true }], ["To it", (of) => size(of.bytes_to), { number: true }],
   ["Given up", (of) => (of.given_up ? `${ago(of.given_up_at)}: ${of.given_up}` : "")],
@@ -36,7 +37,7 @@ function drawPeers(about) {
   byId("peers").classList.toggle("none", state === "none");
 }
 
-const drawPreload = table(byId("preload").querySelector(".rows"), "What is staged at start", [
+const drawPreload = table(byId("preload").querySelector(".rows"), "stacked", "What is staged at start", [
   ["Model", (of) => of.model, { link: (of) => of.stage && `#s-${of.stage}` }], ["State", (of) => of.state],
   ["Attempts", (of) => of.attempts, { number: true }],
   ["Error", (of) => (typeof of.error === "object" ? of.error?.message : of.error)],
@@ -45,12 +46,12 @@ const drawPreload = table(byId("preload").querySelector(".rows"), "What is stage
 function errorItem(record) {
   const at = element("time", { class: "muted" });
   const times = element("small", { class: "muted" });
-  const of = element(record.stage ? "a" : "span", { href: record.stage && `#s-${record.stage}` });
+  const of = element(record.stage ? "a" : "span", { class: "base", href: record.stage && `#s-${record.stage}` });
   const root = element("li", { class: "error" }, element("p", {}, of, " ", times, " ", at), ...problem(record));
   return {
     root,
     update(error) {
-      write(of, error.stage ? modelOf(error.stage) : "Refused");
+      write(of, error.stage ? modelOf(error.stage) : "A request was refused");
       write(times, error.count > 1 ? `${number(error.count)} times, the last` : "");
       write(at, ago(error.at));
       mark(at, "datetime", new Date(error.at * 1000).toISOString());

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from weightd.daemon.devices.cpu import CpuDevice
 from weightd.daemon.limits import FillLimits, NodeLimits
 from weightd.daemon.metrics import Metrics
 from weightd.daemon.node import Node
+from weightd.daemon.peers.directory import open_directory
+from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.request import StageRequest
 from weightd.daemon.residency import Residency
 from weightd.daemon.sources import Allow
-from weightd.daemon.stage import Stage
+from weightd.daemon.stage import Lease, Stage
 
 GiB = 1 << 30
 
@@ -38,9 +40,10 @@ class MadeNode:
     node: Node
     url: str
 
-    def __init__(self, folder: Path, capacity: int = 64 * GiB) -> None:
+    def __init__(self, folder: Path, *, token: str | None = None, peers: Sequence[str] = ()) -> None:
         self._folder = folder
-        self._capacity = capacity
+        self._token = token
+        self._peers = peers
         self._up = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
@@ -56,8 +59,13 @@ class MadeNode:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        devices, metrics = {"cpu": CpuDevice("cpu", self._capacity)}, Metrics()
+        devices, metrics = {"cpu": CpuDevice("cpu", 64 * GiB)}, Metrics()
         residency = Residency(devices, Deposits(), metrics, lease_grace=30, max_leases_per_user=10_000)
+        me = "10.0.0.1:7401"
+        fleet = directory = None
+        if self._peers:
+            fleet = Fleet(me=me, members=lambda: (), token=None, stall=10)
+            directory = open_directory(f"static:{','.join(self._peers)}", node=me, address=me)
         self.node = Node(
             devices,  # type: ignore[arg-type]
             residency=residency,
@@ -67,8 +75,10 @@ class MadeNode:
             fill_limits=FillLimits(1, 1 << 20, 1 << 20, 2, 1.0),
             limits=NodeLimits(concurrent_loads=2, max_queued=10, revoke_grace=1, trust_peers=False),
             metrics=metrics,
+            fleet=fleet,
+            directory=directory,
         )
-        app = create_app(self.node, peers=AllowedPeers(frozenset(), frozenset()))
+        app = create_app(self.node, peers=AllowedPeers(frozenset(), frozenset()), token=self._token)
         self.feed = app.state.feed
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -91,6 +101,11 @@ class MadeNode:
     def tasks(self) -> int:
         """Tasks that run on its event loop, the asking one not counted."""
         return self.call(lambda: len(asyncio.all_tasks())) - 1
+
+    def lease(self, stage: Stage, pid: int) -> Lease:
+        """Let somebody lease it."""
+        found: Lease = self.call(lambda: self.node.residency.lease(stage, 0, uid=1000, gid=1000, pid=pid))
+        return found
 
     def add(self, model: str, state: str = "ready", nbytes: int = 0, **members: Any) -> Stage:
         """Put a stage into it."""
