@@ -25,20 +25,20 @@ function mark(node, name, value) {
 // Children of `parent` become those of `records`, in that order; each is made once for its key, and then updated.
 function keep(parent, records, key, make) {
   const known = (parent.known ??= new Map());
-  const left = new Set(known.keys());
+  const wanted = new Set(records.map(key));
+  for (const [id, child] of known) {
+    if (wanted.has(id)) continue;
+    child.root.remove(); // before others are put in order: whatever is moved loses the focus
+    known.delete(id);
+  }
   let place = parent.firstElementChild;
   for (const record of records) {
     const id = key(record);
     let child = known.get(id);
     if (!child) known.set(id, (child = make(record)));
-    left.delete(id);
     child.update(record);
     if (child.root === place) place = place.nextElementSibling;
     else parent.insertBefore(child.root, place);
-  }
-  for (const id of left) {
-    known.get(id).root.remove();
-    known.delete(id);
   }
 }
 

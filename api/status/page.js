@@ -2,6 +2,7 @@
 
 let before = new Map(); // stage → state, as it was drawn last
 let pid = null;
+let version = null; // of the daemon that the page came from
 let drawing = 0;
 const news = [];
 let telling = 0;
@@ -22,6 +23,7 @@ function compare(whole) {
   if (whole && pid !== null && pid !== about.node.pid) {
     const held = [...there.stages.values()].filter((stage) => stage.state === "ready").length;
     tell(`A new daemon runs, with pid ${about.node.pid}; ${count(held, "stage")} ready`);
+    if (about.version !== version) tell(`it is weightd ${about.version}: load the page again`);
   } else if (!whole) {
     for (const stage of there.stages.values()) {
       if (before.get(stage.id) === stage.state) continue;
@@ -29,6 +31,7 @@ function compare(whole) {
     }
   }
   pid = about.node.pid;
+  version ??= about.version;
   before = new Map([...there.stages.values()].map((stage) => [stage.id, stage.state]));
 }
 
@@ -88,7 +91,9 @@ function told(whole) {
 }
 
 function linked(state, words) {
-  if (byId("link").dataset.state === "live" && state === "waiting") tell("Reconnecting");
+  const last = byId("link").dataset.state;
+  if (last === "live" && state === "waiting") tell("Reconnecting");
+  if (last === "waiting" && state === "live") tell("Live again");
   byId("link").hidden = false;
   mark(byId("link"), "data-state", state);
   write(byId("link-text"), words);

@@ -17,9 +17,13 @@ from typing import Any
 from weightd.api import overview
 from weightd.api.models import device_record
 from weightd.daemon.node import Node
+from weightd.daemon.stage import Stage
 
 _SCRIPTS = ("elements.js", "stream.js", "devices.js", "stages.js", "tables.js", "page.js")
-_MAX_TEXT = 160
+MAX_BYTES = 59_900
+"""Of the whole page."""
+_MAX_ERRORS = 20
+_MAX_TEXT = 120
 """Characters of one cell; a longer text is cut."""
 _NO_TOKEN = """<noscript><section><h2>401: a token is needed here</h2>
 <p>The setting <code>WEIGHTD_TOKEN</code> has it. Without JavaScript it has to come with the request:</p>
@@ -71,36 +75,57 @@ def _hash(text: str) -> str:
 
 
 def render(node: Node | None) -> str:
-    """The page, below 60 KB whatever there is; None: with nothing of the node, but how to ask for it."""
+    """The page, of ``MAX_BYTES`` at most whatever there is; None: with nothing of the node, but how to ask for it."""
     page, style, script = _parts()
-    body = _NO_TOKEN if node is None else f"<noscript>{_tables(node)}</noscript>"
-    return page.substitute(style=style, script=script, body=body)
+
+    def filled(body: str) -> str:
+        return page.substitute(style=style, script=script, body=body)
+
+    if node is None:
+        return filled(_NO_TOKEN)
+    return filled(f"<noscript>{_tables(node, MAX_BYTES - len(filled('<noscript></noscript>').encode()))}</noscript>")
 
 
-def _tables(node: Node) -> str:
-    about = overview.bounded(overview.node_summary(node))
-    daemon = about["node"]
+def _tables(node: Node, most: int) -> str:
+    """All tables, in ``most`` bytes together: stages, of which there are the most, get what the others leave."""
+    about = _record(overview.node_summary, node)
     stages = sorted(node.stages(), key=lambda stage: stage.created_at, reverse=True)
-    failed = [overview.bounded(overview.stage_summary(stage)) for stage in stages if stage.error][:20]
-    errors = [{**stage["error"], "at": stage["state_since"], "of": stage["model"]} for stage in failed]
-    errors += [{**overview.bounded(overview.refusal_summary(found)), "of": "refused"} for found in node.refusals]
     leases = list(itertools.islice(node.residency.leases(), overview.MAX_LEASES))
-    peers = list(overview.peers(node))
-    devices = list(node.devices.values())
-    text = (
-        f"<p>weightd {escape(about['version'])}, pid {daemon['pid']}, default device "
-        f"{escape(daemon['default_device'])}, up for {_seconds(time.time() - node.started_at)}; as of "
-        f'{_when(time.time())}. Without JavaScript this page stands still: <a href="">load it again</a>.</p>'
+    peers, devices = list(overview.peers(node)), list(node.devices.values())
+    preload = about["node"].get("preload") or []
+    errors = _errors(node, stages)
+    found = {
+        "about": _about(about, node),
+        "preload": _table("Preload", preload, _PRELOAD, len(preload), 1300) if preload else "",
+        "devices": _table("Devices", (_record(device_record, device, node.residency) for device in devices), _DEVICE,
+                          len(devices), 1300),
+        "stages": "",
+        "leases": _table("Leases", (_record(overview.lease_summary, one) for one in leases), _LEASE, len(leases), 1300),
+        "peers": _table("Peers", (_record(overview.peer_summary, *one) for one in peers), _PEER, len(peers), 1300),
+        "errors": _table("Last errors", errors, _ERROR, len(errors), 2500),
+    }  # fmt: skip
+    left = most - len("".join(found.values()).encode())
+    records = (_record(overview.stage_summary, stage) for stage in stages)
+    found["stages"] = _table("Stages, the latest first", records, _STAGE, len(stages), left)
+    return "".join(found.values())
+
+
+def _about(about: Record, node: Node) -> str:
+    return (
+        f"<p>weightd {_cell(about['version'])}, pid {about['node']['pid']}, default device "
+        f"{_cell(about['node']['default_device'])}, up for {_seconds(time.time() - node.started_at)}; as of "
+        f'{_when(time.time())}. Without JavaScript this page stands still: <a href="">load it again</a>.</p>\n'
     )
-    if daemon.get("preload"):
-        text += _table("Preload", daemon["preload"], _PRELOAD, len(daemon["preload"]))
-    text += _table("Devices", (_record(device_record, device, node.residency) for device in devices), _DEVICE,
-                   len(devices))  # fmt: skip
-    text += _table("Stages, the latest first", (_record(overview.stage_summary, stage) for stage in stages), _STAGE,
-                   len(stages), 6000)  # fmt: skip
-    text += _table("Leases", (_record(overview.lease_summary, lease) for lease in leases), _LEASE, len(leases))
-    text += _table("Peers", (_record(overview.peer_summary, *peer) for peer in peers), _PEER, len(peers))
-    return text + _table("Last errors", sorted(errors, key=lambda error: -error["at"]), _ERROR, len(errors), 3500)
+
+
+def _errors(node: Node, stages: Iterable[Stage]) -> list[Record]:
+    """The last errors, the latest first, of stages and of what was refused."""
+    found: list[Record] = []
+    for stage in itertools.islice((stage for stage in stages if stage.state == "failed"), _MAX_ERRORS):
+        record = _record(overview.stage_summary, stage)
+        found.append({**record["error"], "at": record["state_since"], "of": record["model"]})
+    found += [{**_record(overview.refusal_summary, refusal), "of": "refused"} for refusal in node.refusals]
+    return sorted(found, key=lambda error: -error["at"])[:_MAX_ERRORS]
 
 
 def _record(summary: Callable[..., Any], *of: Any) -> Record:
@@ -112,26 +137,24 @@ def _table(
     records: Iterable[Record],
     columns: Mapping[str, Callable[[Record], object]],
     total: int,
-    most: int = 1800,
+    most: int,
 ) -> str:
-    """As many rows as fit into ``most`` bytes; the rest is counted."""
-    if not total:
-        return f"<section><h2>{caption}</h2><p>None.</p></section>\n"
+    """As many rows as there is room for in ``most`` bytes; the rest is counted."""
+    names = "".join(f'<th scope="col">{name}</th>' for name in columns)
+    head = (
+        f'<section class="scroll"><table><caption>{caption} ({total})</caption><thead><tr>{names}</tr></thead>\n<tbody>'
+    )
     rows: list[str] = []
-    nbytes = 0
+    room = most - len(head) - 80
     for record in records:
-        cells = [_cell(value(record)) for value in columns.values()]
-        row = f'<tr><th scope="row">{cells[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>\n"
-        nbytes += len(row.encode())
-        if nbytes > most:
+        first, *others = (_cell(value(record)) for value in columns.values())
+        row = f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in others)}</tr>\n'
+        room -= len(row.encode())
+        if room < 0:
             break
         rows.append(row)
-    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
     left = f"<p>And {total - len(rows)} more.</p>" if len(rows) < total else ""
-    return (
-        f'<section class="scroll"><table><caption>{caption} ({total})</caption><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{''.join(rows)}</tbody></table>{left}</section>\n"
-    )
+    return f"{head}{''.join(rows)}</tbody></table>{left}</section>\n"
 
 
 def _cell(value: object) -> str:

@@ -105,7 +105,7 @@ function stageLine() {
     const held = Object.values(stage.reserved).reduce((sum, nbytes) => sum + nbytes, 0);
     write(bytes, stage.bytes_total || held ? size(stage.bytes_total || held) : "–");
     write(share, stage.bytes_total ? percent(stage.bytes_done, stage.bytes_total) : "");
-    write(fast, stage.state === "loading" ? rate(speed) : rate(stage.bytes_per_second));
+    write(fast, stage.state === "loading" ? `${size(Math.max(0, speed))}/s` : rate(stage.bytes_per_second));
     write(mean, stage.state === "loading" ? `mean ${rate(stage.bytes_per_second)}` : stage.bytes_per_second ? "mean" : "");
     write(leases, count(stage.leases, "lease"));
     mark(leases, "class", stage.leases ? "held-yes" : "muted");
@@ -161,6 +161,7 @@ function stageInside(host) {
       if (stage.error && !error.firstChild) error.append(...problem(stage.error));
       keep(facts, [
         ["Id", stage.id], ["URI", stage.model],
+        ["Read", `${size(stage.bytes_done)} of ${size(stage.bytes_total)}, mean ${rate(stage.bytes_per_second)}`],
         ["Segments", stage.segments ? `${number(stage.segments)} with ${count(stage.tensors, "tensor")}` : "not planned"],
         ["Memory", Object.entries(stage.reserved).map(([where, nbytes]) => `${size(nbytes)} on ${where}`).join(", ") || "none"],
         ["Handle", stage.handle], ["Digest", stage.checkpoint_digest ?? "not known"],
@@ -226,9 +227,8 @@ function groupButton(name) {
 function reveal(id) {
   if (!there.stages.has(id)) return;
   if (!wanted().slice(0, limit).some((stage) => stage.id === id)) {
-    byId("filter").value = "";
+    byId("filter").value = id;
     group = "all";
-    limit = Math.max(limit, wanted().findIndex((stage) => stage.id === id) + 1);
     draw();
   }
   const details = byId(`s-${id}`).querySelector("details");

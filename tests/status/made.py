@@ -81,6 +81,8 @@ class MadeNode:
         app = create_app(self.node, peers=AllowedPeers(frozenset(), frozenset()), token=self._token)
         self.feed = app.state.feed
         listener = socket.create_server(("127.0.0.1", 0))
+        # Connections inherit it: whoever does not read is not read for by the kernel, which would take megabytes.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         config = uvicorn.Config(app, http=PeerProtocol, lifespan="off", log_config=None, timeout_graceful_shutdown=2)
         self._server = Server(config, on_end=self.feed.close)

@@ -193,30 +193,25 @@ def test_devices_are_bars_to_scale_with_what_is_reserved(view: View, node: Daemo
 
 
 def test_after_kill_9_the_page_reconnects_by_itself_and_shows_what_was_adopted(
-    view: View, node: Daemon, uri: str
+    view: View, node: Daemon, uri: str, tmp_path: Path
 ) -> None:
-    stage = node.stage(uri, device="cpu")
+    save_file({"w": numpy.zeros((MiB,), numpy.uint8)}, tmp_path / "m.safetensors")
+    stage, other = node.stage(uri, device="cpu"), node.stage(tmp_path, device="cpu")
     row = view.stage(stage["id"])
-    view.page.wait_for_selector(f"{row}[data-state=ready]")
+    for record in (stage, other):
+        view.page.wait_for_selector(f"{view.stage(record['id'])}[data-state=ready]")
     view.page.evaluate("window.same = true")
+    view.context.set_offline(True)
     pid = node.status["daemon_pid"]
     os.kill(pid, signal.SIGKILL)
-    until(lambda: node.status["daemon_pid"] not in (pid, None, 0), "the next daemon")
-    view.until(f"!document.getElementById('about').textContent.includes('pid {pid} ')", "the page knows the new daemon")
-    view.page.wait_for_selector(LIVE)
-    view.page.wait_for_selector(f"{row}[data-state=ready]")
-    view.shows("#news", "A new daemon runs")
-    assert view.page.evaluate("window.same"), "it was loaded anew"
-
-
-def test_a_page_that_was_away_for_long_begins_anew(view: View, node: Daemon, uri: str) -> None:
-    gone = node.stage(uri, device="cpu")
-    view.page.wait_for_selector(view.stage(gone["id"]))
-    view.context.set_offline(True)
-    node.stop()
     view.page.wait_for_selector("#link[data-state=waiting]")
     view.shows("#news", "Reconnecting")
+    until(lambda: node.status["daemon_pid"] not in (pid, None, 0), "the next daemon")
+    node.client.remove(other["id"])  # while the page is away
     view.context.set_offline(False)
-    node.start()
     view.page.wait_for_selector(LIVE)
-    view.page.wait_for_selector(view.stage(gone["id"]), state="detached")
+    view.shows("#news", "A new daemon runs")
+    assert f"pid {pid} " not in view.text("#about")
+    view.page.wait_for_selector(f"{row}[data-state=ready]")
+    assert view.page.query_selector(view.stage(other["id"])) is None, "what has gone meanwhile"
+    assert view.page.evaluate("window.same"), "it was loaded anew"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tests.servers import until
@@ -78,7 +78,7 @@ class View:
 
     def until(self, script: str, what: str, deadline: float = 30.0) -> Any:
         """Wait until an expression in the page is true; returns its value."""
-        return until(lambda: self.page.evaluate(script), what, deadline)
+        return self._until(lambda: self.page.evaluate(script), what, deadline)
 
     def text(self, selector: str) -> str:
         """All text below it that can be seen."""
@@ -87,7 +87,14 @@ class View:
 
     def shows(self, selector: str, words: str) -> None:
         """Wait until the text below it has these words."""
-        until(lambda: words in self.text(selector), f"{words!r} in {selector}: it has {self.text(selector)!r}")
+        self._until(lambda: words in self.text(selector), f"{selector} shows {words!r}")
+
+    def _until(self, condition: Callable[[], Any], what: str, deadline: float = 30.0) -> Any:
+        def looked() -> Any:
+            # Asked without a pause, the browser would do nothing else.
+            return condition() or self.page.wait_for_timeout(25)
+
+        return until(looked, what, deadline)
 
     def stage(self, stage_id: str) -> str:
         return f"#s-{stage_id}"
