@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
-from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from weightd.api import problems
@@ -15,7 +15,6 @@ from weightd.api.gate import MAX_BODY_BYTES, BodyLimit, Gate
 from weightd.api.models import (
     Change,
     FitRecord,
-    Health,
     LeaseEvent,
     LeaseList,
     LeaseRecord,
@@ -31,6 +30,7 @@ from weightd.api.models import (
 )
 from weightd.api.overview import NodeEvent, node_record, rows, version
 from weightd.api.peer_models import PeerList, peer_list
+from weightd.api.probes import health_routes, metrics_routes
 from weightd.api.problems import NeedsSocket, NotPlanned, responses
 from weightd.api.status import page
 from weightd.daemon.credentials import AllowedPeers
@@ -254,16 +254,6 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
         known = http.scope.get("state", {}).get("authorized", False)
         return HTMLResponse(page.render(node if known else None), 200 if known else 401, page.headers())
 
-    @app.get("/livez")
-    @app.get("/readyz")
-    @app.get("/healthz")
-    async def health() -> Health:
-        """The daemon answers."""
-        return Health()
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """Prometheus metrics."""
-        return Response(node.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
+    app.include_router(health_routes(node, named=True))
+    app.include_router(metrics_routes(node))
     return app

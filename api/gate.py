@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hmac
+import logging
+import re
 import time
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weightd.api.problems import problem
 from weightd.daemon.credentials import AllowedPeers, Peer, peer_of
+from weightd.daemon.logs import request_id
 from weightd.daemon.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+log = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 MAX_BODY_BYTES = 16 << 20
 """Longest request body."""
 
@@ -63,7 +70,7 @@ class BodyLimit:
 
 
 class Gate:
-    """ASGI middleware: refuses who may not come in, and measures those who may."""
+    """ASGI middleware: refuses who may not come in, measures those who may, and gives every request an id."""
 
     def __init__(
         self, app: ASGIApp, *, peers: AllowedPeers, token: str | None, listen_host: str, metrics: Metrics
@@ -80,12 +87,19 @@ class Gate:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        own = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id.set(own)
 
         async def measured(message: Message) -> None:
             if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", own.encode())]
                 route = getattr(scope.get("route"), "path", "unmatched")
                 labels = (scope["method"] if route != "unmatched" else "other", route, str(message["status"]))
-                self._metrics.api_seconds.labels(*labels).observe(time.perf_counter() - started)
+                spent = time.perf_counter() - started
+                self._metrics.api_seconds.labels(*labels).observe(spent)
+                fields = {"event": "request", "status": message["status"], "seconds": round(spent, 6)}
+                log.debug("%s %s: %d", scope["method"], route, message["status"], extra={"fields": fields})
             await send(message)
 
         refusal = self._refusal(scope)

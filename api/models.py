@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from weightd.api.peer_models import PeersState, PeerUseRecord, peers_of
 from weightd.daemon.devices import Device
+from weightd.daemon.logs import redacted
 from weightd.daemon.manifests import entry_files, segment_leaves, segment_manifest
 from weightd.daemon.node import Fit
+from weightd.daemon.preload import Wanted
 from weightd.daemon.request import StageRequest
 from weightd.daemon.residency import Residency, summary
 from weightd.daemon.stage import Stage
@@ -27,6 +29,7 @@ class Problem(BaseModel):
     status: int = Field(description="The HTTP status.")
     detail: str = Field(description="What went wrong with what, what was found, what is allowed, what to do.")
     code: str = Field(description="Stable name of the error, for programs.")
+    request_id: str | None = Field(None, description="Of the request, as X-Request-ID has it and the log.")
 
 
 class StageError(BaseModel):
@@ -58,6 +61,7 @@ class StageRecord(BaseModel):
     state: State = Field(description="Where it is between queued and ready, or how it ended.")
     error: StageError | None = Field(description="Why it ended, where it is failed or cancelled.")
     request: StageRequest = Field(description="What was asked for.")
+    request_id: str = Field(description="X-Request-ID of the request that it was made for; empty where for none.")
     source: str = Field(description="Kind of source of its bytes: file, object-store.")
     created_at: float = Field(description="When it was asked for, in seconds since the epoch.")
     ready_at: float | None = Field(description="When it became ready, in seconds since the epoch.")
@@ -269,14 +273,39 @@ class NodeRecord(BaseModel):
         description="Bytes of segments that were freed here and that other processes still map, as far as can be seen."
     )
     unadopted: list[Unadopted] = Field(description="What the keeper holds that this version does not understand.")
+    not_ready: list[str] = Field(description="Why /readyz answers 503; empty where it does not.")
+    preload: list[PreloadRecord] = Field(description="What it stages by itself as it starts (WEIGHTD_PRELOAD).")
     peers: PeersState = Field(description="Whether it reads from peers and serves them.")
     versions: dict[str, str | None] = Field(description="Versions of weightd and of what moves its bytes.")
+
+
+class PreloadRecord(BaseModel):
+    """One of the stages that the daemon is to have from its start on."""
+
+    model: str = Field(description="What was asked for.")
+    state: str = Field(description="State of its stage; waiting before there is one, and before the next try.")
+    stage: str | None = Field(description="Its stage, once there is one.")
+    attempts: int = Field(description="Times that it was tried.")
+    error: str = Field(description="Why it is not ready, where it has failed.")
+    was_ready: bool = Field(description="Whether it was ready once since the daemon started, which is what counts.")
 
 
 class Health(BaseModel):
     """The daemon is there."""
 
     status: Literal["ok"] = Field("ok", description="Always ok; anything else is no answer, or a problem.")
+
+
+def preload_record(wanted: Wanted) -> PreloadRecord:
+    """An entry of the preload list as the API shows it."""
+    return PreloadRecord(
+        model=redacted(wanted.request.model),
+        state=wanted.state,
+        stage=wanted.stage,
+        attempts=wanted.attempts,
+        error=wanted.error,
+        was_ready=wanted.was_ready,
+    )
 
 
 def stage_record(stage: Stage) -> StageRecord:
@@ -300,6 +329,7 @@ def stage_record(stage: Stage) -> StageRecord:
         if stage.error
         else None,
         request=stage.request,
+        request_id=stage.request_id,
         source=stage.source_kind,
         created_at=stage.created_at,
         ready_at=stage.ready_at,

@@ -17,7 +17,16 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from weightd.api.models import DeviceRecord, NodeRecord, StageRecord, State, Unadopted, device_record, stage_record
+from weightd.api.models import (
+    DeviceRecord,
+    NodeRecord,
+    StageRecord,
+    State,
+    Unadopted,
+    device_record,
+    preload_record,
+    stage_record,
+)
 from weightd.api.peer_models import PeerUseRecord, peers_state
 from weightd.daemon.feed import Row
 from weightd.daemon.metrics import STAGE_STATES
@@ -59,6 +68,7 @@ class StageSummary(BaseModel):
     state: State = Field(description="Where it is between queued and ready, or how it ended.")
     state_since: float = Field(description="Since when it is in that state, in seconds since the epoch.")
     error: ErrorSummary | None = Field(description="Why it ended, where it is failed or cancelled.")
+    request_id: str = Field(description="X-Request-ID of the request that it was made for; empty where for none.")
     source: str = Field(description="Source of its bytes.")
     created_at: float = Field(description="When it was asked for, in seconds since the epoch.")
     ready_at: float | None = Field(description="When it became ready, in seconds since the epoch.")
@@ -166,6 +176,8 @@ def node_record(node: Node, mapped_elsewhere: int) -> NodeRecord:
         devices=[device_record(device, node.residency) for device in node.devices.values()],
         mapped_elsewhere_bytes=mapped_elsewhere,
         unadopted=[Unadopted(**left) for left in node.residency.unadopted],
+        not_ready=node.preload.missing,
+        preload=[preload_record(wanted) for wanted in node.preload.wanted],
         peers=peers_state(node),
         versions={name: version(name) for name in _VERSIONS},
     )

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from weightd.api.models import Problem
 from weightd.daemon.errors import DaemonError
+from weightd.daemon.logs import request_id
 from weightd.daemon.metrics import Metrics
 from weightd.daemon.refusals import Refusals
 from weightd.daemon.request import describe_errors
@@ -37,6 +38,7 @@ STATUS = {
     "queue_full": 429,
     "too_many_watchers": 429,
     "peers_off": 503,
+    "not_ready": 503,
 }
 """HTTP status of each error code that a request can be refused with; all others are 500."""
 
@@ -67,6 +69,8 @@ def problem(status: int, code: str, detail: str, headers: dict[str, str] | None 
         "detail": detail,
         "code": code,
     }
+    if told := request_id.get():
+        document["request_id"] = told
     return JSONResponse(document, status, headers, media_type="application/problem+json")
 
 

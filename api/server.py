@@ -7,24 +7,26 @@ import logging
 import os
 import resource
 import signal
-import sys
 
 import uvicorn
 
 from weightd.api.app import create_app
 from weightd.api.gate import PeerProtocol
 from weightd.api.peering import Peering, open_fleet
+from weightd.api.probes import Port, health_routes, metrics_routes
 from weightd.api.uvicorn_server import Server
-from weightd.daemon import keeper
+from weightd.daemon import keeper, logs
 from weightd.daemon.cache import Cache
 from weightd.daemon.credentials import AllowedPeers
 from weightd.daemon.deposits import Deposits
 from weightd.daemon.devices import open_devices
+from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.keeper import LISTEN, LOCK
 from weightd.daemon.lending import LeaseServer
 from weightd.daemon.metrics import Metrics
 from weightd.daemon.node import Node
 from weightd.daemon.peers.mover import unavailable
+from weightd.daemon.preload import Preload, read
 from weightd.daemon.residency import Residency
 from weightd.daemon.settings import Settings
 from weightd.daemon.sockets import Listeners
@@ -42,11 +44,7 @@ _STOP_DEADLINE = 10.0
 
 def serve(settings: Settings) -> int:
     """Run the daemon. Returns the exit code. Raises OSError and ValueError before it listens."""
-    logging.basicConfig(
-        stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    for name in ("uvicorn", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logs.configure(settings.log_level, settings.log_format)
     _raise_file_limit()
     deposits = Deposits.inherited()
     cuda.on_sticky(lambda error: _crash(deposits, error))
@@ -62,6 +60,11 @@ def serve(settings: Settings) -> int:
         if settings.listen:
             over_http.append(listeners.tcp(settings.listen))
         peer_listener = listeners.tcp(settings.peer_listen) if settings.peer_listen and not unavailable() else None
+        probed = {
+            routes: listeners.tcp(address)
+            for routes, address in ((health_routes, settings.health_listen), (metrics_routes, settings.metrics_listen))
+            if address
+        }
         lease_listener = listeners.unix(LEASE_SOCKET)
     except OSError:
         listeners.close()
@@ -94,6 +97,7 @@ def serve(settings: Settings) -> int:
             directory=directory,
         )
         node.adopt(held)
+        node.preload = _preload(node, settings.preload)
         expiry = asyncio.create_task(residency.expire())
         leases = LeaseServer(node, lease_listener, peers, settings.max_leases)
         app = create_app(
@@ -120,6 +124,10 @@ def serve(settings: Settings) -> int:
         if fleet is not None and directory is not None:
             peering = Peering(node, settings, directory, fleet, peer_listener)
             await peering.start()
+        ports = [Port(node, routes(node), listener) for routes, listener in probed.items()]
+        for port in ports:
+            port.start()
+        node.preload.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.signalled)
         if deposits.kept:
@@ -129,6 +137,8 @@ def serve(settings: Settings) -> int:
         log.info("weightd listens on %s%s", settings.runtime_dir, f" and {settings.listen}" if settings.listen else "")
         deposits.up()
         await server.serve(sockets=over_http)
+        for port in ports:
+            await port.close()
         if peering is not None:
             await peering.close()
         if not stop.drops:
@@ -191,10 +201,19 @@ class _Stop:
         self._server.end()
 
 
+def _preload(node: Node, setting: str) -> Preload:
+    """What is to be staged; a daemon that cannot read it adopts what there is, and is not ready."""
+    try:
+        return Preload(node, read(setting))
+    except InvalidRequest as error:
+        log.error("%s", error)
+        return Preload(node, [], str(error))
+
+
 def _crash(deposits: Deposits, error: CudaError) -> None:
     """End at once: nothing that this process does with that GPU can work any more, and the next one adopts it all."""
     log.critical("the GPU has failed, and with it this process: %s", error)
-    deposits.dying(str(error))
+    deposits.dying(logs.redacted(str(error)))
     logging.shutdown()
     os._exit(_GPU_FAILED)
 

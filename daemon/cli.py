@@ -19,6 +19,8 @@ try:
 except ImportError as missing:
     sys.exit(f"weightd: {missing}: the command needs the daemon's packages: pip install 'weightd[daemon]'")
 
+from weightd.daemon.errors import InvalidRequest
+from weightd.daemon.preload import read as read_preload
 from weightd.daemon.request import describe_errors
 from weightd.daemon.settings import Settings
 from weightd.ipc import Client, WeightdError
@@ -94,9 +96,13 @@ def serve(**options: Any) -> None:
         given["listen"] = ""
     try:
         settings = Settings(**given)
+        read_preload(settings.preload)
     except ValidationError as error:
         for line in describe_errors(list(error.errors())):
             err.print(f"weightd: setting {line}", style="red", markup=False)
+        sys.exit(2)
+    except InvalidRequest as error:
+        err.print(f"weightd: setting {error}", style="red", markup=False)
         sys.exit(2)
     for name, value in given.items():
         os.environ[f"WEIGHTD_{name.upper()}"] = ",".join(value) if isinstance(value, list) else value
@@ -305,11 +311,19 @@ def peers(as_json: Json = False) -> None:
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only whether the daemon answers: for container probes.")
+    ] = False,
+    ready: Annotated[
+        bool, typer.Option("--ready", help="Only whether what it is to preload (WEIGHTD_PRELOAD) is ready.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Check what staging and attaching need, and say how to mend what is missing. Exit code 1 where something is."""
-    from weightd.daemon.doctor import examine
+    from weightd.daemon.doctor import examine, probe
 
-    findings = examine()
+    findings = probe(ready=ready) if quick or ready else examine()
 
     def table(_: Any) -> None:
         for finding in findings:

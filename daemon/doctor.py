@@ -16,7 +16,9 @@ from weightd.daemon.reload import NoKeeper, keeper_status
 from weightd.daemon.settings import Settings
 from weightd.daemon.sources import libstreamer
 from weightd.ipc import Client, WeightdError
-from weightd.ipc.runtime_dir import API_SOCKET, LEASE_SOCKET
+from weightd.ipc.runtime_dir import API_SOCKET, LEASE_SOCKET, runtime_dir
+
+_PROBE_SECONDS = 5.0
 
 
 def examine() -> list[Finding]:
@@ -32,6 +34,21 @@ def examine() -> list[Finding]:
         except Exception as error:
             findings.append(Finding(check.__name__.strip("_"), "error", f"{type(error).__name__}: {error}"))
     return findings
+
+
+def probe(*, ready: bool) -> list[Finding]:
+    """Ask the daemon alone: whether it answers, or whether it is ``ready``."""
+    import httpx
+
+    socket_path = str(runtime_dir() / API_SOCKET)
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=socket_path), timeout=_PROBE_SECONDS) as client:
+            answer = client.get("http://weightd/readyz" if ready else "http://weightd/livez")
+    except httpx.HTTPError as error:
+        return [Finding("daemon", "error", f"does not answer at {socket_path}: {error}", "weightd serve")]
+    if answer.is_error:
+        return [Finding("daemon", "error", answer.json()["detail"], "wait where it loads; else see weightd doctor")]
+    return [Finding("daemon", "ok", f"{'is ready' if ready else 'answers'} at {socket_path}")]
 
 
 def _keeper() -> Iterator[Finding]:
@@ -57,6 +74,8 @@ def _daemon() -> Iterator[Finding]:
         yield Finding("daemon", "error", str(error), "weightd serve")
         return
     yield Finding("daemon", "ok", f"pid {node['pid']} at {client.address}")
+    for why in node["not_ready"]:
+        yield Finding("preload", "warning", why, "wait where it loads; else mend what it says, or WEIGHTD_PRELOAD")
     yield from _peers(node["peers"], directory)
     for device in node["devices"]:
         yield Finding(

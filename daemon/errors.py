@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from weightd.daemon.logs import cleaned, redacted
+
 
 class DaemonError(Exception):
     """Base of all errors that are reported to a client. ``details`` goes with the message, as JSON values."""
@@ -16,8 +18,9 @@ class DaemonError(Exception):
     """What to do about it: of the kind, where the message speaks of the case."""
 
     def __init__(self, message: str, **details: Any) -> None:
-        super().__init__(message)
-        self.details = details
+        # Libraries put URLs into their errors, signatures and all; from here they go into records, answers and metrics.
+        super().__init__(redacted(message))
+        self.details: dict[str, Any] = {name: cleaned(value) for name, value in details.items()}
 
 
 class InvalidRequest(DaemonError):
@@ -53,6 +56,13 @@ class CheckpointChanged(DaemonError):
 
     code = "checkpoint_changed"
     remedy = "stage it again; publish new weights under a new URI, not in place"
+
+
+class NotReady(DaemonError):
+    """What the daemon is to preload is not there yet. The message says what, and why."""
+
+    code = "not_ready"
+    remedy = "wait, or look at what GET /v1/node says of its preload list"
 
 
 class SourceFailed(DaemonError):

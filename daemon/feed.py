@@ -202,7 +202,7 @@ class Feed:
 
     def _since(self, place: int) -> Iterator[tuple[tuple[str, str], _Entry]]:
         """Entries later than a place, in order."""
-        later = []
+        later: list[tuple[tuple[str, str], _Entry]] = []
         for key in reversed(self._entries):
             entry = self._entries[key]
             if entry.version <= place:

@@ -339,10 +339,15 @@ def lock(folder: str) -> int:
 
 
 def log(text: str) -> None:
-    """One line on stderr."""
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    """One line on stderr, as the daemon's are (``weightd.daemon.logs``)."""
+    form = os.environ.get("WEIGHTD_LOG_FORMAT", "auto")
     try:
-        sys.stderr.write(f"{now} keeper: {text}\n")
+        if form == "text" or (form != "json" and sys.stderr.isatty()):
+            line = f"{time.strftime('%H:%M:%S')}     INFO    keeper: {text}"
+        else:
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            line = json.dumps({"time": now, "level": "info", "logger": "weightd.keeper", "message": text})
+        sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
     except OSError:
         pass  # whoever read it is gone; what is held matters more

@@ -6,11 +6,13 @@ On the event loop; what blocks runs in threads, and what happens there comes bac
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from weightd.daemon import record
@@ -30,6 +32,7 @@ from weightd.daemon.errors import (
 )
 from weightd.daemon.ledger import Ledger
 from weightd.daemon.limits import FillLimits, NodeLimits
+from weightd.daemon.logs import about
 from weightd.daemon.manifests import SealedManifest, entry_files, segment_manifest
 from weightd.daemon.metrics import Metrics
 from weightd.daemon.peers.fleet import Fleet
@@ -85,6 +88,7 @@ class Loader:
             )
         stage.source_kind = source.kind
         self._residency.keep(stage)
+        stage.log_state()
         self.spawn(self._run(stage, source), stage.id)
 
     async def resume(self, stage: Stage, relist: Awaitable[tuple[Source, Listing]]) -> None:
@@ -175,7 +179,7 @@ class Loader:
         except CudaError as error:
             self.end(stage, "failed", DeviceFailed(str(error), **error.details))
         except Exception as error:
-            log.exception("stage %s", stage.id)
+            log.exception("it fails, and is not known to")
             self.end(stage, "failed", DaemonError(f"{type(error).__name__}: {error}"))
         finally:
             self._loading.pop(stage.id, None)
@@ -186,7 +190,7 @@ class Loader:
                 try:
                     await self.in_thread(loading.close)
                 except Exception:
-                    log.exception("stage %s: not everything that loaded it could be closed", stage.id)
+                    log.exception("not everything that loaded it could be closed")
                 loading = None
             if stage.state != "ready":
                 await self._residency.dismiss([stage])
@@ -211,7 +215,7 @@ class Loader:
         loading.lay_out()
         stage.bytes_total = loading.bytes_total
         if stage.ledger is not None and not loading.goes_on(stage.ledger):
-            log.info("%s begins anew: what the daemon before has left is of another plan", stage.id)
+            log.info("it begins anew: what the daemon before has left is of another plan")
             self._residency.free(stage)
         if stage.ledger is None:
             for recipe, device in zip(recipes, loading.devices, strict=True):
@@ -293,25 +297,24 @@ class Loader:
         if state == "ready":
             seconds = time.time() - stage.created_at
             self._metrics.stage_seconds.observe(seconds)
-            log.info("%s %s ready: %d bytes in %.2f s", stage.id, stage.uri, stage.bytes_total, seconds)
-        else:
-            if error is not None and state == "failed":
-                self._metrics.errors.labels(error.code).inc()
-            log.warning("%s %s %s: %s", stage.id, stage.uri, state, error)
+        elif error is not None and state == "failed":
+            self._metrics.errors.labels(error.code).inc()
 
     # ------------------------------------------------------------------ threads
 
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         """Run what blocks in one of the loader's threads."""
-        return await self._loop.run_in_executor(self._threads, function, *arguments)
+        context = contextvars.copy_context()  # so that what is logged there is known to be of the stage
+        return await self._loop.run_in_executor(self._threads, partial(context.run, function, *arguments))
 
     def _on_loop(self, function: Callable[..., None], *arguments: object) -> None:
         """From a thread: the one way by which what happens there reaches what happens here."""
         self._loop.call_soon_threadsafe(function, *arguments)
 
     def spawn(self, coroutine: Coroutine[None, None, None], name: str) -> None:
-        """Run it as a task that ``close`` waits for."""
-        task = asyncio.create_task(coroutine, name=name)
+        """Run it as a task that ``close`` waits for; ``name`` is the id of the stage that it is about."""
+        with about(name):
+            task = asyncio.create_task(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -32,6 +32,7 @@ from weightd.daemon.moving import move_segments
 from weightd.daemon.peers.directory import Directory
 from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.peers.serving import key_of
+from weightd.daemon.preload import Preload
 from weightd.daemon.refusals import Refusals
 from weightd.daemon.request import StageRequest
 from weightd.daemon.residency import Residency
@@ -87,6 +88,8 @@ class Node:
         self.metrics = metrics
         self.refusals = Refusals()
         self.started_at = time.time()
+        self.preload = Preload(self, [])
+        """What it stages by itself."""
         self._deposits = deposits
         self._allow = allow
         self.cache = cache
@@ -386,6 +389,7 @@ class Node:
 
     async def close(self) -> None:
         """Cancel what runs and free everything; waits for threads that may still write."""
+        await self.preload.close()
         for stage in list(self.stages()):
             self._loader.cancel(stage, "the daemon is stopping")
         await self._loader.close()

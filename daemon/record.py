@@ -85,6 +85,7 @@ def _describe(stage: Stage) -> dict[str, Any]:
         "weights": [list(file) for file in listing.weights],
         "state": stage.state,
         "source_kind": stage.source_kind,
+        "request_id": stage.request_id,
         "priority": stage.priority,
         "pin": stage.pin,
         "created_at": stage.created_at,
@@ -170,7 +171,7 @@ def _read(fd: int) -> tuple[Stage, list[int], list[str | None], list[int]]:
             "phase_seconds", "seconds",
         ):  # fmt: skip
             setattr(stage, name, table[name])
-        stage.peer_bytes = table.get("peer_bytes", 0)
+        stage.peer_bytes, stage.request_id = table.get("peer_bytes", 0), table.get("request_id", "")
         stage.infos = tuple(SegmentInfo(**info) for info in table["infos"])
         stage.satisfied = set(table["satisfied"])
         stage.announced = True

@@ -46,6 +46,15 @@ class Settings(BaseSettings):
     listen: str = Field(
         "127.0.0.1:7400", description="HOST:PORT of the HTTP API beside api.sock; empty for none (--no-listen)."
     )
+    health_listen: str = Field(
+        "", description="HOST:PORT that answers /livez, /readyz and /healthz, to whoever asks; empty: none."
+    )
+    metrics_listen: str = Field("", description="HOST:PORT that answers /metrics, to whoever asks; empty: none.")
+    preload: str = Field(
+        "",
+        description="What to stage at start: a JSON array of stage requests, or the path of a file with one. /readyz "
+        "answers 503 until each was ready once.",
+    )
     allow: Annotated[list[str], NoDecode] = Field(
         default_factory=list, description="URI prefixes of what may be staged; empty: everything the daemon can read."
     )
@@ -139,6 +148,9 @@ class Settings(BaseSettings):
         10, ge=0, description="Crashes of the daemon within restart_window after which it stays down; 0: never."
     )
     restart_window: float = Field(60.0, gt=0, description="Seconds over which crashes of the daemon are counted.")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="Of the log on stderr: json, text, or auto, which is text on a terminal and JSON elsewhere."
+    )
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
 
     @field_validator("allow", "peer_uids", "peer_gids", mode="before")
@@ -175,7 +187,7 @@ class Settings(BaseSettings):
         parse_directory(value)
         return value
 
-    @field_validator("listen", "peer_listen", "peer_address")
+    @field_validator("listen", "peer_listen", "peer_address", "health_listen", "metrics_listen")
     @classmethod
     def _address(cls, value: str) -> str:
         if value and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):\d{1,5}", value):
@@ -186,6 +198,16 @@ class Settings(BaseSettings):
     @classmethod
     def _one_spelling(cls, value: str) -> str:
         return joined(*host_port(value)) if value else value
+
+    @model_validator(mode="after")
+    def _ports_of_their_own(self) -> Settings:
+        taken: dict[str, str] = {}
+        for name in ("listen", "peer_listen", "health_listen", "metrics_listen"):
+            address = getattr(self, name)
+            if address and address in taken:
+                raise ValueError(f"{taken[address]} and {name} are both {address!r}: each has a port of its own")
+            taken[address] = name
+        return self
 
     @model_validator(mode="after")
     def _reachable(self) -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import threading
 import time
@@ -15,12 +16,15 @@ from weightd.daemon.devices import Segment
 from weightd.daemon.errors import DaemonError
 from weightd.daemon.fill import Fill
 from weightd.daemon.ledger import Ledger
+from weightd.daemon.logs import request_id
 from weightd.daemon.peers.fleet import PeerUse
 from weightd.daemon.recipe import Recipe
 from weightd.daemon.request import StageRequest
 
 if TYPE_CHECKING:
     from weightd.daemon.manifests import SealedManifest
+
+log = logging.getLogger(__name__)
 
 TERMINAL = frozenset({"ready", "failed", "cancelled", "evicted"})
 
@@ -87,6 +91,8 @@ class Stage:
         """Name of each segment's device."""
         self.request = request
         self.listing = listing
+        self.request_id = request_id.get()
+        """Of the HTTP request that it was made for; empty where it was for none."""
         self.state = "queued"
         self.error: DaemonError | None = None
         self.created_at = time.time()
@@ -194,7 +200,23 @@ class Stage:
             self.ready_at = time.time()
         if self.finished:
             self.planned.set()
+        self.log_state()
         self.notify()
+
+    def log_state(self) -> None:
+        """Log the state that it has come into."""
+        fields: dict[str, Any] = {"event": "stage", "stage": self.id, "state": self.state, "model": self.uri}
+        told = f"{self.state} {self.uri}"
+        if self.state == "queued":
+            fields["device"] = self.device
+        if self.state == "ready":
+            spent = round(time.time() - self.created_at, 3)
+            fields |= {"bytes": self.bytes_total, "seconds": spent, "digest": self.checkpoint_digest}
+            told += f": {self.bytes_total} bytes in {spent:.2f} s"
+        if self.error is not None:
+            fields["code"] = self.error.code
+            told += f": {self.error}"
+        log.log(logging.WARNING if self.state == "failed" else logging.INFO, "%s", told, extra={"fields": fields})
 
     def state_seconds(self) -> dict[str, float]:
         """Seconds spent in each state, the current one included unless it is terminal."""

@@ -109,9 +109,11 @@ class Loading:
         # The library is not known to let go of what it had on several GPUs in the right contexts.
         several = len(set(self.devices)) > 1
         self._native = not on_host and not several and self.devices[0].streams_into() is not None
+        # What is worth reading at once is a matter of the processor's caches, which GPUs do not hash from, and which
+        # what another process has read is not in.
+        in_cache = on_host and not self._asks_peers()
         demands = Demands(
-            # What is worth reading at once is a matter of the processor's caches, which GPUs do not hash from.
-            min(self.limits.extent_bytes, self.source.max_extent) if on_host else self.limits.extent_bytes,
+            min(self.limits.extent_bytes, self.source.max_extent) if in_cache else self.limits.extent_bytes,
             1 if self._native else self.source.max_runs,
             self.source.min_range,
             whole_tensors=self._digest is not None,
@@ -167,7 +169,8 @@ class Loading:
             on_verified=verified,
         )
         files = checkpoint.listing.weights
-        if self.fleet is not None and self.key and self._from_peers():
+        if self._asks_peers():
+            assert self.fleet is not None
 
             def origin() -> Reader:
                 return self.source.reader(files, native=self._native)
@@ -179,11 +182,11 @@ class Loading:
             self._reader = self.source.reader(files, native=self._native)
         return self._fill
 
-    def _from_peers(self) -> bool:
-        """Whether peers can bring it: not where what is expected is told by the origin's bytes only, SHA-256 of files,
-        and the digest of a checkpoint of which there are but slices here."""
+    def _asks_peers(self) -> bool:
+        """Whether there are peers that can bring it: not where what is expected is told by the origin's bytes only,
+        SHA-256 of files, and the digest of a checkpoint of which there are but slices here."""
         tellable = not self._sha256 and (self._digest is None or self._is_whole())
-        return tellable and "peer" in self.request.sources
+        return self.fleet is not None and bool(self.key) and tellable and "peer" in self.request.sources
 
     @property
     def fill(self) -> Fill:

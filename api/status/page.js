@@ -61,8 +61,7 @@ function draw() {
     ["Reading now", rate(reading)], ["Peers", node.peers.state === "none" ? "none" : number(about.peers), node.peers.state === "off"],
     ...(node.unadopted.length ? [["Not adopted", number(node.unadopted.length), true]] : []),
   ], ([title]) => title, total);
-  byId("preload").hidden = !node.preload?.length;
-  drawPreload(node.preload ?? []);
+  drawPreload(node);
   keep(byId("devices").querySelector(".rows"), [...there.devices.values()], (of) => of.name, device);
   drawStages(stages);
   drawLeases([...there.leases.values()].sort((a, b) => b.since - a.since).slice(0, MOST_ROWS));

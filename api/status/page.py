@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from functools import cache
 from html import escape
 from importlib import resources
+from operator import itemgetter
 from string import Template
 from typing import Any
 
@@ -92,7 +93,7 @@ def _tables(node: Node, most: int) -> str:
     stages = sorted(node.stages(), key=lambda stage: stage.created_at, reverse=True)
     leases = list(itertools.islice(node.residency.leases(), overview.MAX_LEASES))
     peers, devices = list(overview.peers(node)), list(node.devices.values())
-    preload = about["node"].get("preload") or []
+    preload = about["node"]["preload"]
     errors = _errors(node, stages)
     found = {
         "about": _about(about, node),
@@ -235,6 +236,5 @@ _ERROR: dict[str, Callable[[Record], object]] = {
     "Remedy": lambda error: error["remedy"],
 }
 _PRELOAD: dict[str, Callable[[Record], object]] = {
-    name.capitalize(): lambda entry, name=name: entry.get(name)  # type: ignore[misc]
-    for name in ("model", "state", "stage", "attempts", "error")
+    name.capitalize(): itemgetter(name) for name in ("model", "state", "stage", "attempts", "error")
 }

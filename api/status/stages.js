@@ -167,6 +167,7 @@ function stageInside(host) {
         ["Handle", stage.handle], ["Digest", stage.checkpoint_digest ?? "not known"],
         ["Priority", `${stage.priority}${stage.pin ? ", pinned" : ""}`], ["Asked for", when(stage.created_at)],
         ["Ready", stage.ready_at ? when(stage.ready_at) : "not yet"],
+        ...(stage.request_id ? [["Request id", stage.request_id]] : []),
         ...(stage.moving ? [["Moving to", stage.moving]] : []),
         ...(stage.revoked_until ? [["To be let go by", when(stage.revoked_until)]] : []),
       ], ([title]) => title, fact);

@@ -37,11 +37,21 @@ function drawPeers(about) {
   byId("peers").classList.toggle("none", state === "none");
 }
 
-const drawPreload = table(byId("preload").querySelector(".rows"), "stacked", "What is staged at start", [
-  ["Model", (of) => of.model, { link: (of) => of.stage && `#s-${of.stage}` }], ["State", (of) => of.state],
-  ["Attempts", (of) => of.attempts, { number: true }],
-  ["Error", (of) => (typeof of.error === "object" ? of.error?.message : of.error)],
-], (of) => `${of.model} ${of.stage}`, "");
+const notReady = element("p", { class: "warning" });
+byId("preload").querySelector(".rows").append(notReady);
+const drawPreloadTable = table(byId("preload").querySelector(".rows"), "stacked", "What is staged at start", [
+  ["Model", (of) => of.model, { link: (of) => of.stage && `#s-${of.stage}` }],
+  ["State", (of) => of.state, { mood: (of) => (of.was_ready ? "good" : of.error ? "bad" : null) }],
+  ["Attempts", (of) => of.attempts, { number: true }], ["Error", (of) => of.error],
+], (of) => of.place, "");
+
+function drawPreload({ preload, not_ready: reasons }) {
+  byId("preload").hidden = !preload.length && !reasons.length;
+  const ready = preload.filter((of) => of.was_ready).length;
+  write(notReady, !reasons.length ? "" : preload.length
+    ? `Not ready: ${number(ready)} of ${number(preload.length)} have been, so /readyz answers 503` : `Not ready: ${reasons[0]}`);
+  drawPreloadTable(preload.map((of, place) => ({ ...of, place })));
+}
 
 function errorItem(record) {
   const at = element("time", { class: "muted" });

@@ -13,12 +13,13 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weightd.daemon.account import Account
 from weightd.daemon.peers.fleet import Fleet, PeerUse
-from weightd.daemon.peers.groups import Part
+from weightd.daemon.peers.groups import Part, Span
 from weightd.daemon.peers.membership import READERS, Readers, degree, first_readers, neighbours
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ class Peer:
     """That it is to put where they can be read."""
     in_flight: dict[int, Part] = field(default_factory=dict)
     """Ticket → what is being read."""
+    settling: dict[Part, Future[list[tuple[Span, int, int]]]] = field(default_factory=dict)
+    """That have come, and are being put where they belong: (span, leaf, digest) of what they hold."""
     given: list[int] = field(default_factory=list)
     """Where it has put what was read since."""
     digests: dict[int, list[tuple[int, int, int, int]]] = field(default_factory=dict)

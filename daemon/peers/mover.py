@@ -33,7 +33,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightd.daemon.raw_mapping import RawMapping
@@ -103,8 +103,12 @@ class Mover:
     _numbers = itertools.count(1)
     """Of all movers: a ticket of one that has died is none of the next one's."""
 
-    def __init__(self) -> None:
-        """Start it; that it works shows with the first answer, half a second later."""
+    def __init__(self, tell: Callable[[Arrival | None], object] = lambda _: None) -> None:
+        """Start it; that it works shows with the first answer, half a second later.
+
+        ``tell`` is called from a thread with every read that has ended, and with None once the process is gone.
+        """
+        self._tell = tell
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket = ours
         try:
@@ -118,7 +122,6 @@ class Mover:
         finally:
             theirs.close()
         self._answers: dict[tuple[str, int], queue.SimpleQueue[dict[str, Any]]] = {}
-        self._arrivals: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._gone = self._failed = ""
         self._listener = threading.Thread(target=self._listen, name="mover", daemon=True)
@@ -154,21 +157,10 @@ class Mover:
         return number
 
     def read(self, peer: int, region: int, pairs: Sequence[tuple[int, int, int]]) -> int:
-        """Start reading (offset in the region, address at the peer, bytes); returns the ticket, for ``arrived``."""
+        """Start reading (offset in the region, address at the peer, bytes); returns the ticket, as ``tell`` is told."""
         ticket = next(self._numbers)
         self._send({"op": "read", "ticket": ticket, "peer": peer, "region": region, "pairs": pairs})
         return ticket
-
-    def arrived(self, timeout: float) -> Arrival | None:
-        """The next read that has ended; None after ``timeout`` seconds. Raises MoverFailed."""
-        try:
-            found = self._arrivals.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        if found is None:
-            self._arrivals.put(None)  # for whoever else waits
-            raise MoverFailed(self._gone)
-        return found
 
     @property
     def alive(self) -> bool:
@@ -214,7 +206,7 @@ class Mover:
                 wire.close_all(fds)
                 self._failed = answer.get("failed", "")
                 if "ticket" in answer:
-                    self._arrivals.put(Arrival(answer["ticket"], answer["error"], answer.get("transport", "unknown")))
+                    self._tell(Arrival(answer["ticket"], answer["error"], answer.get("transport", "unknown")))
                     continue
                 key = ("region", answer["region"]) if "region" in answer else ("peer", answer.get("peer", 0))
                 with self._lock:
@@ -231,7 +223,7 @@ class Mover:
             self._socket.close()
         for answers in waiting_for.values():
             answers.put({"error": self._gone})
-        self._arrivals.put(None)
+        self._tell(None)
 
 
 # ---------------------------------------------------------------------- the process

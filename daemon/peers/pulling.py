@@ -1,7 +1,7 @@
 """Loading from peers: what they have comes from them, all else from the origin, each byte verified before it counts.
 
 One thread decides, by ``Assignment``; one for each peer listens to what it has; the origin's own reader reads what
-falls to this node. Bytes come through a mover process, straight to their final address.
+falls to this node. Bytes come through a mover process, and are put where they belong and hashed by threads.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from weightd.daemon.devices import Segment
-from weightd.daemon.digests import leaf_digest
 from weightd.daemon.errors import DigestMismatch, SourceFailed
 from weightd.daemon.extents import Extent
 from weightd.daemon.fill import Fill
 from weightd.daemon.peers.assignment import Assignment
 from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.peers.following import FORMAT, Following, Peer
-from weightd.daemon.peers.groups import PART, Group, Groups, Part, Span, leaf_ranges, parts_of
+from weightd.daemon.peers.groups import PART, Group, Groups, Part, Span, parts_of
 from weightd.daemon.peers.mover import Arrival, MoverFailed
 from weightd.daemon.peers.origin import Origin
 from weightd.daemon.peers.pace import Pace
@@ -103,6 +102,8 @@ class PeerReader:
             self._put(*what)
         elif kind == "arrived":
             self._arrived(what)
+        elif kind == "settled":
+            self._settled(*what)
         elif kind == "absent":
             self._following.absent(what)
         elif kind == "said":
@@ -291,9 +292,15 @@ class PeerReader:
         self._progress = now = time.monotonic()
         peer.use.seconds += now - peer.arrived
         peer.arrived, peer.full = now, False
-        views = self._transfers.views(part)
-        with self._fill.phase("verifying"):
-            found = _digests(part, views)
+        self._transfers.came_by(peer, arrival.transport)
+        self._transfers.settle(peer, part, self._fill)
+
+    def _settled(self, peer: Peer, part: Part) -> None:
+        """A part that has come lies where it belongs, and was hashed."""
+        settling = peer.settling.pop(part, None)
+        if settling is None:  # the peer was given up meanwhile
+            return
+        found = settling.result()
         if wrong := self._wrong_in(peer, found):
             peer.awaited.add(part)  # so that it is given up with the peer
             self._liar(peer, wrong)
@@ -302,11 +309,11 @@ class PeerReader:
             (span.segment, span.entry, leaf, digest) for span, leaf, digest in found
         )
         peer.use.nbytes += part.nbytes
-        self._transfers.came_by(peer, arrival.transport)
-        self._fleet.arrived(peer.name, arrival.transport, part.nbytes, peer.rate)
+        self._fleet.arrived(peer.name, peer.use.transport, part.nbytes, peer.rate)
         self._pace.came()
         if self._transfers.on_device:
-            whole = [(span.segment, span.offset, view) for span, view in zip(part.spans, views, strict=True)]
+            views = zip(part.spans, self._transfers.views(part), strict=True)
+            whole = [(span.segment, span.offset, view) for span, view in views]
             self._fill.send(whole, lambda: self._transfers.free_place(part))
         self._parts_left[part.group] -= 1
         if not self._parts_left[part.group]:
@@ -379,12 +386,3 @@ class PeerReader:
     def _let_go(self, peer: Peer) -> None:
         for group in self._transfers.let_go(peer):
             self._assignment.failed(group)
-
-
-def _digests(part: Part, views: Sequence[memoryview]) -> list[tuple[Span, int, int]]:
-    """(span, leaf, digest) of all leaves of a part that has come."""
-    return [
-        (span, leaf, leaf_digest(view[at - span.offset : at - span.offset + nbytes]))
-        for span, view in zip(part.spans, views, strict=True)
-        for leaf, at, nbytes in leaf_ranges(span)
-    ]

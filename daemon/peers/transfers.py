@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from weightd.daemon.devices import Segment
+from weightd.daemon.digests import leaf_digest
+from weightd.daemon.fill import Fill
 from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.peers.following import Peer
-from weightd.daemon.peers.groups import Part
-from weightd.daemon.peers.mover import Mover, MoverFailed
+from weightd.daemon.peers.groups import Part, Span, leaf_ranges
+from weightd.daemon.peers.mover import Arrival, Mover, MoverFailed
 from weightd.daemon.peers.paths import better_path, is_local
 from weightd.daemon.peers.window import Inlet, packed
 
@@ -37,27 +40,20 @@ class Transfers:
         self._numbers: dict[Peer, int] = {}
         """Peer → its number with the mover, once connected."""
         self._inlet = Inlet(segments)
-        self.on_device = self._inlet.window is not None
+        self.on_device = self._inlet.on_device
         """Whether what comes is copied on to a GPU."""
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="window")
         """Ask peers to put what is on their GPUs where it can be read."""
+        self._landing = ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 1)), thread_name_prefix="landing")
 
     def happened(self, timeout: float) -> list[tuple[str, Any]]:
         """Events, at most ``timeout`` seconds after now; reads that have ended before all else."""
         found: list[tuple[str, Any]] = []
-        waits = self._mover is not None and self._mover.alive
-        if self._mover is not None:
-            with contextlib.suppress(MoverFailed):
-                arrival = self._mover.arrived(timeout if waits and self._events.empty() else 0.001)
-                while arrival is not None:
-                    found.append(("arrived", arrival))
-                    arrival = self._mover.arrived(0)
         with contextlib.suppress(queue.Empty):
-            if not waits:
-                found.append(self._events.get(timeout=timeout))
+            found.append(self._events.get(timeout=timeout))
             while len(found) < 1000:
                 found.append(self._events.get_nowait())
-        return found
+        return sorted(found, key=lambda event: event[0] != "arrived")
 
     def connect(self, peer: Peer) -> None:
         """Connect to a peer as it has introduced itself. Raises MoverFailed."""
@@ -71,8 +67,14 @@ class Transfers:
         """The part's place is free: nothing is read from there, or to it. For any thread."""
         self._inlet.give(part)
 
+    def settle(self, peer: Peer, part: Part, fill: Fill) -> None:
+        """Put a part that has come where it belongs, and hash it there, in a thread: ``("settled", (peer, part))`` says
+        that ``peer.settling[part]`` has the digests."""
+        peer.settling[part] = settling = self._landing.submit(self._settle, part, fill)
+        settling.add_done_callback(lambda _: self._events.put(("settled", (peer, part))))
+
     def views(self, part: Part) -> list[memoryview]:
-        """The bytes of each span of a part that has come."""
+        """The bytes of each span of a part that has settled."""
         return self._inlet.views(part)
 
     def ask(self, peer: Peer, part: Part) -> None:
@@ -131,7 +133,8 @@ class Transfers:
 
     def let_go(self, peer: Peer) -> set[int]:
         """Forget what a peer was to bring, of which nothing is being written any more: the groups that it is of."""
-        parts = [*peer.in_flight.values(), *peer.awaited, *peer.parts]
+        wait(peer.settling.values())
+        parts = [*peer.in_flight.values(), *peer.settling, *peer.awaited, *peer.parts]
         for part in parts:
             self._inlet.give(part)
             if part.at is not None:
@@ -140,6 +143,7 @@ class Transfers:
         for group in groups:
             peer.digests.pop(group, None)
         peer.in_flight.clear()
+        peer.settling.clear()
         peer.awaited.clear()
         peer.parts.clear()
         self._numbers.pop(peer, None)
@@ -149,6 +153,7 @@ class Transfers:
         """End everything that was started; afterwards no process but this one has the segments mapped."""
         self.kill()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._landing.shutdown(cancel_futures=True)
 
     def close(self) -> None:
         """Let go of where parts land. After ``stop``."""
@@ -157,7 +162,7 @@ class Transfers:
     def _connected(self) -> Mover:
         if self._mover is None or not self._mover.alive:
             self._lost = self._lost or self._mover is not None
-            mover = Mover()
+            mover = Mover(self._tell)
             try:
                 self._inlet.connect(mover)
             except MoverFailed:
@@ -174,6 +179,21 @@ class Transfers:
         return self._numbers[peer]
 
     # ------------------------------------------------------------------ in threads
+
+    def _tell(self, arrival: Arrival | None) -> None:
+        if arrival is not None:
+            self._events.put(("arrived", arrival))
+
+    def _settle(self, part: Part, fill: Fill) -> list[tuple[Span, int, int]]:
+        """(span, leaf, digest) of all leaves of a part."""
+        with fill.phase("copying"):
+            self._inlet.settle(part)
+        with fill.phase("verifying"):  # what stays: a slot is open to whoever makes the mover write
+            return [
+                (span, leaf, leaf_digest(view[at - span.offset : at - span.offset + nbytes]))
+                for span, view in zip(part.spans, self._inlet.views(part), strict=True)
+                for leaf, at, nbytes in leaf_ranges(span)
+            ]
 
     def _have_put(self, peer: Peer, part: Part, given: list[int]) -> None:
         """Ask a peer to put a part of what is on its GPU where it can be read."""

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 
 from weightd.daemon.devices import Segment
-from weightd.daemon.peers.groups import PART, Part, Span
+from weightd.daemon.peers.groups import PART, Part
 from weightd.daemon.peers.mover import Mover, Offered
 from weightd.daemon.slots import address_of
 
@@ -148,13 +148,18 @@ class Offer:
 
 
 class Inlet:
-    """Where parts are read to: their final address in host memory, or a slot on the way to a GPU."""
+    """Where parts are read to: a slot, from where they are copied on to their segment, or their final address in it.
+
+    Through a slot they go to a GPU, and to host memory whose pages are small: a page that the mover reads into is
+    zeroed and faulted in first, in the one thread that it reads in, which costs several times the copy.
+    """
 
     def __init__(self, segments: Sequence[Segment], *, slots: int = 16) -> None:
         """Raises OSError."""
         self._segments = segments
-        on_host = all(segment.device.uuid is None for segment in segments)
-        self.window = None if on_host else Window(slots)
+        self.on_device = any(segment.device.uuid is not None for segment in segments)
+        through_slots = self.on_device or any(segment.buffered for segment in segments)
+        self.window = Window(slots) if through_slots else None
         self._regions: list[int] = []
 
     def connect(self, mover: Mover) -> None:
@@ -183,16 +188,25 @@ class Inlet:
         assert part.slot is not None
         return [(self._regions[0], part.slot + at) for at in packed([span.nbytes for span in part.spans])]
 
+    def settle(self, part: Part) -> None:
+        """Copy a part that has come to where it belongs in host memory, and free its place. Drops the GIL."""
+        if self.window is None or self.on_device:
+            return
+        for span, view in zip(part.spans, self._slot_views(part), strict=True):
+            self._segments[span.segment].write(span.offset, view)
+        self.give(part)
+
     def views(self, part: Part) -> list[memoryview]:
-        """The bytes of each span of a part, once they are there."""
-        if self.window is None:
-            return [self._view(span) for span in part.spans]
+        """The bytes of each span of a part that has settled; in its slot where they are on the way to a GPU."""
+        if self.on_device:
+            return self._slot_views(part)
+        return [self._segments[span.segment].view[span.offset : span.offset + span.nbytes] for span in part.spans]
+
+    def _slot_views(self, part: Part) -> list[memoryview]:
+        assert self.window is not None
         assert part.slot is not None
         starts = [part.slot + at for at in packed([span.nbytes for span in part.spans])]
         return [self.window.view[at : at + span.nbytes] for at, span in zip(starts, part.spans, strict=True)]
-
-    def _view(self, span: Span) -> memoryview:
-        return self._segments[span.segment].view[span.offset : span.offset + span.nbytes]
 
     def close(self) -> None:
         """Let go. No mover may have it mapped, and no copy be on its way from it, any more."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from urllib.parse import unquote
 
 from weightd.daemon.errors import InvalidRequest, NotAllowed
+from weightd.daemon.logs import holds_secret
 from weightd.daemon.sources.base import Reader, Source, SourceFile
 
 __all__ = ["OPENERS", "Allow", "Reader", "Source", "SourceFile", "canonical", "open_source"]
@@ -69,6 +71,10 @@ def canonical(uri: str) -> str:
         if not path.startswith("/"):
             raise InvalidRequest(f"model: {uri!r}: a file URI needs an absolute path, as in file:///models/llama")
         return "file://" + _absolute(path)
+    if holds_secret(uri) or re.match(r"(s3|gs|az)://[^/]*@", uri, re.IGNORECASE):
+        raise InvalidRequest(
+            "model: the URI holds what looks like a credential or a signature: the daemon's environment has these"
+        )
     if not rest.startswith("//") or not rest.strip("/"):
         raise InvalidRequest(f"model: {uri!r}: expected {scheme}://name/...")
     parts = [part for part in rest.split("/") if part]

@@ -17,6 +17,8 @@ from tests.status.made import GiB, MadeNode
 from tests.status.view import LIVE, View, contrast, viewing
 from weightd.daemon.errors import DigestMismatch, InsufficientCapacity, SourceFailed
 from weightd.daemon.peers.fleet import PeerUse
+from weightd.daemon.preload import Wanted
+from weightd.daemon.request import StageRequest
 
 PEERS = ("10.0.0.2:7401", "10.0.0.3:7401", "10.0.0.4:7401")
 
@@ -39,6 +41,11 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeNode]:
         for pid in (4242, 4243):
             made.lease(llama, pid)
         made.call(made.node.refusals.note, InsufficientCapacity("s3://models/huge needs more than there is"))
+        made.node.preload.wanted += [
+            Wanted(StageRequest(model="s3://models/llama-3-8b"), "ready", llama.id, 1, was_ready=True),
+            Wanted(StageRequest(model="s3://models/absent"), "waiting", None, 3, "nothing is there"),
+            Wanted(StageRequest(model="s3://models/absent", device="cpu"), "waiting", None, 2, "nothing is there"),
+        ]
         fleet = made.node.fleet
         assert fleet is not None
         made.call(fleet.arrived, PEERS[0], "tcp", 3 * GiB, 1.5e9)
@@ -126,8 +133,8 @@ def test_all_of_it_can_be_reached_and_used_by_keyboard(browser: Any, rich: MadeN
         assert [stop for stop in stops if not stop["seen"]] == []
         assert [stop for stop in stops if stop["outline"] < 2] == [], "the focus can be seen everywhere"
         order = [stop["within"] for stop in stops if stop["within"]]
-        assert list(dict.fromkeys(order)) == ["devices", "stages", "leases", "errors"]
-        assert sorted(order, key=["devices", "stages", "leases", "errors"].index) == order
+        assert list(dict.fromkeys(order)) == ["preload", "devices", "stages", "leases", "errors"]
+        assert sorted(order, key=list(dict.fromkeys(order)).index) == order
         assert len([stop for stop in stops if stop["tag"] == "SUMMARY"]) == 8
 
         view.page.keyboard.press("Tab")
@@ -272,7 +279,7 @@ def test_without_javascript_the_same_is_in_plain_tables(browser: Any, rich: Made
             assert words in shown, words
         captions = view.page.locator("table > caption").all_inner_texts()
         assert [caption.split(" (")[0] for caption in captions] == [
-            "Devices", "Stages, the latest first", "Leases", "Peers", "Last errors"
+            "Preload", "Devices", "Stages, the latest first", "Leases", "Peers", "Last errors"
         ]  # fmt: skip
         assert view.page.locator("#live").is_hidden()
         for width in (360, 1600):
@@ -317,30 +324,42 @@ def test_with_a_token_the_page_asks_for_it_and_shows_nothing_before(browser: Any
             view.page.wait_for_selector(view.stage(stage.id))
 
 
-def test_fields_that_a_newer_daemon_has_are_shown(browser: Any, rich: MadeNode) -> None:
+def test_the_preload_list_is_shown_with_what_keeps_the_node_from_being_ready(browser: Any, rich: MadeNode) -> None:
+    with viewing(browser, rich.url) as view:
+        view.open()
+        view.shows("#preload", "Not ready: 1 of 3 have been")
+        assert view.page.locator("#preload tbody tr").count() == 3
+        assert "nothing is there" in view.text("#preload")
+        view.page.click("#preload a")
+        at = view.focused()
+        assert at is not None
+        assert "llama-3-8b" in at["text"]
+
+
+def test_where_the_time_went_is_seconds_by_phase_that_add_up(browser: Any, rich: MadeNode) -> None:
     text = httpx.get(f"{rich.url}/v1/events?follow=false").text
     message = json.loads(re.findall(r"^data: (.*)$", text, re.M)[0])
-    message["node"][0]["node"]["preload"] = [
-        {"model": "s3://models/llama-3-8b", "state": "ready", "stage": message["stages"][0]["id"], "attempts": 1,
-         "error": None},
-        {"model": "s3://models/absent", "state": "waiting", "stage": None, "attempts": 3, "error": "no such bucket"},
-    ]  # fmt: skip
     names = ("queued", "listing", "headers", "source", "buffers", "copying", "verifying", "other")
-    message["stages"][0]["seconds"] = {name: 1.0 + index for index, name in enumerate(names)}
+    stage = message["stages"][0]
+    stage["seconds"] = {name: 1.0 + index for index, name in enumerate(names)}
     with viewing(browser, rich.url) as view:
         body = f"event: snapshot\ndata: {json.dumps(message)}\nid: 1\n\n"
         view.page.route("**/v1/events", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
         view.open(live=False)
-        view.shows("#preload", "no such bucket")
-        view.page.click("#preload a")
-        row = view.stage(message["stages"][0]["id"])
+        row = view.stage(stage["id"])
+        view.page.click(f"{row} summary")
         view.shows(f"{row} .inside", "4.00")
         rows = view.page.evaluate(
-            f"[...document.querySelector('{row} table').tBodies[0].rows].map((one) => one.cells[0].textContent)"
+            f"[...document.querySelector('{row} table').tBodies[0].rows].map((one) => one.innerText.split('\\t')[1])"
         )
-        assert rows == list(names)
+        assert rows == [f"{1.0 + index:.2f}" for index in range(8)]
         assert "36.0 s, 8.0 s of it other" in view.text(f"{row} summary")
-        until(lambda: "Reconnecting" in view.text("#link") or "Live" in view.text("#link"), "it goes on")
+        widths = view.page.evaluate(
+            f"[...document.querySelectorAll('{row} .stack > span')].map((one) => one.offsetWidth)"
+        )
+        assert widths == sorted(widths)
+        assert widths[-1] / sum(widths) == pytest.approx(8 / 36, abs=0.02)
+        view.shows("#link", "Reconnecting")  # that stream has ended
 
 
 def test_when_all_places_are_taken_the_page_says_so_and_waits(browser: Any, rich: MadeNode) -> None:

@@ -1,0 +1,86 @@
+"""What kubelet and Prometheus ask: routes that the API has, and that can have ports of their own beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import uvicorn
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import PlainTextResponse, Response
+
+from weightd.api.gate import BodyLimit
+from weightd.api.models import Health
+from weightd.api.problems import install, responses
+from weightd.api.uvicorn_server import Server
+from weightd.daemon.errors import NotReady
+from weightd.daemon.node import Node
+
+_CONNECTIONS = 64
+"""At the same time, of each port: it is open to the network."""
+_IDLE_SECONDS = 5
+
+
+def health_routes(node: Node, *, named: bool = False) -> APIRouter:
+    """``/livez``, ``/readyz``, ``/healthz``; ``named`` says of what is not ready which it is, and why."""
+    router = APIRouter()
+
+    @router.get("/livez")
+    @router.get("/healthz")
+    async def live() -> Health:
+        """The daemon answers."""
+        return Health()
+
+    @router.get("/readyz", responses=responses(503))
+    async def ready() -> Health:
+        """Everything that it is to preload was ready once since it started."""
+        if missing := node.preload.missing:
+            told = f": {'; '.join(missing)}" if named else ": ask /readyz of the local API which"
+            raise NotReady(f"{len(missing)} of {len(node.preload.wanted)} stages to preload are not ready{told}")
+        return Health()
+
+    return router
+
+
+def metrics_routes(node: Node) -> APIRouter:
+    """``/metrics``."""
+    router = APIRouter()
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(node.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router
+
+
+class Port:
+    """A port that serves such routes and nothing else, to whoever asks."""
+
+    def __init__(self, node: Node, routes: APIRouter, listener: socket.socket) -> None:
+        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+        app.include_router(routes)
+        install(app, node.metrics)
+        self._listener = listener
+        self._server = Server(
+            uvicorn.Config(
+                BodyLimit(app, 0),
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                timeout_graceful_shutdown=1,
+                timeout_keep_alive=_IDLE_SECONDS,
+                limit_concurrency=_CONNECTIONS,
+            )
+        )
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="port")
+
+    async def close(self) -> None:
+        self._server.end()
+        if self._task is not None:
+            await self._task
