@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.servers import until
 from tests.status.made import GiB, MadeNode
 from tests.status.view import LIVE, View, contrast, viewing
 from weightd.daemon.errors import DigestMismatch, InsufficientCapacity, SourceFailed
