@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import lacking
+from tests.status.view import View
 
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -16,7 +17,7 @@ FLAGS = [
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def _browser() -> Iterator[Any]:
     """Debian's Chromium, one for each module: playwright holds the thread's event loop while it runs."""
     chromium = shutil.which("chromium")
     if chromium is None or importlib.util.find_spec("playwright") is None:
@@ -27,3 +28,21 @@ def browser() -> Iterator[Any]:
         found = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield found
         found.close()
+
+
+@pytest.fixture(scope="module")
+def _view(_browser: Any) -> View:
+    return View(_browser)
+
+
+@pytest.fixture
+def view(_view: View) -> View:
+    """A page that is nowhere yet: the same in all tests of a module, because a new one takes seconds."""
+    _view.reset()
+    return _view
+
+
+@pytest.fixture(scope="module")
+def plain(_browser: Any) -> View:
+    """A page without JavaScript."""
+    return View(_browser, java_script_enabled=False)

@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy
 import pytest
@@ -16,7 +15,7 @@ from safetensors.numpy import save_file
 from tests.fakecuda import FakeCuda
 from tests.fault_proxy import FaultProxy, Kind, Request
 from tests.servers import Daemon, SeaweedFS, free_ports, until
-from tests.status.view import LIVE, View, viewing
+from tests.status.view import LIVE, View
 
 MiB = 1 << 20
 
@@ -88,28 +87,29 @@ def node(
 
 
 @pytest.fixture
-def view(browser: Any, node: Daemon) -> Iterator[View]:
+def seen(view: View, node: Daemon) -> Iterator[View]:
+    """The page of the daemon, which has no stages yet."""
     for stage in node.client.stages():
         node.client.remove(stage["id"])
-    with viewing(browser, node.url) as found:
-        yield found.open()
-        assert all(url.startswith((node.url, "data:")) for url in found.requests), found.requests
-        assert [line for line in found.complaints if "ERR_" not in line] == []
+    view.open(node.url)
+    yield view
+    assert all(url.startswith((node.url, "data:")) for url in view.requests), view.requests
+    assert [line for line in view.complaints if "ERR_" not in line] == []
 
 
-def test_a_stage_appears_progresses_and_becomes_ready(view: View, node: Daemon, uri: str, brake: Brake) -> None:
-    view.shows("#stages", "None yet")
+def test_a_stage_appears_progresses_and_becomes_ready(seen: View, node: Daemon, uri: str, brake: Brake) -> None:
+    seen.shows("#stages", "None yet")
     started = node.client.stage(uri, wait=0, device="cpu", sources=["origin"])
-    row = view.stage(started["id"])
-    view.page.wait_for_selector(f"{row}[data-state=loading]")
-    view.shows(f"{row} .bytes", "0 %")
-    view.shows("#states", "active 1")
-    view.shows("#devices", "loading · 12.0 MiB")
+    row = seen.stage(started["id"])
+    seen.page.wait_for_selector(f"{row}[data-state=loading]")
+    seen.shows(f"{row} .bytes", "0 %")
+    seen.shows("#states", "active 1")
+    seen.shows("#devices", "loading · 12.0 MiB")
     percents = []
     for _ in range(3):
         brake.let(3)
         percents.append(
-            view.until(
+            seen.until(
                 f"(() => {{ const n = parseInt(document.querySelector('{row} .bytes small').textContent);"
                 f" return n > {percents[-1] if percents else 0} && n }})()",
                 "it progresses",
@@ -117,69 +117,69 @@ def test_a_stage_appears_progresses_and_becomes_ready(view: View, node: Daemon, 
         )
     assert percents == sorted(percents)
     assert 0 < percents[0] < 100
-    assert view.page.evaluate(f"document.querySelector('{row} .track > span').style.width") != "0%"
-    view.shows(f"{row} .speed", "iB/s")
-    view.shows("#totals", "iB/s")
+    assert seen.page.evaluate(f"document.querySelector('{row} .track > span').style.width") != "0%"
+    seen.shows(f"{row} .speed", "iB/s")
+    seen.shows("#totals", "iB/s")
     brake.off()
-    view.page.wait_for_selector(f"{row}[data-state=ready]")
-    view.shows("#news", "llama-3-8b is ready")
-    view.shows(f"{row} .bytes", "100 %")
-    view.shows("#devices", "ready · 12.0 MiB")
-    parts = view.page.evaluate(f"[...document.querySelectorAll('{row} .stack > span')].map((part) => part.offsetWidth)")
+    seen.page.wait_for_selector(f"{row}[data-state=ready]")
+    seen.shows("#news", "llama-3-8b is ready")
+    seen.shows(f"{row} .bytes", "100 %")
+    seen.shows("#devices", "ready · 12.0 MiB")
+    parts = seen.page.evaluate(f"[...document.querySelectorAll('{row} .stack > span')].map((part) => part.offsetWidth)")
     assert len(parts) >= 2
-    view.page.click(f"{row} summary")
-    view.shows(f"{row} .inside", "Where the time went")
-    seconds = view.page.evaluate(
+    seen.page.click(f"{row} summary")
+    seen.shows(f"{row} .inside", "Where the time went")
+    seconds = seen.page.evaluate(
         f"[...document.querySelectorAll('{row} table:first-of-type tbody tr')].map((line) => line.innerText)"
     )
     assert len(seconds) >= 2
-    view.shows(f"{row} .inside", "Bytes by source")
+    seen.shows(f"{row} .inside", "Bytes by source")
     for fact in (started["id"], "s3://models/llama-3-8b", "12 tensors", "12.0 MiB on cpu", "xxh3:"):
-        assert fact in view.text(f"{row} .inside")
+        assert fact in seen.text(f"{row} .inside")
 
 
-def test_a_lease_shows_on_its_segment_its_stage_and_in_the_table_and_goes(view: View, node: Daemon, uri: str) -> None:
+def test_a_lease_shows_on_its_segment_its_stage_and_in_the_table_and_goes(seen: View, node: Daemon, uri: str) -> None:
     stage = node.stage(uri, device="cpu")
-    row = view.stage(stage["id"])
-    view.page.wait_for_selector(f"{row}[data-state=ready]")
-    view.page.click(f"{row} summary")
-    view.shows(f"{row} .inside", "Nobody leases it")
+    row = seen.stage(stage["id"])
+    seen.page.wait_for_selector(f"{row}[data-state=ready]")
+    seen.page.click(f"{row} summary")
+    seen.shows(f"{row} .inside", "Nobody leases it")
     with node.attach(stage=stage["id"]):
-        view.shows("#leases", f"pid {os.getpid()}")
+        seen.shows("#leases", f"pid {os.getpid()}")
         for place, words in (
             (f"{row} .held", "1 lease"), (f"{row} .inside", f"uid {os.geteuid()}"), ("#devices", "1 lease"),
             ("#totals", "Leases\n1"),
         ):  # fmt: skip
-            view.shows(place, words)
-        assert view.page.query_selector("#devices [data-leased]")
-    view.shows("#leases", "Nobody leases anything")
-    view.shows(f"{row} .inside", "Nobody leases it")
-    view.page.wait_for_selector("#devices [data-leased]", state="detached")
+            seen.shows(place, words)
+        assert seen.page.query_selector("#devices [data-leased]")
+    seen.shows("#leases", "Nobody leases anything")
+    seen.shows(f"{row} .inside", "Nobody leases it")
+    seen.page.wait_for_selector("#devices [data-leased]", state="detached")
 
 
-def test_an_error_shows_with_its_remedy(view: View, node: Daemon, tmp_path: Path) -> None:
+def test_an_error_shows_with_its_remedy(seen: View, node: Daemon, tmp_path: Path) -> None:
     failed = node.stage(tmp_path / "nowhere")
     error = failed["error"]
-    view.shows("#errors", error["message"])
-    assert error["code"] in view.text("#errors")
-    assert f"Remedy: {error['remedy']}" in view.text("#errors")
-    view.page.click("#errors a")
-    view.shows(f"{view.stage(failed['id'])} .inside", error["remedy"])
-    view.shows("#totals", "Failed\n1")
+    seen.shows("#errors", error["message"])
+    assert error["code"] in seen.text("#errors")
+    assert f"Remedy: {error['remedy']}" in seen.text("#errors")
+    seen.page.click("#errors a")
+    seen.shows(f"{seen.stage(failed['id'])} .inside", error["remedy"])
+    seen.shows("#totals", "Failed\n1")
     save_file({"w": numpy.zeros((65, MiB), numpy.uint8)}, tmp_path / "m.safetensors")
     with pytest.raises(Exception, match="missing"):
         node.stage(tmp_path, device="cpu")
-    view.shows("#errors", "insufficient_capacity")
-    assert "raise WEIGHTD_CAPACITY" in view.text("#errors")
+    seen.shows("#errors", "insufficient_capacity")
+    assert "raise WEIGHTD_CAPACITY" in seen.text("#errors")
 
 
-def test_devices_are_bars_to_scale_with_what_is_reserved(view: View, node: Daemon, uri: str) -> None:
+def test_devices_are_bars_to_scale_with_what_is_reserved(seen: View, node: Daemon, uri: str) -> None:
     stage = node.stage(uri, device="cuda:0", sources=["origin"])
-    view.shows("#devices", "reserve 32.0 MiB")
-    view.shows("#devices", "capacity 224.0 MiB")
-    view.page.wait_for_selector("#devices [data-kind=ready]")
+    seen.shows("#devices", "reserve 32.0 MiB")
+    seen.shows("#devices", "capacity 224.0 MiB")
+    seen.page.wait_for_selector("#devices [data-kind=ready]")
     record = next(device for device in node.client.node()["devices"] if device["name"] == "cuda:0")
-    widths = view.page.evaluate(
+    widths = seen.page.evaluate(
         """Object.fromEntries([...[...document.querySelectorAll(".device")]
            .find((one) => one.innerText.startsWith("cuda:0")).querySelectorAll(".segments > li")]
            .map((part) => [part.dataset.kind, part.offsetWidth]))"""
@@ -193,25 +193,25 @@ def test_devices_are_bars_to_scale_with_what_is_reserved(view: View, node: Daemo
 
 
 def test_after_kill_9_the_page_reconnects_by_itself_and_shows_what_was_adopted(
-    view: View, node: Daemon, uri: str, tmp_path: Path
+    seen: View, node: Daemon, uri: str, tmp_path: Path
 ) -> None:
     save_file({"w": numpy.zeros((MiB,), numpy.uint8)}, tmp_path / "m.safetensors")
     stage, other = node.stage(uri, device="cpu"), node.stage(tmp_path, device="cpu")
-    row = view.stage(stage["id"])
+    row = seen.stage(stage["id"])
     for record in (stage, other):
-        view.page.wait_for_selector(f"{view.stage(record['id'])}[data-state=ready]")
-    view.page.evaluate("window.same = true")
-    view.context.set_offline(True)
+        seen.page.wait_for_selector(f"{seen.stage(record['id'])}[data-state=ready]")
+    seen.page.evaluate("window.same = true")
+    seen.context.set_offline(True)
     pid = node.status["daemon_pid"]
     os.kill(pid, signal.SIGKILL)
-    view.page.wait_for_selector("#link[data-state=waiting]")
-    view.shows("#news", "Reconnecting")
+    seen.page.wait_for_selector("#link[data-state=waiting]")
+    seen.shows("#news", "Reconnecting")
     until(lambda: node.status["daemon_pid"] not in (pid, None, 0), "the next daemon")
     node.client.remove(other["id"])  # while the page is away
-    view.context.set_offline(False)
-    view.page.wait_for_selector(LIVE)
-    view.shows("#news", "A new daemon runs")
-    assert f"pid {pid} " not in view.text("#about")
-    view.page.wait_for_selector(f"{row}[data-state=ready]")
-    assert view.page.query_selector(view.stage(other["id"])) is None, "what has gone meanwhile"
-    assert view.page.evaluate("window.same"), "it was loaded anew"
+    seen.context.set_offline(False)
+    seen.page.wait_for_selector(LIVE)
+    seen.shows("#news", "A new daemon runs")
+    assert f"pid {pid} " not in seen.text("#about")
+    seen.page.wait_for_selector(f"{row}[data-state=ready]")
+    assert seen.page.query_selector(seen.stage(other["id"])) is None, "what has gone meanwhile"
+    assert seen.page.evaluate("window.same"), "it was loaded anew"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from tests.servers import until
@@ -58,23 +57,32 @@ _FOCUS = """() => {
 
 
 class View:
-    """A page on ``url``. Notes every request, and everything that the browser complains of."""
+    """A browser's page. Notes every request, and everything that the browser complains of."""
 
-    def __init__(self, browser: Any, url: str, **options: Any) -> None:
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+    def __init__(self, browser: Any, **options: Any) -> None:
+        self.context = browser.new_context(**options)
         self.page = self.context.new_page()
-        self.url = url
         self.requests: list[str] = []
         self.complaints: list[str] = []
         self.context.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", lambda line: line.type in ("error", "warning") and self.complaints.append(line.text))
 
-    def open(self, fragment: str = "", live: bool = True) -> View:
-        self.page.goto(f"{self.url}/{fragment}")
+    def reset(self) -> None:
+        """As it was when it was new."""
+        self.page.unroute_all()
+        self.context.set_offline(False)
+        self.page.goto("about:blank")
+        self.page.set_viewport_size({"width": 1280, "height": 900})
+        self.page.emulate_media(color_scheme="light", reduced_motion="no-preference")
+        self.requests.clear()
+        self.complaints.clear()
+
+    def open(self, url: str, live: bool = True) -> None:
+        """Go there; ``live``: and wait until it shows what there is."""
+        self.page.goto(url)
         if live:
             self.page.wait_for_selector(LIVE, timeout=30_000)
-        return self
 
     def until(self, script: str, what: str, deadline: float = 30.0) -> Any:
         """Wait until an expression in the page is true; returns its value."""
@@ -117,18 +125,6 @@ class View:
         """What has the focus; None: nothing of the page."""
         found: dict[str, Any] | None = self.page.evaluate(_FOCUS)
         return found
-
-    def close(self) -> None:
-        self.context.close()
-
-
-@contextlib.contextmanager
-def viewing(browser: Any, url: str, **options: Any) -> Iterator[View]:
-    view = View(browser, url, **options)
-    try:
-        yield view
-    finally:
-        view.close()
 
 
 def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
