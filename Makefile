@@ -3,6 +3,7 @@
 # make check   lint, format, types
 # make soak    kill -9 at random moments, ROUNDS times (SEED=... for the same ones again)
 # make bench   speed against its limits and rivals (ARGS="--size 4GiB")
+# make screenshots  docs/img/status-*.png, of the status page (needs gcc and chromium)
 # make simulate  fleets of up to 1,000 nodes that load at once, as a table and a plot (ARGS="--nodes 32,128")
 # Each sets up what it needs below .venv. On a machine with a GPU, in a Python that has torch for it (docs/gpu.md):
 # make gpu-test   the proof on the real driver (PYTHON=python3 WHEELS=folder with the wheels that it lacks)
@@ -17,10 +18,10 @@ SEED ?= 0
 WHEELS ?=
 GPU ?= build/gpu
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-SOURCES = $(shell find api daemon ipc -name '*.py' -o -name '*.cu') pyproject.toml README.md
+SOURCES = $(shell find api daemon ipc -name '*.py' -o -name '*.cu' -o -path 'api/status/*.*') pyproject.toml README.md
 AZURITE = 3.35.0
 
-.PHONY: demo test check soak bench simulate gpu-test gpu-bench gpu-path clean
+.PHONY: demo test check soak bench screenshots simulate gpu-test gpu-bench gpu-path clean
 
 demo: $(VENV)/weightd.stamp
 	@$(VENV)/bin/python -m tests.demo $(if $(MODEL),"$(MODEL)")
@@ -38,6 +39,9 @@ soak: $(VENV)/weightd.stamp $(VENV)/test.stamp
 
 bench: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m tests.bench $(ARGS)
+
+screenshots: $(VENV)/weightd.stamp $(VENV)/test.stamp
+	$(VENV)/bin/python -m tests.status.screenshots docs/img
 
 simulate: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m tests.bench.simulation $(ARGS)
