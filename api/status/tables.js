@@ -45,7 +45,7 @@ const drawPreloadTable = table(byId("preload").querySelector(".rows"), "stacked"
   ["Attempts", (of) => of.attempts, { number: true }], ["Error", (of) => of.error],
 ], (of) => of.place, "");
 
-function drawPreload({ preload, not_ready: reasons }) {
+function drawPreload({ preload = [], not_ready: reasons = [] }) {
   byId("preload").hidden = !preload.length && !reasons.length;
   const ready = preload.filter((of) => of.was_ready).length;
   write(notReady, !reasons.length ? "" : preload.length
