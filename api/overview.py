@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib import metadata
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, Field
 
@@ -29,7 +29,6 @@ from weightd.api.models import (
 )
 from weightd.api.peer_models import PeerUseRecord, peers_state
 from weightd.daemon.feed import Row
-from weightd.daemon.metrics import STAGE_STATES
 from weightd.daemon.node import Node
 from weightd.daemon.peers.directory import Member
 from weightd.daemon.peers.fleet import Traffic
@@ -301,7 +300,7 @@ def _shown(node: Node) -> list[Stage]:
 
 
 def _by_state(node: Node) -> dict[str, int]:
-    counts = dict.fromkeys(STAGE_STATES, 0)
+    counts = dict.fromkeys(get_args(State), 0)
     for stage in node.stages():
         counts[stage.state] += 1
     return counts
