@@ -44,11 +44,12 @@ function spent(stage) {
   return Object.keys(PHASES).filter((name) => found[name] > 0).map((name) => [name, found[name]]);
 }
 
+// The parts' weights are far above 1 in sum: below, a flexible box would not be filled.
 function stack() {
   const root = element("span", { class: "stack", role: "img" });
   const part = ([name]) => {
     const made = element("span", { "data-phase": name });
-    return { root: made, update: ([, seconds]) => { made.style.flexGrow = seconds.toFixed(3); } };
+    return { root: made, update: ([, seconds]) => { made.style.flexGrow = (seconds * 1e4).toFixed(1); } };
   };
   return {
     root,

@@ -321,6 +321,19 @@ def test_the_preload_list_is_shown_with_what_keeps_the_node_from_being_ready(vie
     assert "llama-3-8b" in at["text"]
 
 
+def test_a_timeline_fills_its_place_however_short_the_time(view: View, tmp_path: Path) -> None:
+    with MadeNode(tmp_path) as made:
+        for number, seconds in enumerate((1e-3, 0.05, 5, 5e5)):
+            made.add(f"s3://models/{number}", seconds={"planning": seconds / 4, "loading": seconds * 3 / 4})
+        view.open(made.url)
+        shares = view.page.evaluate(
+            """[...document.querySelectorAll(".stack")].map((one) =>
+                 [...one.children].reduce((sum, part) => sum + part.offsetWidth, 0) / one.offsetWidth)"""
+        )
+        assert len(shares) == 4
+        assert min(shares) > 0.97
+
+
 def test_where_the_time_went_is_seconds_by_phase_that_add_up(view: View, rich: MadeNode) -> None:
     text = httpx.get(f"{rich.url}/v1/events?follow=false").text
     message = json.loads(re.findall(r"^data: (.*)$", text, re.M)[0])
