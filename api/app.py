@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator
-from importlib import metadata
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
+from fastapi.responses import HTMLResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from weightd.api import problems
@@ -24,18 +24,18 @@ from weightd.api.models import (
     SegmentManifest,
     StageList,
     StageRecord,
-    Unadopted,
-    device_record,
     fit_record,
     manifest_record,
-    preload_record,
     stage_record,
 )
-from weightd.api.peer_models import PeerList, peer_list, peers_state
+from weightd.api.overview import NodeEvent, node_record, rows, version
+from weightd.api.peer_models import PeerList, peer_list
 from weightd.api.probes import health_routes, metrics_routes
 from weightd.api.problems import NeedsSocket, NotPlanned, responses
+from weightd.api.status import page
 from weightd.daemon.credentials import AllowedPeers
 from weightd.daemon.errors import InvalidRequest
+from weightd.daemon.feed import Feed, Watcher
 from weightd.daemon.lending import lend_by_handle, resolve
 from weightd.daemon.node import Node
 from weightd.daemon.request import StageRequest
@@ -45,19 +45,18 @@ from weightd.ipc.runtime_dir import LEASE_SOCKET
 MAX_WAIT_SECONDS = 86400.0
 
 StageId = Annotated[str, Path(max_length=64, description="The stage's id.")]
-_VERSIONS = ("weightd", "runai-model-streamer", "obstore", "torch", "nixl", "cupy-cuda12x", "cupy-cuda13x",
-             "cuda-bindings")  # fmt: skip
 
 
 def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, listen_host: str = "127.0.0.1") -> FastAPI:
     """The application. ``listen_host`` is the TCP address it is served on, beside the Unix socket."""
     app = FastAPI(
         title="weightd",
-        version=_version("weightd") or "0",
+        version=version("weightd") or "0",
         summary="Stages model weights into memory that engines map.",
         responses=responses(400, 401, 403, 422),
     )
-    problems.install(app, node.metrics)
+    app.state.feed = feed = Feed(partial(rows, node))
+    problems.install(app, node.metrics, node.refusals)
     app.add_middleware(BodyLimit, most=MAX_BODY_BYTES)
     app.add_middleware(
         Gate,
@@ -221,26 +220,40 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
     @app.get("/v1/node")
     async def describe() -> NodeRecord:
         """The daemon and its devices."""
-        return NodeRecord(
-            pid=os.getpid(),
-            started_at=node.started_at,
-            default_device=node.default_device,
-            devices=[device_record(device, node.residency) for device in node.devices.values()],
-            mapped_elsewhere_bytes=await node.residency.mapped_elsewhere(),
-            unadopted=[Unadopted(**left) for left in node.residency.unadopted],
-            not_ready=node.preload.missing,
-            preload=[preload_record(wanted) for wanted in node.preload.wanted],
-            peers=peers_state(node),
-            versions={name: _version(name) for name in _VERSIONS},
-        )
+        return node_record(node, await node.residency.mapped_elsewhere())
+
+    async def watching(http: Request) -> AsyncIterator[Watcher]:
+        with feed.watcher(http.scope.get("state", {}).get("hang_up", lambda: None)) as watcher:
+            yield watcher
+
+    @app.get("/v1/events", response_class=EventSourceResponse, responses=responses(429))
+    async def node_events(
+        watcher: Annotated[Watcher, Depends(watching)],
+        follow: Annotated[bool, Query(description="Go on after the snapshot, with what changes.")] = True,
+    ) -> AsyncIterator[NodeEvent]:
+        """The whole node as server-sent events: ``snapshot``, in as many events as it takes, then ``changes``, four
+        times a second at most. Records replace those of the same kind and key. Whoever reads slowly gets fewer, later
+        ones. Every connection begins with a snapshot, whatever ``Last-Event-ID`` says; reconnect where it ends."""
+        async for event in watcher.events():
+            yield ServerSentEvent(event=event.name, id=str(event.id), raw_data=event.text, retry=1000)  # type: ignore[misc]
+            if not (follow or event.more):
+                return
+
+    @app.get(
+        "/",
+        response_class=HTMLResponse,
+        responses={
+            401: {
+                "description": "The page without what it shows: it asks for the token.",
+                "content": {"text/html": {"schema": {"type": "string"}}},
+            }
+        },
+    )
+    async def status(http: Request) -> Response:
+        """The status page, for a browser."""
+        known = http.scope.get("state", {}).get("authorized", False)
+        return HTMLResponse(page.render(node if known else None), 200 if known else 401, page.headers())
 
     app.include_router(health_routes(node, named=True))
     app.include_router(metrics_routes(node))
     return app
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from anyio import BrokenResourceError
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -30,14 +31,18 @@ MAX_BODY_BYTES = 16 << 20
 """Longest request body."""
 
 _OPEN = frozenset({"/livez", "/readyz", "/healthz"})
+_PAGE = "/"
+"""Served to whoever asks, as a page that asks for the token: what it shows goes only to who is ``authorized``."""
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 class PeerProtocol(H11Protocol):
-    """uvicorn's HTTP protocol, which also tells the application who is at the other end of a Unix socket."""
+    """uvicorn's HTTP protocol, which also tells the application who is at the other end of a Unix socket, and how to
+    hang up on whoever takes nothing."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.app_state = {**self.app_state, "hang_up": transport.abort}
         connection = transport.get_extra_info("socket")
         if connection is not None and connection.family.name == "AF_UNIX":
             self.app_state = {**self.app_state, "peer": peer_of(connection)}
@@ -98,19 +103,27 @@ class Gate:
             await send(message)
 
         refusal = self._refusal(scope)
-        await (refusal or self._app)(scope, receive, measured)
+        try:
+            await (refusal or self._app)(scope, receive, measured)
+        except* BrokenResourceError:
+            pass  # of FastAPI's event streams, whose client has hung up while it was being told something
 
     def _refusal(self, scope: Scope) -> Callable[..., Any] | None:
         headers = dict(scope["headers"])
-        peer: Peer | None = scope.get("state", {}).get("peer")
+        state = scope.setdefault("state", {})
+        peer: Peer | None = state.get("peer")
         if peer is not None:
-            return None if self._peers.admits(peer) else problem(403, "peer_not_allowed", self._peers.refusal(peer))
+            state["authorized"] = self._peers.admits(peer)
+            return None if state["authorized"] else problem(403, "peer_not_allowed", self._peers.refusal(peer))
         host = headers.get(b"host", b"").decode("latin-1")
         name = host if host.endswith("]") else host.rpartition(":")[0] if ":" in host else host
         if self._hosts is not None and name not in self._hosts:
             return problem(403, "host_not_allowed", f"Host is {host[:100]!r}: this API is for the local machine")
+        if _from_another_site(scope["method"], headers):
+            return problem(403, "cross_site", "pages of other sites may not call this API")
         given = headers.get(b"authorization", b"")
-        if self._token and scope["path"] not in _OPEN and not hmac.compare_digest(given, self._token):
+        state["authorized"] = self._token is None or hmac.compare_digest(given, self._token)
+        if not state["authorized"] and scope["path"] not in _OPEN and scope["path"] != _PAGE:
             return problem(
                 401,
                 "unauthorized",
@@ -118,3 +131,17 @@ class Gate:
                 {"WWW-Authenticate": "Bearer"},
             )
         return None
+
+
+def _from_another_site(method: str, headers: dict[bytes, bytes]) -> bool:
+    """Whether a page of another origin, in somebody's browser, sends this. All that it may is to be a link to here.
+
+    It could not read the answer, but what it asks for would be done. Browsers say so by Sec-Fetch-Site, and where that
+    is missing (it is to plain HTTP beyond loopback) by Origin.
+    """
+    site = headers.get(b"sec-fetch-site")
+    if site is not None:
+        opens = (headers.get(b"sec-fetch-mode"), headers.get(b"sec-fetch-dest")) == (b"navigate", b"document")
+        return site not in (b"none", b"same-origin") and not (opens and method in ("GET", "HEAD"))
+    origin = headers.get(b"origin")
+    return origin is not None and origin.partition(b"://")[2] != headers.get(b"host", b"")

@@ -37,7 +37,8 @@ class StageError(BaseModel):
     """Why a stage ended without being ready."""
 
     code: str = Field(description="Stable name of the error, for programs.")
-    message: str = Field(description="What went wrong with what, what was found, what is allowed, what to do.")
+    message: str = Field(description="What went wrong with what, what was found, what is allowed.")
+    remedy: str = Field(description="What to do about errors of this kind.")
     details: dict[str, Any] = Field(description="The same in single values, by code.")
 
 
@@ -251,6 +252,9 @@ class DeviceRecord(BaseModel):
     free_bytes: int = Field(description="What is left of it, for segments: of a GPU never more than others leave.")
     uuid: str | None = Field(None, description="The GPU's UUID.")
     total_bytes: int | None = Field(None, description="Bytes that the GPU has.")
+    reserve_bytes: int | None = Field(
+        None, description="Bytes of the GPU that are left to others, whoever uses it (WEIGHTD_CUDA_RESERVE)."
+    )
     available_bytes: int | None = Field(
         None, description="Bytes of the GPU that nobody uses, less the reserve; null while the daemon does not use it."
     )
@@ -322,7 +326,12 @@ def stage_record(stage: Stage) -> StageRecord:
         model=stage.uri,
         device=stage.device,
         state=stage.state,
-        error=StageError(code=stage.error.code, message=str(stage.error), details=stage.error.details)
+        error=StageError(
+            code=stage.error.code,
+            message=str(stage.error),
+            remedy=stage.error.remedy,
+            details=stage.error.details,
+        )
         if stage.error
         else None,
         request=stage.request,

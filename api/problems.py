@@ -14,6 +14,7 @@ from weightd.api.models import Problem
 from weightd.daemon.errors import DaemonError
 from weightd.daemon.logs import request_id
 from weightd.daemon.metrics import Metrics
+from weightd.daemon.refusals import Refusals
 from weightd.daemon.request import describe_errors
 
 STATUS = {
@@ -36,6 +37,7 @@ STATUS = {
     "device_failed": 500,
     "lease_limit": 429,
     "queue_full": 429,
+    "too_many_watchers": 429,
     "peers_off": 503,
     "not_ready": 503,
 }
@@ -48,12 +50,14 @@ class NotPlanned(DaemonError):
     """The stage has no manifest (yet): its checkpoint has not been read, or could not be."""
 
     code = "not_planned"
+    remedy = "wait until it is planned; where it has failed, stage it again"
 
 
 class NeedsSocket(DaemonError):
     """The segment is lent by descriptor, over lease.sock."""
 
     code = "needs_socket"
+    remedy = "attach by weightd.ipc, or stage it with handle cuda_ipc"
 
 
 def problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None, **members: Any) -> JSONResponse:
@@ -79,12 +83,14 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def install(app: FastAPI, metrics: Metrics) -> None:
-    """Make every error of the application a problem document."""
+def install(app: FastAPI, metrics: Metrics, refusals: Refusals | None = None) -> None:
+    """Make every error of the application a problem document, and note what is refused."""
 
     @app.exception_handler(DaemonError)
     async def _daemon(request: Request, error: DaemonError) -> JSONResponse:
         metrics.errors.labels(error.code).inc()
+        if refusals is not None:
+            refusals.note(error)
         wait = error.details.get("retry_after_seconds")
         headers = {"Retry-After": str(wait)} if wait else None
         return problem(STATUS.get(error.code, 500), error.code, str(error), headers, **error.details)

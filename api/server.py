@@ -117,7 +117,8 @@ def serve(settings: Settings) -> int:
                 server_header=False,
                 date_header=False,  # the tick would keep it up to date
                 timeout_graceful_shutdown=2,
-            )
+            ),
+            on_end=app.state.feed.close,
         )
         stop = _Stop(server, node, deposits, settings.on_stop)
         peering = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 
@@ -12,11 +12,13 @@ import uvicorn
 class Server(uvicorn.Server):
     """uvicorn without its own signal handling, which ends the process by the signal even after a clean stop.
 
-    And without the tick by which it looks ten times a second whether to stop: an idle daemon sleeps.
+    And without the tick by which it looks ten times a second whether to stop: an idle daemon sleeps. ``on_end`` ends
+    answers that would go on by themselves, and which it would wait for.
     """
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, on_end: Callable[[], None] = lambda: None) -> None:
         super().__init__(config)
+        self._on_end = on_end
         self._ending = asyncio.Event()
 
     async def main_loop(self) -> None:
@@ -24,6 +26,7 @@ class Server(uvicorn.Server):
 
     def end(self) -> None:
         self.should_exit = True
+        self._on_end()
         self._ending.set()
 
     @contextlib.contextmanager

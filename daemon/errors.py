@@ -14,6 +14,8 @@ class DaemonError(Exception):
     """Base of all errors that are reported to a client. ``details`` goes with the message, as JSON values."""
 
     code: ClassVar[str] = "internal_error"
+    remedy: ClassVar[str] = "look into the daemon's log for the traceback, and report it"
+    """What to do about it: of the kind, where the message speaks of the case."""
 
     def __init__(self, message: str, **details: Any) -> None:
         # Libraries put URLs into their errors, signatures and all; from here they go into records, answers and metrics.
@@ -25,12 +27,14 @@ class InvalidRequest(DaemonError):
     """The request contradicts itself or names something impossible: change the request."""
 
     code = "invalid_request"
+    remedy = "change the request as the message says"
 
 
 class NotAllowed(DaemonError):
     """A setting forbids it: ask whoever runs the daemon. The message names the setting."""
 
     code = "not_allowed"
+    remedy = "add the URI's prefix to WEIGHTD_ALLOW, or stage what it names"
 
 
 class CredentialsRefused(DaemonError):
@@ -43,105 +47,130 @@ class CheckpointNotFound(DaemonError):
     """Nothing is at the URI, or a file that belongs to the checkpoint is missing."""
 
     code = "checkpoint_not_found"
+    remedy = "check the URI, and that all files of the checkpoint were uploaded; then stage it again"
 
 
 class InvalidCheckpoint(DaemonError):
     """A file of the checkpoint lies about itself: nothing of it was trusted, nothing was allocated."""
 
     code = "invalid_checkpoint"
+    remedy = "the stored file itself is wrong: upload it again, then stage it again"
 
 
 class CheckpointChanged(DaemonError):
     """A file was replaced between planning and the last byte: stage again."""
 
     code = "checkpoint_changed"
+    remedy = "stage it again; publish new weights under a new URI, not in place"
 
 
 class NotReady(DaemonError):
     """What the daemon is to preload is not there yet. The message says what, and why."""
 
     code = "not_ready"
+    remedy = "wait, or look at what GET /v1/node says of its preload list"
 
 
 class SourceFailed(DaemonError):
     """The storage kept failing past the deadline: the message says what, where and how often."""
 
     code = "source_failed"
+    remedy = "check credentials (weightd doctor) and that the storage answers from this node, then stage it again"
 
 
 class DigestMismatch(DaemonError):
     """Bytes are not the expected ones; they were dropped. The message names the tensor and leaf where known."""
 
     code = "digest_mismatch"
+    remedy = "stage it again; where it recurs, check the expected digest, and upload the checkpoint again"
 
 
 class InsufficientCapacity(DaemonError):
     """The segments do not fit into the device's capacity: drop something, or raise the setting."""
 
     code = "insufficient_capacity"
+    remedy = "end leases, drop or unpin a stage (weightd rm, weightd set --unpin), or raise WEIGHTD_CAPACITY"
 
 
 class DeviceFailed(DaemonError):
     """The GPU's driver refused something that has nothing to do with room: the message has its words."""
 
     code = "device_failed"
+    remedy = "look at the GPU (nvidia-smi, the kernel's log for Xid errors), then stage it again"
 
 
 class Lost(DaemonError):
     """The memory went with the daemon that had it: stage the model again."""
 
     code = "lost"
+    remedy = "stage it again; with handle fd its memory outlives the daemon"
 
 
 class Cancelled(DaemonError):
     """Somebody cancelled the stage, or the daemon is going down."""
 
     code = "cancelled"
+    remedy = "stage it again if it is still wanted"
 
 
 class QueueFull(DaemonError):
     """Too many stages wait for their turn: try again later. The details say when."""
 
     code = "queue_full"
+    remedy = "wait for stages to end, or raise WEIGHTD_MAX_QUEUED"
+
+
+class TooManyWatchers(DaemonError):
+    """As many clients watch the node as may: close some, or try again later. The details say when."""
+
+    code = "too_many_watchers"
+    remedy = "close status pages that nobody looks at"
 
 
 class StageRevoked(DaemonError):
     """The stage is being taken away from its lessees: stage the model again once it has gone."""
 
     code = "stage_revoked"
+    remedy = "stage the model again once it has gone"
 
 
 class PeersOff(DaemonError):
     """Nothing can be read from this daemon by its peers; the message says why."""
 
     code = "peers_off"
+    remedy = "weightd doctor says why, and what to do"
 
 
 class NotMovable(DaemonError):
     """The stage is not ready, in use, or being moved already."""
 
     code = "not_movable"
+    remedy = "wait until it is ready, and nobody leases or moves it"
 
 
 class UnknownStage(DaemonError):
     """No stage has that id (any more)."""
 
     code = "unknown_stage"
+    remedy = "weightd ls has the stages that there are"
 
 
 class StageLeased(DaemonError):
     """Processes hold leases on the stage: end them first. The details list the holders."""
 
     code = "stage_leased"
+    remedy = "end the leases, or take it away from their holders: weightd rm --force"
 
 
 class LeaseLimit(DaemonError):
     """Too many lease connections are open: close some."""
 
     code = "lease_limit"
+    remedy = "end leases, or raise WEIGHTD_MAX_LEASES or WEIGHTD_MAX_LEASES_PER_USER"
 
 
 class PeerNotAllowed(DaemonError):
     """The process at the other end of a Unix socket runs as nobody who may use it."""
 
     code = "peer_not_allowed"
+    remedy = "add the user or group to WEIGHTD_PEER_UIDS or WEIGHTD_PEER_GIDS"

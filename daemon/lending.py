@@ -141,6 +141,7 @@ class LeaseServer:
 
     async def _refuse(self, connection: socket.socket, error: DaemonError) -> None:
         self._node.metrics.errors.labels(error.code).inc()
+        self._node.refusals.note(error)
         reply = {"type": "error", "code": error.code, "message": str(error), "details": error.details}
         with contextlib.suppress(OSError, TimeoutError):
             await asyncio.wait_for(self._send(connection, reply), _REQUEST_TIMEOUT)

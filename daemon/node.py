@@ -33,6 +33,7 @@ from weightd.daemon.peers.directory import Directory
 from weightd.daemon.peers.fleet import Fleet
 from weightd.daemon.peers.serving import key_of
 from weightd.daemon.preload import Preload
+from weightd.daemon.refusals import Refusals
 from weightd.daemon.request import StageRequest
 from weightd.daemon.residency import Residency
 from weightd.daemon.sources import Allow, Source, canonical, open_source
@@ -85,6 +86,7 @@ class Node:
         self.default_device = next((name for name, device in devices.items() if device.uuid), "cpu")
         self.residency = residency
         self.metrics = metrics
+        self.refusals = Refusals()
         self.started_at = time.time()
         self.preload = Preload(self, [])
         """What it stages by itself."""

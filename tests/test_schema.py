@@ -42,6 +42,9 @@ def test_every_answer_is_one_that_the_document_promises(loaded: schemathesis.Bas
             def check(case: schemathesis.Case) -> None:
                 if isinstance(case.query, dict):
                     case.query.pop("wait", None)  # waiting is what it is for; not here
+                if case.path == "/v1/events":  # it would go on for ever
+                    valid = case.meta is None or case.meta.generation.mode.is_positive
+                    case.query = {"follow": "false" if valid else "neither"}
                 # A well-formed request can still mean nothing, and is refused with 422 then.
                 case.call_and_validate(timeout=60, excluded_checks=[positive_data_acceptance])
 

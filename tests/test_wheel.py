@@ -35,7 +35,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_all_packages_and_their_types(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = ("api", "daemon", "ipc")
-    files = (path for top in tops for kind in ("*.py", "*.cu") for path in (ROOT / top).rglob(kind))
+    kinds = ("*.py", "*.cu", "*.html", "*.css", "*.js")
+    files = (path for top in tops for kind in kinds for path in (ROOT / top).rglob(kind))
     ours = {path.relative_to(ROOT).as_posix() for path in files}
     assert {f"weightd/{name}" for name in ours} <= names
     assert {f"weightd/{top}/py.typed" for top in tops} <= names

@@ -103,6 +103,7 @@ class CudaDevice:
         return {
             "uuid": self.uuid,
             "total_bytes": self.gpu.total_bytes,
+            "reserve_bytes": self._limits.reserve,
             "available_bytes": None if available is None else max(0, available),
             "fill_path": path.name if path else None,
             "digest_path": self._digests.name if self._digests else None,
