@@ -200,7 +200,7 @@ class Feed:
 
     # ------------------------------------------------------------------ telling
 
-    def _since(self, place: int) -> Iterator[tuple[tuple[str, str], _Entry]]:
+    def _since(self, place: int) -> list[tuple[tuple[str, str], _Entry]]:
         """Entries later than a place, in order."""
         later: list[tuple[tuple[str, str], _Entry]] = []
         for key in reversed(self._entries):
@@ -208,7 +208,8 @@ class Feed:
             if entry.version <= place:
                 break
             later.append((key, entry))
-        return reversed(later)
+        later.reverse()
+        return later
 
     def _next(self, place: int, whole: bool) -> tuple[int, str, bool]:
         """What to tell from a place on: the place after it, the records' text, and whether there is more.

@@ -229,7 +229,7 @@ class Stage:
         if self.state == "queued":
             fields["device"] = self.device
         if self.state == "ready":
-            spent = round(time.time() - self.created_at, 3)
+            spent = round(sum(self.clock.spent().values()), 3)
             fields |= {"bytes": self.bytes_total, "seconds": spent, "digest": self.checkpoint_digest}
             told += f": {self.bytes_total} bytes in {spent:.2f} s"
         if self.error is not None:

@@ -96,8 +96,9 @@ class PeerReader:
         self._transfers.close()
 
     def _waiting(self) -> AbstractContextManager[None]:
-        """Waiting for peers; where only the origin is at work, its own threads say what they wait for."""
-        alone = self._origin.groups and not any(peer.busy for peer in self._following)
+        """Waiting for peers; where only others are at work, the origin or threads that settle, they say what at."""
+        others = self._origin.groups or any(peer.settling for peer in self._following)
+        alone = others and not any(peer.busy for peer in self._following)
         return nullcontext() if alone else self._fill.phase("source", "peer")
 
     def _take(self, kind: str, what: Any) -> None:
