@@ -208,8 +208,7 @@ class Feed:
             if entry.version <= place:
                 break
             later.append((key, entry))
-        later.reverse()
-        return later
+        return later[::-1]
 
     def _next(self, place: int, whole: bool) -> tuple[int, str, bool]:
         """What to tell from a place on: the place after it, the records' text, and whether there is more.

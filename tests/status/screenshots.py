@@ -35,10 +35,11 @@ SIZES = {
     "bge-small-en-v1.5": 133 * MB,
     "all-minilm-l6-v2": 91 * MB,
 }
+PHONE = "status-360"
 SHOTS: dict[str, dict[str, Any]] = {
     "status-light": {"color_scheme": "light", "viewport": {"width": 1440, "height": 1000}},
     "status-dark": {"color_scheme": "dark", "viewport": {"width": 1440, "height": 1000}},
-    "status-360": {"color_scheme": "light", "viewport": {"width": 360, "height": 780}, "device_scale_factor": 2},
+    PHONE: {"color_scheme": "light", "viewport": {"width": 360, "height": 780}, "device_scale_factor": 2},
 }
 SLOW = "smollm2-135m-instruct"
 
@@ -53,20 +54,20 @@ def main(target: Path) -> None:
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         stack.callback(chromium.close)
         (slow,) = (stage["id"] for stage in daemon.client.stages() if stage["model"].endswith(SLOW))
-        for name, options in SHOTS.items():
-            view = View(chromium, **options)
+        views = {name: View(chromium, **options) for name, options in SHOTS.items()}
+        for name, view in views.items():
             view.open(url)
             view.page.wait_for_selector(f"#s-{slow}[data-state=loading]")
-            if name != "status-360":
+            if name != PHONE:
                 view.page.click(f"#s-{slow} summary")
-            view.page.mouse.move(0, 0)
-            view.until("/[1-9].*iB/.test(document.querySelector('#totals').innerText)", "bytes that come now")
-            view.page.wait_for_timeout(3000)  # so that the rate is one of some seconds
-            view.page.evaluate("document.activeElement.blur()")
-            view.page.screenshot(path=target / f"{name}.png", full_page=name != "status-360")
-            with Image.open(target / f"{name}.png") as image:  # a third of the bytes, for the same to the eye
-                image.quantize(256).save(target / f"{name}.png", optimize=True)
-            view.context.close()
+                view.page.mouse.move(0, 0)
+                view.page.evaluate("document.activeElement.blur()")
+        next(iter(views.values())).page.wait_for_timeout(3000)  # so that the rate is one of some seconds
+        for name, view in views.items():
+            file = target / f"{name}.png"
+            view.page.screenshot(path=file, full_page=name != PHONE)
+            with Image.open(file) as image:  # a third of the bytes, for the same to the eye
+                image.quantize(256).save(file, optimize=True)
 
 
 @contextlib.contextmanager
@@ -132,7 +133,7 @@ class _Trickle:
     def __call__(self, request: Request) -> Kind | None:
         if SLOW in request.path and request.nbytes > 300_000:
             with self._lock:
-                self._ever.wait(0.15)
+                self._ever.wait(0.25)
         return None
 
 
