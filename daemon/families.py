@@ -43,8 +43,8 @@ SECTIONS: dict[str, tuple[Family, ...]] = {
         Family("weightd_queue_oldest_seconds", "gauge", "Seconds that the stage has waited which waits longest for "
                "its turn; 0 where none waits."),
         Family("weightd_preload_entries", "gauge", "Entries of the preload list."),
-        Family("weightd_preload_missing", "gauge", "Those that were not ready since the daemon started; a list that "
-               "cannot be read is one."),
+        Family("weightd_preload_missing", "gauge", "Entries of the preload list that were not ready since the daemon "
+               "started; a list that cannot be read is one."),
         Family("weightd_stage_duration_seconds", "histogram", "Seconds from request to ready.", ("source",), _LONG),
         Family("weightd_stage_wall_seconds_total", "counter", "Seconds of stages by where they went, from the request "
                "until ready or the end: of each stage they add up to its duration.", ("phase", "source")),
@@ -61,14 +61,14 @@ SECTIONS: dict[str, tuple[Family, ...]] = {
     "The latest stage of a model": (
         Family("weightd_latest_stage_seconds", "gauge", "Seconds by where they went, of the latest stage of a model "
                "on a device; so far, where it is on its way.", ("model", "device", "phase", "source")),
-        Family("weightd_latest_stage_bytes", "gauge", "Bytes of it that are there and hashed, by where they came from.",
-               ("model", "device", "source")),
-        Family("weightd_latest_stage_size_bytes", "gauge", "Bytes of it to read; 0 until that is known.",
-               ("model", "device")),
-        Family("weightd_latest_stage_state", "gauge", "Always 1: the label says its state.",
-               ("model", "device", "state")),
-        Family("weightd_latest_stage_created_timestamp_seconds", "gauge", "When it was asked for, in seconds since "
-               "the epoch.", ("model", "device")),
+        Family("weightd_latest_stage_bytes", "gauge", "Bytes that are there and hashed, by where they came from, of "
+               "the latest stage of a model on a device.", ("model", "device", "source")),
+        Family("weightd_latest_stage_size_bytes", "gauge", "Bytes to read, of the latest stage of a model on a device; "
+               "0 until that is known.", ("model", "device")),
+        Family("weightd_latest_stage_state", "gauge", "State of the latest stage of a model on a device: always 1, the "
+               "label says it.", ("model", "device", "state")),
+        Family("weightd_latest_stage_created_timestamp_seconds", "gauge", "When the latest stage of a model on "
+               "a device was asked for, in seconds since the epoch.", ("model", "device")),
         Family("weightd_latest_ready_seconds", "gauge", "Seconds from request to ready, of the latest stage of a model "
                "on a device that became ready.", ("model", "device")),
     ),
@@ -107,12 +107,13 @@ SECTIONS: dict[str, tuple[Family, ...]] = {
                "ended.", ("how",)),
         Family("weightd_keeper_orphans", "gauge", "Stages that the keeper holds and this version of weightd does not "
                "understand."),
-        Family("weightd_keeper_orphaned_bytes", "gauge", "Bytes of host memory that they take."),
+        Family("weightd_keeper_orphaned_bytes", "gauge", "Bytes of host memory that those stages take which the keeper "
+               "holds and this version of weightd does not understand."),
         Family("weightd_start_duration_seconds", "gauge", "Seconds from the start of this daemon's process until it "
                "served, with everything adopted."),
         Family("weightd_stages_adopted_total", "counter", "Stages taken over from the daemon before, by what they "
                "were.", ("state",)),
-        Family("weightd_adopted_bytes_total", "counter", "Bytes of their segments."),
+        Family("weightd_adopted_bytes_total", "counter", "Bytes of stages taken over from the daemon before."),
     ),
     "Peers": (
         Family("weightd_peers", "gauge", "Other daemons in the directory."),

@@ -120,6 +120,7 @@ def restore(parts: Mapping[str, int], devices: Mapping[str, Device]) -> Stage:
     stage, footprints, uuids, manifest_nbytes = _read(parts["record"])
     if stage.request.handle == "cuda_ipc":
         stage.state = "failed"
+        stage.clock.stop()
         stage.error = Lost(f"stage {stage.id} had legacy handles, whose memory goes with the daemon: stage it again")
         return stage
     try:
