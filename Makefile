@@ -1,5 +1,5 @@
 # make demo    the main job, end to end, on a real model (MODEL=uri or folder: on yours)
-# make test    the whole test suite
+# make test    the whole test suite, files side by side in WORKERS processes (ARGS="-k name tests/chart")
 # make check   lint, format, types
 # make soak    kill -9 at random moments, ROUNDS times (SEED=... for the same ones again)
 # make bench   speed against its limits and rivals (ARGS="--size 4GiB")
@@ -21,6 +21,7 @@ MODEL ?=
 ARGS ?=
 ROUNDS ?= 200
 SEED ?= 0
+WORKERS ?= 3
 WHEELS ?=
 GPU ?= build/gpu
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -46,7 +47,7 @@ demo: $(VENV)/weightd.stamp
 	@$(VENV)/bin/python -m tests.demo $(if $(MODEL),"$(MODEL)")
 
 test: $(VENV)/weightd.stamp $(VENV)/test.stamp
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
