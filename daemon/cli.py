@@ -5,10 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
+
+if os.getpid() == 1:
+    # The kernel drops a signal that PID 1 has no handler for: an order to stop waits until the keeper has one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
 
 try:
     import typer

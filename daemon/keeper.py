@@ -87,6 +87,7 @@ class Keeper:
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, _only_wake)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # held back by weightd serve, as PID 1
 
     def run(self) -> int:
         """Keep a daemon running until an ordered stop; returns its exit code."""

@@ -273,6 +273,27 @@ def test_the_sbom_is_valid_and_names_every_package_with_its_version_and_licence(
         assert (information / "LICENSE").is_file(), name
 
 
+def test_a_stop_that_comes_before_the_keeper_is_up_is_not_lost(
+    image: Container, dockerfile: Dockerfile, folder: Path, cuda: str
+) -> None:
+    early = Running(image, dockerfile.stages["weightd"], folder / f"early-{cuda}", env={}, mounts={})
+    with early.log.open("ab") as log:
+        early.process = process = subprocess.Popen(early._command, env=early.env, stdout=log, stderr=log)
+
+    def held_back() -> bool:
+        """From the command's first line on; before that, the interpreter starts."""
+        (pid,) = children(process.pid) or (process.pid,)
+        is_weightd = Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"/opt/weightd/bin/python")
+        return is_weightd and bool(int(status(pid)["SigBlk"][0], 16) & 1 << (signal.SIGTERM - 1))
+
+    try:
+        until(held_back, "it holds SIGTERM back")
+        os.kill(early.keeper_pid, signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        early.stop()
+
+
 # The last one: it stops what the others use.
 def test_a_killed_daemon_is_followed_by_one_that_adopts_and_sigterm_to_pid_1_ends_it_well(running: Running) -> None:
     record = running.stage("/model")
