@@ -28,14 +28,19 @@ RUN --mount=type=cache,target=/root/.cache python -m venv --without-pip /opt/wei
  && python requirements/trim.py /opt/weightd \
  && /opt/weightd/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/weightd/lib
 
-# ---------------------------------------------------------------- weightd itself, and the list of all that is there
-FROM dependencies AS application
+# ---------------------------------------------------------------- weightd itself, the same for every CUDA
+FROM tools AS wheel
 COPY pyproject.toml README.md ./
 COPY api api
 COPY daemon daemon
 COPY ipc ipc
-RUN /build/bin/uv build --python /build/bin/python --wheel --no-build-isolation --out-dir /wheels . \
- && /build/bin/uv pip install --python /opt/weightd/bin/python --no-deps --no-index --find-links /wheels \
+RUN /build/bin/uv build --python /build/bin/python --wheel --no-build-isolation --out-dir /wheels .
+
+# ---------------------------------------------------------------- where it goes, and the list of all that is there
+FROM dependencies AS application
+COPY pyproject.toml ./
+COPY --from=wheel /wheels /wheels
+RUN /build/bin/uv pip install --python /opt/weightd/bin/python --no-deps --no-index --find-links /wheels \
       --prefix /app weightd \
  && rm /app/.lock \
  && /opt/weightd/bin/python -m compileall -q --invalidation-mode unchecked-hash -s /app -p /opt/weightd /app/lib \

@@ -105,7 +105,7 @@ def test_an_engine_that_installs_weightd_as_well_still_has_one_weightd_ipc(
     build: Build, engine: Container, shim: Container, folder: Path, cuda: str
 ) -> None:
     both = engine.child(folder / f"engine-both-{cuda}")
-    (own,) = (build.stage("application").root / "wheels").glob("*.whl")
+    (own,) = (build.stage("wheel").root / "wheels").glob("*.whl")
     (part,) = (shim.root / "wheels").glob("*.whl")
     for wheel in (part, own):
         (both.root / wheel.name).write_bytes(wheel.read_bytes())
