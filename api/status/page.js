@@ -62,7 +62,8 @@ function draw() {
     ...(node.unadopted.length ? [["Not adopted", number(node.unadopted.length), true]] : []),
   ], ([title]) => title, total);
   drawPreload(node);
-  keep(byId("devices").querySelector(".rows"), [...there.devices.values()], (of) => of.name, device);
+  const devices = [...there.devices.values()].sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
+  keep(byId("devices").querySelector(".rows"), devices, (of) => of.name, device);
   drawStages(stages);
   drawLeases([...there.leases.values()].sort((a, b) => b.since - a.since).slice(0, MOST_ROWS));
   drawPeers(about);
@@ -109,7 +110,11 @@ byId("live").hidden = false;
 const connect = listen(told, linked);
 byId("token").addEventListener("submit", (event) => {
   event.preventDefault();
-  token.set(byId("token-value").value.trim());
+  const typed = byId("token-value").value.trim();
+  const possible = /^[\x21-\x7e]+$/.test(typed); // what a header can carry
+  write(byId("token-wrong"), possible ? "" : "That is no token: it has characters that none can have.");
+  if (!possible) return;
+  token.set(typed);
   connect();
 });
 byId("forget").addEventListener("click", () => {
