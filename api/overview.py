@@ -74,9 +74,8 @@ class StageSummary(BaseModel):
     bytes_total: int = Field(description="Bytes to read; 0 until planned and started.")
     bytes_done: int = Field(description="Bytes read, landed and hashed.")
     bytes_per_second: float | None = Field(description="Mean rate of loading so far.")
-    state_seconds: dict[str, float] = Field(description="Seconds spent in each state.")
-    seconds: dict[str, float] | None = Field(
-        description="Where its time went: seconds of wall clock by phase, which add up to its duration; null: unknown."
+    seconds: dict[str, float] = Field(
+        description="Where its time went: seconds of wall clock by phase, which add up to its duration."
     )
     bytes_by_source: dict[str, int] = Field(description="Bytes done by where they came from: its source, or peer.")
     peers: list[PeerUseRecord] = Field(
@@ -212,7 +211,6 @@ def stage_summary(stage: Stage) -> StageSummary:
         at=now,
         handle=stage.request.handle,
         state_since=entered or now - (time.monotonic() - stage.entered),
-        seconds=getattr(found, "seconds", None),
         reserved=dict(stage.reserved),
         segments=len(stage.infos),
         tensors=sum(info.tensors for info in stage.infos),
@@ -220,7 +218,7 @@ def stage_summary(stage: Stage) -> StageSummary:
     )
 
 
-_AS_IN_RECORD = StageSummary.model_fields.keys() & StageRecord.model_fields.keys() - {"segments", "seconds"}
+_AS_IN_RECORD = StageSummary.model_fields.keys() & StageRecord.model_fields.keys() - {"segments"}
 
 
 def lease_summary(lease: Lease) -> LeaseSummary:

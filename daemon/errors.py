@@ -41,6 +41,7 @@ class CredentialsRefused(DaemonError):
     """The storage does not let this daemon in (401, 403): mend its credentials, or what they are allowed."""
 
     code = "credentials_refused"
+    remedy = "mend the daemon's credentials, or what they are allowed (weightd doctor), then stage it again"
 
 
 class CheckpointNotFound(DaemonError):

@@ -190,8 +190,7 @@ def _when(at: float | None) -> str:
 
 
 def _spans(stage: Record) -> str:
-    spans = stage["seconds"] or stage["state_seconds"]
-    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in spans.items() if seconds >= 0.05)
+    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in stage["seconds"].items() if seconds >= 0.05)
 
 
 _DEVICE: dict[str, Callable[[Record], object]] = {

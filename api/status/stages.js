@@ -1,8 +1,7 @@
 // Stages: a line each, with where the time went; the rest of it when it is opened.
 
 const PHASES = { // phase → what happens then, in the order of the timeline
-  queued: "waiting for its turn", planning: "listing, headers, layout", loading: "reading, copying and hashing",
-  listing: "listing what is at the URI", headers: "headers and configuration files", source: "waiting on the source",
+  queued: "waiting for its turn", listing: "listing what is at the URI", headers: "headers and configuration files", source: "waiting on the source",
   buffers: "waiting for buffers", copying: "copying", verifying: "hashing and comparing", other: "all else",
 };
 const ACTIVE = ["queued", "planning", "loading", "verifying"];
@@ -36,25 +35,23 @@ function rateNow(stage) {
   return (last[1] - first[1]) / Math.max(until - first[0], 0.001);
 }
 
-// Seconds by phase. The record is of a moment ago: what it was doing then, it has gone on doing.
+// Seconds by phase, but for phases that it has not been in.
 function spent(stage) {
-  const since = ACTIVE.includes(stage.state) ? Math.max(0, now() - stage.at) : 0;
-  const found = { ...(stage.seconds ?? stage.state_seconds) };
-  if (stage.state === "queued" || !stage.seconds) found[stage.state] = (found[stage.state] ?? 0) + since;
+  const found = { ...stage.seconds };
+  if (stage.state === "queued") found.queued += Math.max(0, now() - stage.at); // nothing tells of it but time
   return Object.keys(PHASES).filter((name) => found[name] > 0).map((name) => [name, found[name]]);
 }
 
-// The parts' weights are far above 1 in sum: below, a flexible box would not be filled.
 function stack() {
   const root = element("span", { class: "stack", role: "img" });
   const part = ([name]) => {
     const made = element("span", { "data-phase": name });
-    return { root: made, update: ([, seconds]) => { made.style.flexGrow = (seconds * 1e4).toFixed(1); } };
+    return { root: made, update: ([, , share]) => { made.style.flexGrow = (share * 1000).toFixed(3); } };
   };
   return {
     root,
-    update(spans) {
-      keep(root, spans, ([name]) => name, part);
+    update(spans, total) {
+      keep(root, spans.map(([name, seconds]) => [name, seconds, seconds / total]), ([name]) => name, part);
       mark(root, "aria-label", spans.map(([name, seconds]) => `${name} ${span(seconds)}`).join(", ") || "no time yet");
     },
   };
@@ -97,7 +94,7 @@ function stageLine() {
     write(name, base(stage.model));
     write(uri, `${stage.model} · ${stage.device}`);
     mark(uri, "title", stage.model);
-    timeline.update(spans);
+    timeline.update(spans, total);
     track.hidden = !(ACTIVE.includes(stage.state) && stage.bytes_total);
     done.style.width = percent(stage.bytes_done, stage.bytes_total).replace(" ", "");
     const left = stage.state === "loading" && speed > 0 ? (stage.bytes_total - stage.bytes_done) / speed : null;

@@ -18,6 +18,7 @@ from weightd.api.app import create_app
 from weightd.api.gate import PeerProtocol
 from weightd.api.uvicorn_server import Server
 from weightd.daemon.cache import Cache
+from weightd.daemon.clock import Clock
 from weightd.daemon.credentials import AllowedPeers
 from weightd.daemon.deposits import Deposits
 from weightd.daemon.devices.cpu import CpuDevice
@@ -109,14 +110,19 @@ class MadeNode:
         found: Lease = self.call(lambda: self.node.residency.lease(stage, 0, uid=1000, gid=1000, pid=pid))
         return found
 
-    def add(self, model: str, state: str = "ready", nbytes: int = 0, **members: Any) -> Stage:
-        """Put a stage into it."""
+    def add(
+        self, model: str, state: str = "ready", nbytes: int = 0, spent: dict[str, float] | None = None, **members: Any
+    ) -> Stage:
+        """Put a stage into it, which has spent so many seconds in each phase."""
 
         def put() -> Stage:
             stage = Stage(model, ["cpu"], StageRequest(model=model), None)
             stage.source_kind = model.partition(":")[0]
             stage.bytes_total = stage.bytes_read = nbytes
             stage.reserved = {"cpu": nbytes} if nbytes else {}
+            if spent is not None:
+                phases = {(phase, ""): seconds for phase, seconds in spent.items()}
+                stage.clock = Clock.taken_over(0.0, phases, stopped=True)
             for name, value in members.items():
                 setattr(stage, name, value)
             stage.enter(state, members.get("error"))
