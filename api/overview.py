@@ -43,7 +43,7 @@ _MAX_TEXT = 600
 """Characters of one text; a longer one is cut."""
 _MAX_MEMBERS = 64
 """Members of a list or a map within one record: peers of a stage, say."""
-_VERSIONS = ("weightd", "runai-model-streamer", "obstore", "torch", "nixl", "cupy-cuda12x", "cupy-cuda13x",
+_VERSIONS = ("weightd", "runai-model-streamer", "obstore", "nixl-cu12", "nixl-cu13", "cupy-cuda12x", "cupy-cuda13x",
              "cuda-bindings")  # fmt: skip
 _AT_WORK = frozenset({"planning", "loading", "verifying"})
 
