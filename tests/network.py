@@ -182,7 +182,7 @@ def daemons_on(
     }
     return [
         Daemon(
-            folder / node.name,
+            folder / node.name.rpartition("-")[2],  # a socket's path has to be short
             *arguments,
             env={**common, "WEIGHTD_PEER_LISTEN": f"{node.host}:{PEER_PORT}"},
             place=node,
