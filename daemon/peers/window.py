@@ -8,6 +8,8 @@ copies on from there.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import mmap
 import os
 import threading
@@ -53,9 +55,16 @@ class Window:
             self._changed.notify()
 
     def close(self) -> None:
-        """Let go of it. Nothing may use any slot any more."""
+        """Let go of it, and of its memory. Nothing may use any slot any more."""
         self.view.release()
-        os.close(self.fd)
+        try:
+            self._map.close()
+        except BufferError:  # a traceback or a cycle still holds a slice of it
+            gc.collect()
+            with contextlib.suppress(BufferError):  # then it goes with the last one
+                self._map.close()
+        finally:
+            os.close(self.fd)
 
 
 def packed(sizes: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.conftest import command
 from tests.fault_proxy import FaultProxy
 from tests.peers.fleet import Fleet, Start, from_peers, movers_of, same, weight_bytes
-from tests.servers import SeaweedFS, free_ports, until
+from tests.servers import Daemon, SeaweedFS, free_ports, until
 from tests.test_adoption import ended
 from tests.test_directories import Etcd
 
@@ -32,9 +32,15 @@ def test_a_second_daemon_reads_no_weights_of_the_origin(
     assert weight_bytes(origin) == read
     assert from_peers(second) >= record["bytes_total"]
     assert same(second, again["id"], folder)
+    until(lambda: "memfd:weightd:window" not in maps(second), "nothing is left of what it landed in")
     until(lambda: not first.client.leases(), "the peer's lease has ended")
     first.client.remove(record["id"])
     until(lambda: not first.used_bytes, "its memory is free")
+
+
+def maps(daemon: Daemon) -> str:
+    """What memory of the daemon is."""
+    return Path(f"/proc/{daemon.pid}/maps").read_text()
 
 
 def test_ranks_come_from_peers_as_well(
