@@ -8,8 +8,6 @@ import os
 import socket
 import ssl
 
-import uvicorn
-
 from weightd.api.peer_app import create_peer_app
 from weightd.api.uvicorn_server import Server
 from weightd.daemon.metrics import Metrics
@@ -74,13 +72,8 @@ class Peering:
         if listener is not None:  # inherited by its connections
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD)
         authority = settings.peer_tls_ca
-        config = uvicorn.Config(
+        self._server = Server(
             create_peer_app(self._serving, node.cache, node.metrics, fleet),
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            date_header=False,
             timeout_graceful_shutdown=1,
             limit_concurrency=_CONNECTIONS,
             ssl_certfile=settings.peer_tls_cert,
@@ -88,7 +81,6 @@ class Peering:
             ssl_ca_certs=str(authority) if authority else None,
             ssl_cert_reqs=ssl.CERT_REQUIRED if authority else ssl.CERT_NONE,
         )
-        self._server = Server(config)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 
-import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse, Response
 
@@ -63,17 +62,10 @@ class Port:
         install(app, node.metrics)
         self._listener = listener
         self._server = Server(
-            uvicorn.Config(
-                BodyLimit(app, 0),
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                date_header=False,
-                timeout_graceful_shutdown=1,
-                timeout_keep_alive=_IDLE_SECONDS,
-                limit_concurrency=_CONNECTIONS,
-            )
+            BodyLimit(app, 0),
+            timeout_graceful_shutdown=1,
+            timeout_keep_alive=_IDLE_SECONDS,
+            limit_concurrency=_CONNECTIONS,
         )
         self._task: asyncio.Task[None] | None = None
 

@@ -8,8 +8,6 @@ import os
 import resource
 import signal
 
-import uvicorn
-
 from weightd.api.app import create_app
 from weightd.api.gate import PeerProtocol
 from weightd.api.peering import Peering, open_fleet
@@ -108,16 +106,9 @@ def serve(settings: Settings) -> int:
             listen_host=settings.listen.rpartition(":")[0],
         )
         server = Server(
-            uvicorn.Config(
-                app,
-                http=PeerProtocol,
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                date_header=False,  # the tick would keep it up to date
-                timeout_graceful_shutdown=2,
-            ),
+            app,
+            http=PeerProtocol,
+            timeout_graceful_shutdown=2,
             on_end=app.state.feed.close,
         )
         stop = _Stop(server, node, deposits, settings.on_stop)

@@ -19,7 +19,10 @@ import pytest
 
 from tests.conftest import lacking
 from tests.servers import until
+from weightd.daemon.devices.cpu import CpuDevice
+from weightd.daemon.peers.groups import Part, Span
 from weightd.daemon.peers.mover import Arrival, Mover, MoverFailed
+from weightd.daemon.peers.window import Inlet
 
 MiB = 1 << 20
 DEADLINE = 60.0
@@ -151,3 +154,35 @@ def test_it_ends_with_its_daemon(movers: Callable[[], Mover], tmp_path: Path) ->
     daemon.wait()
     daemon.stdout.close()
     until(lambda: not Path(f"/proc/{pid}").exists() or ") Z " in Path(f"/proc/{pid}/stat").read_text(), "it has ended")
+
+
+@pytest.mark.parametrize("buffered", [True, False], ids=["through slots", "straight"])
+def test_parts_land_where_they_belong_whichever_way_they_go(movers: Callable[[], Mover], *, buffered: bool) -> None:
+    content = random.Random(2).randbytes(4 * MiB)
+    giver, taker = movers(), movers()
+    offered = giver.offer(memory(content, sealed=True), len(content))
+    segment = CpuDevice("cpu", 1 << 30).allocate(len(content), "landing")
+    segment.buffered = buffered  # as it is where pages are small, or huge
+    inlet = Inlet([segment], slots=1)
+    inlet.connect(taker)
+    part = Part(0, [Span(0, 0, 256, MiB + 3, 0), Span(0, 1, 3 * MiB, MiB // 2, 0)])
+    assert inlet.take(part)
+    assert inlet.take(Part(1, [])) == (not buffered), "there is one slot"
+    places = inlet.places(part)
+    pairs = [
+        (offset, offered.address + span.offset, span.nbytes)
+        for (_, offset), span in zip(places, part.spans, strict=True)
+    ]
+    taker.read(taker.peer(offered.metadata), places[0][0], pairs)
+    assert arrival(taker).error is None
+    written = "weightd:landing" in Path(f"/proc/{taker._process.pid}/maps").read_text()
+    assert written != buffered, "with slots, nobody who makes the process write changes the segment"
+    inlet.settle(part)
+    for span, view in zip(part.spans, inlet.views(part), strict=True):
+        assert bytes(view) == content[span.offset : span.offset + span.nbytes]
+        view.release()
+    assert inlet.take(Part(2, [])), "its slot is free again"
+    taker.kill()
+    inlet.close()
+    segment.seal()
+    segment.close()

@@ -16,15 +16,16 @@ import httpx
 import pytest
 
 from tests.checkpoints import write_checkpoint
-from tests.servers import Daemon, free_ports, until
+from tests.fault_proxy import FaultProxy
+from tests.servers import Daemon, SeaweedFS, free_ports, s3_env, until
 from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.preload import read
 
 DEADLINE = 120.0
 
 
-def checkpoint(folder: Path) -> Path:
-    write_checkpoint(folder, {"model.safetensors": {"w": ("F32", (256, 256), b"\1" * (256 * 256 * 4))}})
+def checkpoint(folder: Path, rows: int = 256) -> Path:
+    write_checkpoint(folder, {"model.safetensors": {"w": ("F32", (rows, 256), b"\1" * (rows * 256 * 4))}})
     return folder
 
 
@@ -128,6 +129,23 @@ def test_one_that_cannot_be_had_does_not_keep_others_waiting(
     os.kill(daemon.pid, signal.SIGKILL)
     until(lambda: readyz(daemon)[0] == 503 and "not JSON" in readyz(daemon)[1]["detail"], "it says so", DEADLINE)
     assert [stage["state"] for stage in daemon.client.stages() if stage["model"].endswith("there")] == ["ready"]
+
+
+def test_one_that_somebody_cancels_is_not_begun_again(
+    start_daemon: Callable[..., Daemon], s3: SeaweedFS, tmp_path: Path
+) -> None:
+    uri = s3.upload(checkpoint(tmp_path / "m", 4096), "preload-cancelled")
+    with FaultProxy(s3.url) as origin:
+        origin.fault = lambda request: "stall" if request.nbytes > 1 << 20 else None
+        daemon = start_daemon("--preload", json.dumps([{"model": uri}]), env=s3_env(origin.url))
+        until(lambda: origin.done, "its bytes are waited for", DEADLINE)
+        (stage,) = daemon.client.stages()
+        daemon.client.remove(stage["id"])
+        until(lambda: daemon.client.node()["preload"][0]["state"] == "cancelled", "it is cancelled", DEADLINE)
+        status, answer = readyz(daemon)
+        assert status == 503
+        assert "cancelled" in answer["detail"]
+        assert daemon.client.node()["preload"][0]["attempts"] == 1
 
 
 @pytest.mark.parametrize(

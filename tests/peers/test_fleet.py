@@ -127,7 +127,7 @@ def test_daemons_that_start_together_all_get_every_byte(count: int, fleet: Fleet
     records = [ended(*one) for one in zip(daemons, stages, strict=True)]
     assert all(is_right(daemon, record, origin) for daemon, record in zip(daemons, records, strict=True))
     assert len({record["checkpoint_digest"] for record in records}) == 1
-    assert origin.node.sent - before < min(count, 3) * origin.nbytes
+    assert origin.node.sent - before < 1.5 * origin.nbytes, (origin.node.sent - before) / origin.nbytes
 
 
 @pytest.fixture
