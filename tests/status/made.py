@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from weightd.api.app import create_app
 from weightd.api.gate import PeerProtocol
 from weightd.api.uvicorn_server import Server
@@ -85,8 +83,7 @@ class MadeNode:
         # Connections inherit it: whoever does not read is not read for by the kernel, which would take megabytes.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(app, http=PeerProtocol, lifespan="off", log_config=None, timeout_graceful_shutdown=2)
-        self._server = Server(config, on_end=self.feed.close)
+        self._server = Server(app, on_end=self.feed.close, http=PeerProtocol, timeout_graceful_shutdown=2)
         self._loop.call_soon(self._up.set)
         await self._server.serve(sockets=[listener])
         if left := asyncio.all_tasks() - {asyncio.current_task()}:
