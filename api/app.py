@@ -151,6 +151,7 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
     ) -> StageRecord:
         """Cancel it while it is on its way; drop it once it has ended. Refused while anybody leases it, unless forced:
         lessees are told then, and the memory is freed once they have let go, or their time is over."""
+        await node.residency.notice_hangups()
         return stage_record(node.drop(stage_id, force=force, grace=grace))
 
     @app.patch("/v1/stage/{stage_id}", responses=responses(404))

@@ -386,6 +386,7 @@ class Node:
         Raises UnknownStage, InvalidRequest, StageLeased, NotMovable, InsufficientCapacity.
         """
         stage = self.get(stage_id)
+        await self.residency.notice_hangups()
         await move_segments(
             self.residency, self._deposits, stage, self.device(device), self._fill_limits, self._loader.in_thread
         )

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 _LATELY = 3600.0
 """Seconds for which what went to make room is remembered."""
 _REMEMBERED = 10_000
+_TURNS = 10
+"""Of the event loop, in which a closed connection is seen and its lease ends, with some to spare."""
 MAX_ENDED = 200
 """Records of failed, cancelled and evicted stages that are kept for looking at."""
 
@@ -216,6 +218,11 @@ class Residency:
             if inode not in seen:
                 self._lent_away.pop(inode, None)
         return sum(self._lent_away.values())
+
+    async def notice_hangups(self) -> None:
+        """Return once leases whose connections were closed before now have ended."""
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
 
     def check_unleased(self, stage: Stage) -> None:
         """Raises StageLeased where processes use it, or may come back to it after a restart of the daemon."""

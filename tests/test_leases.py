@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ from weightd.ipc import (
     attach,
     wire,
 )
+from weightd.ipc.runtime_dir import API_SOCKET
 
 
 @pytest.fixture
@@ -363,3 +365,23 @@ def test_an_untrusted_user_is_refused_by_credentials_even_where_the_file_mode_le
         result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("WEIGHTD_PEER_UIDS") == 2
+
+
+def test_who_lets_go_before_a_stage_is_removed_is_not_in_the_way(daemon: Daemon, folder: Path) -> None:
+    """However late the daemon comes to look: here, at both at once."""
+    stage = daemon.stage(folder)["id"]
+    weights = daemon.attach(stage=stage)
+    connection = http.client.HTTPConnection("weightd")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(daemon.runtime_dir / API_SOCKET))
+    connection.request("GET", f"/v1/stage/{stage}")
+    assert json.load(connection.getresponse())["leases"] == 1
+    pid = daemon.status["daemon_pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        weights.close()
+        connection.request("DELETE", f"/v1/stage/{stage}")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert json.load(connection.getresponse())["state"] == "evicted"
+    connection.close()
