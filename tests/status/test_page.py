@@ -177,7 +177,7 @@ def test_devices_are_bars_to_scale_with_what_is_reserved(seen: View, node: Daemo
     stage = node.stage(uri, device="cuda:0", sources=["origin"])
     seen.shows("#devices", "reserve 32.0 MiB")
     seen.shows("#devices", "capacity 224.0 MiB")
-    seen.page.wait_for_selector("#devices [data-kind=ready]")
+    seen.page.wait_for_selector('#devices .device:has(h3:has-text("cuda:0")) [data-kind=ready]')
     record = next(device for device in node.client.node()["devices"] if device["name"] == "cuda:0")
     widths = seen.page.evaluate(
         """Object.fromEntries([...[...document.querySelectorAll(".device")]
