@@ -9,6 +9,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -96,6 +97,23 @@ def test_what_is_lent_while_it_loads_fills_up_in_front_of_the_borrower(segment: 
         assert mapped[1000:1005] == b"later"
         segment.seal()
         assert mapped[1000:1005] == b"later"
+
+
+@pytest.mark.parametrize("lent", [False, True], ids=["lent by nobody", "lent meanwhile"])
+def test_threads_that_write_at_once_all_find_their_way(lent: bool) -> None:
+    size, count = (1 << 20) + 3, 16
+    parts = [bytes([number]) * size for number in range(count)]
+    segment = CpuDevice("cpu", 1 << 30).allocate(size * count, "test")
+    with ThreadPoolExecutor(4) as pool:
+        written = [pool.submit(segment.write, n * size, memoryview(bytearray(part))) for n, part in enumerate(parts)]
+        if lent:
+            written[0].result()
+            os.close(segment.lend())
+    for each in written:
+        each.result()
+    for number, part in enumerate(parts):
+        assert segment.view[number * size : (number + 1) * size] == part
+    segment.close()
 
 
 @pytest.mark.parametrize("lent", [False, True], ids=["lent by nobody", "lent before"])
