@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -14,7 +15,7 @@ from weightd.daemon.metrics import Metrics
 from weightd.daemon.node import Node
 from weightd.daemon.peers.directory import Directory, open_directory
 from weightd.daemon.peers.fleet import Fleet
-from weightd.daemon.peers.mover import self_test, unavailable
+from weightd.daemon.peers.mover import unavailable
 from weightd.daemon.peers.serving import Serving
 from weightd.daemon.settings import Settings
 
@@ -90,10 +91,15 @@ class Peering:
             self._tasks.append(asyncio.create_task(self._server.serve(sockets=[self._listener]), name="peers"))
 
     async def _publish(self) -> None:
-        self._fleet.off = self._fleet.off or await asyncio.to_thread(self_test)
+        movers = self._fleet.movers
+        self._fleet.off = self._fleet.off or await asyncio.to_thread(movers.test)
         if self._fleet.off:
             log.error("nothing comes from peers, and nothing goes to them: %s", self._fleet.off)
             return
+        with contextlib.suppress(OSError):  # then they are started when they are needed
+            if self._listener is not None:
+                await self._serving.mover()
+            await asyncio.to_thread(movers.prepare)
         last: dict[str, float] | None = None
         while True:
             if self._listener is not None and (now := self._serving.published()) != last:
@@ -108,3 +114,4 @@ class Peering:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._directory.close()
         await self._serving.close()
+        await asyncio.to_thread(self._fleet.movers.close)

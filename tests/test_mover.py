@@ -21,7 +21,7 @@ from tests.conftest import lacking
 from tests.servers import until
 from weightd.daemon.devices.cpu import CpuDevice
 from weightd.daemon.peers.groups import Part, Span
-from weightd.daemon.peers.mover import Arrival, Mover, MoverFailed
+from weightd.daemon.peers.mover import Arrival, Mover, MoverFailed, Movers
 from weightd.daemon.peers.window import Inlet
 
 MiB = 1 << 20
@@ -39,7 +39,8 @@ def movers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Mover]]:
 
     def make() -> Mover:
         arrivals: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
-        made.append(Mover(arrivals.put))
+        made.append(Mover())
+        made[-1].tell = arrivals.put
         ARRIVALS[made[-1]] = arrivals
         return made[-1]
 
@@ -154,6 +155,43 @@ def test_it_ends_with_its_daemon(movers: Callable[[], Mover], tmp_path: Path) ->
     daemon.wait()
     daemon.stdout.close()
     until(lambda: not Path(f"/proc/{pid}").exists() or ") Z " in Path(f"/proc/{pid}/stat").read_text(), "it has ended")
+
+
+def test_one_is_kept_at_hand_for_whoever_takes_the_next(movers: Callable[[], Mover]) -> None:
+    source = Movers()
+    assert source.test() == ""
+    first = source.take()
+    first.ping()
+    other = source.take()
+    other.ping()
+    assert other is not first, "each has its own, at hand or not"
+    source.prepare()
+    spare = source._spare
+    assert spare is not None
+    source.prepare()
+    assert source._spare is spare, "one is enough"
+    spare.kill()
+    third = source.take()
+    third.ping()
+    assert third is not spare, "what has died at hand is given to nobody"
+    source.prepare()
+    left = source._spare
+    assert left is not None
+    source.close()
+    assert not left.alive
+    source.prepare()
+    assert source._spare is None, "after the end there are no more"
+    for mover in (first, other, third):
+        mover.kill()
+
+
+def test_where_none_can_work_the_test_says_why_and_leaves_nothing(
+    movers: Callable[[], Mover], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "nonsense")
+    source = Movers()
+    assert "UCX_TLS" in source.test()
+    assert source._spare is None
 
 
 @pytest.mark.parametrize("buffered", [True, False], ids=["through slots", "straight"])

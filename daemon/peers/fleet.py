@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from weightd.daemon.peers.mover import Movers
+
 if TYPE_CHECKING:
     import ssl
 
@@ -75,6 +77,7 @@ class Fleet:
     count_slow: Callable[[str], None] = lambda better: None
     count_dropped: Callable[[str, str], None] = lambda peer, why: None
     gossip: Gossip = field(default_factory=lambda: Gossip())
+    movers: Movers = field(default_factory=Movers)
     traffic: dict[str, Traffic] = field(default_factory=dict)
     """Peer → what went to and fro."""
 
@@ -89,7 +92,7 @@ class Fleet:
             base_url=f"{'https' if self.tls else 'http'}://{address}",
             headers=headers,
             timeout=httpx.Timeout(5.0, read=10.0),
-            verify=self.tls or True,
+            verify=self.tls or False,  # authorities that no plain HTTP asks for would be read each time
             trust_env=False,  # proxies are for what is outside
         )
 

@@ -31,6 +31,9 @@ FORMAT = 1
 """Of what peers tell each other. Another one is another version's: its peer is left alone."""
 _AT_ONCE = 4
 """Parts that are asked of one peer at the same time, at most."""
+_AHEAD = 0.25
+"""Seconds that what was asked of a peer may take to come where more is to be asked of it: while parts wait for one that
+is asked by all, others come to have them."""
 _MAX_LINE = 1 << 20
 _UNHEARD = 32
 """Events of one peer that may wait to be understood; what comes then waits in the socket."""
@@ -144,9 +147,10 @@ class Peer:
         self.metadata = [base64.b64decode(segment["metadata"], validate=True) for segment in found]
 
     @property
-    def most(self) -> int:
-        """Parts to ask of it at once: one until it is known how fast they come."""
-        return _AT_ONCE if self.use.nbytes else 1
+    def has_room(self) -> bool:
+        """Whether to ask more of it now: one part at a time until it is known how fast they come."""
+        asked = sum(part.nbytes for part in (*self.in_flight.values(), *self.awaited))
+        return not asked or (self.busy < _AT_ONCE and asked <= _AHEAD * self.rate)
 
     @property
     def busy(self) -> int:

@@ -56,18 +56,6 @@ def unavailable() -> str:
     return "NIXL is not installed: pip install --no-deps nixl-cu13, or nixl-cu12 with an older driver or none"
 
 
-def self_test() -> str:
-    """Start such a process, which tests itself, and end it: why that does not work, empty where it does. A second."""
-    mover = Mover()
-    try:
-        mover.ping()
-    except MoverFailed as error:
-        return str(error)
-    finally:
-        mover.kill()
-    return ""
-
-
 class MoverFailed(RuntimeError):
     """The process refused, or is gone: what it was to move has to come another way."""
 
@@ -103,12 +91,10 @@ class Mover:
     _numbers = itertools.count(1)
     """Of all movers: a ticket of one that has died is none of the next one's."""
 
-    def __init__(self, tell: Callable[[Arrival | None], object] = lambda _: None) -> None:
-        """Start it; that it works shows with the first answer, half a second later.
-
-        ``tell`` is called from a thread with every read that has ended, and with None once the process is gone.
-        """
-        self._tell = tell
+    def __init__(self) -> None:
+        """Start it; that it works shows with the first answer, half a second later."""
+        self.tell: Callable[[Arrival | None], object] = lambda _: None
+        """Called from a thread with every read that has ended, and with None once the process is gone."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket = ours
         try:
@@ -206,7 +192,7 @@ class Mover:
                 wire.close_all(fds)
                 self._failed = answer.get("failed", "")
                 if "ticket" in answer:
-                    self._tell(Arrival(answer["ticket"], answer["error"], answer.get("transport", "unknown")))
+                    self.tell(Arrival(answer["ticket"], answer["error"], answer.get("transport", "unknown")))
                     continue
                 key = ("region", answer["region"]) if "region" in answer else ("peer", answer.get("peer", 0))
                 with self._lock:
@@ -223,7 +209,46 @@ class Mover:
             self._socket.close()
         for answers in waiting_for.values():
             answers.put({"error": self._gone})
-        self._tell(None)
+        self.tell(None)
+
+
+class Movers:
+    """Where movers come from. One is kept at hand: where many stages begin at once, starting theirs takes seconds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spare: Mover | None = None
+        self._closed = False
+
+    def test(self) -> str:
+        """Have one start, which tests itself: why that does not work, empty where it does. Half a second."""
+        try:
+            self.prepare()
+            if (spare := self._spare) is not None:  # unless a stage was quicker
+                spare.ping()
+        except (MoverFailed, OSError) as error:
+            self.close()
+            return str(error)
+        return ""
+
+    def prepare(self) -> None:
+        """Start one for whoever takes the next, if none is at hand; does not wait for it. Raises OSError."""
+        with self._lock:
+            if not self._closed and (self._spare is None or not self._spare.alive):
+                self._spare = Mover()
+
+    def take(self) -> Mover:
+        """One for the caller, who ends it. Raises OSError where none can be started."""
+        with self._lock:
+            spare, self._spare = self._spare, None
+        return spare if spare is not None and spare.alive else Mover()
+
+    def close(self) -> None:
+        """End the one at hand, and keep none any more."""
+        with self._lock:
+            spare, self._spare, self._closed = self._spare, None, True
+        if spare is not None:
+            spare.kill()
 
 
 # ---------------------------------------------------------------------- the process

@@ -229,7 +229,7 @@ class PeerReader:
     def _ask_peers(self, now: float) -> None:
         """Ask for as much as comes in a second or so, of those first who bring it soonest."""
         asked = sum(peer.busy for peer in self._following)
-        willing = [peer for peer in self._following if peer.metadata and peer.busy < peer.most]
+        willing = [peer for peer in self._following if peer.metadata and peer.has_room]
         fastest = max((peer.rate for peer in willing), default=0.0)
         while willing and asked < self._pace.at_once:
             peer = min(willing, key=lambda peer: (peer.busy + 1) / (peer.rate or fastest or 1.0))
@@ -243,7 +243,7 @@ class PeerReader:
                 willing.remove(peer)
                 continue
             asked += 1
-            if peer.busy >= peer.most:
+            if not peer.has_room:
                 willing.remove(peer)
         for peer in self._following:
             if peer.given and not peer.busy:

@@ -150,11 +150,14 @@ class Serving:
         return found
 
     async def _make(self, stage: Stage) -> Offer:
+        return await asyncio.to_thread(Offer, await self.mover(), list(stage.segments))
+
+    async def mover(self) -> Mover:
+        """The process that peers read from, started if need be. Raises OSError."""
         async with self._lock:
             if self._mover is None or not self._mover.alive:
-                self._mover = await asyncio.to_thread(Mover)
-            mover = self._mover
-        return await asyncio.to_thread(Offer, mover, list(stage.segments))
+                self._mover = await asyncio.to_thread(self._fleet.movers.take)
+            return self._mover
 
     async def fetch(
         self, reader: str, given: Sequence[int], pieces: Sequence[tuple[int, int, int]], timeout: float

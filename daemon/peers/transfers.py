@@ -154,6 +154,8 @@ class Transfers:
         self.kill()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._landing.shutdown(cancel_futures=True)
+        with contextlib.suppress(OSError):  # then the next stage starts its own
+            self._fleet.movers.prepare()
 
     def close(self) -> None:
         """Let go of where parts land. After ``stop``."""
@@ -162,7 +164,8 @@ class Transfers:
     def _connected(self) -> Mover:
         if self._mover is None or not self._mover.alive:
             self._lost = self._lost or self._mover is not None
-            mover = Mover(self._tell)
+            mover = self._fleet.movers.take()
+            mover.tell = self._tell
             try:
                 self._inlet.connect(mover)
             except MoverFailed:

@@ -39,7 +39,7 @@ from tests.bench.measure import (
 )
 from tests.bench.session import Session
 from tests.network import Network, Node, at_once, daemons_on
-from tests.peers.fleet import movers_of
+from tests.peers.fleet import movers_at_work
 from tests.servers import Daemon, Missing, free_ports
 from weightd.daemon.peers.following import FORMAT
 from weightd.daemon.peers.mover import unavailable
@@ -286,7 +286,7 @@ def _told(daemon: Daemon, own: str, key: str) -> Sample:
             line = next(line for line in answer.iter_lines() if line.startswith("data:") and '"segments"' in line)
     segments = json.loads(line[5:])["segments"]
     deadline = time.monotonic() + 30
-    while any("/memfd:weightd:" in Path(f"/proc/{mover}/maps").read_text() for mover in movers_of(daemon)):
+    while movers_at_work(daemon):
         if time.monotonic() > deadline:
             raise RuntimeError("what a peer has hung up on stays mapped")
         time.sleep(0.01)

@@ -47,6 +47,7 @@ GIB = 1 << 30
 
 # Of daemon/peers/pulling.py, following.py and serving.py, under their names there.
 AT_ONCE = 4
+AHEAD = 0.25
 FIRST_WORD = 2.0
 AGAIN = 1.0
 WHOLE = 4
@@ -210,6 +211,11 @@ class Peer:
     @property
     def rate(self) -> float:
         return self.nbytes / self.seconds if self.seconds > 0 else 0.0
+
+    def has_room(self, scenario: Scenario) -> bool:
+        asked = len(self.in_flight)
+        most = max(1, round(AT_ONCE / scenario.scale))
+        return not asked or (asked < most and asked * scenario.group_bytes <= AHEAD * self.rate)
 
 
 class Node:
@@ -605,8 +611,7 @@ class Simulation:
         return self.at - peer.told < STALL if peer.answered else self.at - node.started < FIRST_WORD
 
     def _ask_peers(self, node: Node) -> None:
-        at_once = max(1, round(AT_ONCE / self.scenario.scale))
-        able = [p for p in node.peers.values() if p.readable and not p.leaving and len(p.in_flight) < at_once]
+        able = [p for p in node.peers.values() if p.readable and not p.leaving and p.has_room(self.scenario)]
         willing = [peer for peer in able if not peer.dry]
         if not willing:
             return
@@ -627,7 +632,7 @@ class Simulation:
                 done = peer.node.up.send(self.at + LATENCY, self.scenario.group_bytes)
                 self._later(done - self.at, self._sent, node, peer, group, node.mover)
             asked += 1
-            if len(peer.in_flight) >= at_once:
+            if not peer.has_room(self.scenario):
                 willing.remove(peer)
 
     def _sent(self, node: Node, peer: Peer, group: int, mover: int) -> None:

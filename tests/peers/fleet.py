@@ -66,6 +66,19 @@ def movers_of(daemon: Daemon) -> list[int]:
     return sorted(found)
 
 
+def movers_at_work(daemon: Daemon) -> list[int]:
+    """Those of them that have memory of it mapped, to be read from or to be read into."""
+    return [mover for mover in movers_of(daemon) if "/memfd:weightd:" in maps_of(mover)]
+
+
+def maps_of(pid: int) -> str:
+    """What it has mapped; nothing where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""
+
+
 def is_mover(pid: int) -> bool:
     """Whether it has become one: until then a new process is a copy of its parent, environment and all."""
     try:

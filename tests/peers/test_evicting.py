@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from tests.fault_proxy import FaultProxy
-from tests.peers.fleet import Fleet, movers_of, same, weight_bytes
+from tests.peers.fleet import Fleet, movers_at_work, movers_of, same, weight_bytes
 from tests.servers import Daemon, SeaweedFS, until
 from tests.test_adoption import ended
 from tests.test_cli import weightd
@@ -61,15 +61,7 @@ def test_a_peer_that_does_not_let_go_is_waited_for_as_long_as_is_set(
     until(lambda: not daemon.used_bytes, "it is free although the peer never hangs up")
     assert time.monotonic() - began >= 1
     answer.close()
-    mapped = lambda: any("weightd:" in maps for maps in map(maps_of, movers_of(daemon)))  # noqa: E731
-    until(lambda: not mapped(), "and nobody has it mapped")
-
-
-def maps_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/maps").read_text()
-    except OSError:
-        return ""
+    until(lambda: not movers_at_work(daemon), "and nobody has it mapped")
 
 
 def test_room_is_made_of_what_peers_read_and_their_stages_go_on(
@@ -82,7 +74,7 @@ def test_room_is_made_of_what_peers_read_and_their_stages_go_on(
     second = both.start()
     held = first.stage(uri)
     stage = second.client.stage(uri)["id"]
-    until(lambda: movers_of(first), "the peer reads")
+    until(lambda: movers_at_work(first), "the peer reads")
     wanted = first.stage(uri, tensors={"exclude": ["w0"]})
     assert (wanted["state"], wanted["error"]) == ("ready", None)
     assert first.client.show(held["id"])["state"] == "evicted"
@@ -99,7 +91,7 @@ def test_a_reader_that_is_stopped_holds_no_eviction_up(
     first, second = both.start(WEIGHTD_PEER_GRACE="2"), both.start()
     held = first.stage(uri)
     stage = second.client.stage(uri)["id"]
-    until(lambda: movers_of(first), "the peer reads")
+    until(lambda: movers_at_work(first), "the peer reads")
     stopped: list[int] = [second.status["daemon_pid"], *movers_of(second)]
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.conftest import command
 from tests.fault_proxy import FaultProxy
-from tests.peers.fleet import Fleet, Start, from_peers, movers_of, same, weight_bytes
+from tests.peers.fleet import Fleet, Start, from_peers, movers_at_work, same, weight_bytes
 from tests.servers import Daemon, SeaweedFS, free_ports, until
 from tests.test_adoption import ended
 from tests.test_directories import Etcd
@@ -122,7 +122,7 @@ def test_a_mover_that_is_stopped_is_noticed_although_its_daemon_lives(
     first, second = both.start(), both.start(WEIGHTD_PEER_STALL="2")
     first.stage(uri)
     stage = second.client.stage(uri)["id"]
-    stopped = until(lambda: movers_of(first), "peers read")
+    stopped = until(lambda: movers_at_work(first), "peers read")
     for mover in stopped:
         os.kill(mover, signal.SIGSTOP)
     try:
@@ -156,7 +156,7 @@ def test_the_mover_has_no_credentials(fleet: Callable[[int], Fleet], s3: Seaweed
     first, second = both.start(), both.start()
     first.stage(uri)
     second.client.stage(uri)
-    (mover,) = until(lambda: movers_of(first), "peers read")
+    (mover,) = until(lambda: movers_at_work(first), "peers read")
     environment = Path(f"/proc/{mover}/environ").read_bytes()
     assert b"PATH=" in environment
     assert b"AWS_" not in environment
@@ -172,7 +172,7 @@ def test_a_mover_that_is_killed_costs_nothing_but_time(
     first.stage(uri)
     for _ in range(2):
         stage = second.client.stage(uri)["id"]
-        for mover in until(lambda: movers_of(first), "peers read"):
+        for mover in until(lambda: movers_at_work(first), "peers read"):
             os.kill(mover, signal.SIGKILL)
         record = ended(second, stage)
         assert (record["state"], record["error"]) == ("ready", None)
