@@ -31,7 +31,10 @@ class Listeners:
 
     def tcp(self, address: str) -> socket.socket:
         """A listening TCP socket at HOST:PORT. Raises OSError."""
-        return self._adopted(address) or self._deposited(address, _bind_tcp(address))
+        listener = self._adopted(address) or self._deposited(address, _bind_tcp(address))
+        # Inherited by its connections, on which asyncio does not set it: an event would wait 40 ms for the one before.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
 
     def _adopted(self, address: str) -> socket.socket | None:
         fd = self._held.pop(LISTEN + address, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.servers import Daemon, free_ports, until
+from weightd.daemon.deposits import Deposits
+from weightd.daemon.sockets import Listeners
 
 
 @pytest.fixture
@@ -241,6 +244,14 @@ def test_tcp_serves_the_same_routes_to_who_has_the_token(tcp: tuple[Daemon, str]
     assert httpx.get(f"{url}/livez").is_success
     node = httpx.get(f"{url}/v1/node", headers={"Authorization": "Bearer s3cret"}).json()
     assert node["pid"] == daemon.client.node()["pid"]
+
+
+def test_what_is_sent_over_tcp_does_not_wait_for_more(tmp_path: Path) -> None:
+    listener = Listeners(tmp_path, Deposits(), {}).tcp("127.0.0.1:0")
+    with listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        connection.close()
 
 
 def test_a_web_page_that_rebinds_its_name_to_loopback_is_refused(tcp: tuple[Daemon, str]) -> None:

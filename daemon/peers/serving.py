@@ -111,13 +111,15 @@ class Serving:
         told = Told(offering.epoch)
         mapped = False
         spoke = stamped = 0.0
+        # Where it lies is known in a moment, once the process runs; working out what to say of leaves takes longer.
+        await asyncio.wait([offering.made], timeout=_LOOK)
         while _servable(stage) and (not mapped or offering.mapped) and not self._ending:
             now = time.monotonic()
             batch: list[dict[str, Any]] = []
             if not mapped and offering.made.done():
                 offer = self._readers[reader] = offering.made.result()
-                mapped = True
-                batch.append(_segments(offer, reader, offering.epoch))
+                mapped, spoke = True, now
+                yield _segments(offer, reader, offering.epoch)
             if now - stamped >= _HEARTBEAT and (stamps := self._stamps(stage)):
                 stamped = now
                 batch.append({"type": "readers", "stamps": stamps})
@@ -132,7 +134,8 @@ class Serving:
             for event in batch:
                 spoke = now
                 yield event
-            await stage.changed(_HEARTBEAT if told.complete else _LOOK)
+            if mapped or not offering.made.done():
+                await stage.changed(_HEARTBEAT if told.complete else _LOOK)
 
     def _stamps(self, stage: Stage) -> dict[str, int]:
         """Who reads the origin: as long as this node has it all, nobody has to take its place."""

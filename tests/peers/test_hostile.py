@@ -16,6 +16,7 @@ import schemathesis
 
 from tests.peers.fleet import Fleet, same, serve_events
 from tests.servers import Daemon, SeaweedFS, free_ports
+from weightd.daemon.peers.following import FORMAT
 
 
 class Trap:
@@ -158,6 +159,9 @@ def test_the_port_for_peers_wants_the_token_and_knows_no_other_routes(
         for path in ("/v1/stage", "/v1/node", "/metrics", "/docs", "/peer/v1/stages/" + "0" * 32, "/peer/v1/stages/x"):
             assert client.get(path).status_code in (404, 422), path
         assert client.post("/peer/v1/stages", json={}).status_code == 405
+        with client.stream("GET", f"/peer/v1/stages/{record['key']}", params={"format": FORMAT}) as answer:
+            said = (json.loads(line[5:])["type"] for line in answer.iter_lines() if line.startswith("data:"))
+            assert [next(said), next(said)] == ["hello", "segments"], "where it lies comes before what it is"
     assert daemon.client.peers() == {"directory": "ok", "off": None, "peers": []}
 
 
