@@ -11,9 +11,10 @@ import base64
 import contextlib
 import logging
 import secrets
+import sys
 import time
 from array import array
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import xxhash
@@ -120,6 +121,7 @@ class Serving:
                 offer = self._readers[reader] = offering.made.result()
                 mapped, spoke = True, now
                 yield _segments(offer, reader, offering.epoch)
+                await asyncio.sleep(0.001)  # sent before a thread begins with leaves, which holds the interpreter
             if now - stamped >= _HEARTBEAT and (stamps := self._stamps(stage)):
                 stamped = now
                 batch.append({"type": "readers", "stamps": stamps})
@@ -322,8 +324,12 @@ def _fresh(told: bytearray, flags: bytearray) -> Iterator[tuple[int, int]]:
         at = fresh.find(1, end)
 
 
-def _hex(leaves: Iterable[int]) -> str:
-    return "".join(f"{leaf:016x}" for leaf in leaves)
+def _hex(leaves: array[int]) -> str:
+    """16 hexadecimal digits of each."""
+    found = leaves[:]
+    if sys.byteorder == "little":
+        found.byteswap()
+    return found.tobytes().hex()
 
 
 def _servable(stage: Stage) -> bool:
