@@ -15,7 +15,7 @@ from weightd.daemon.metrics import Metrics
 from weightd.daemon.node import Node
 from weightd.daemon.peers.directory import Directory, open_directory
 from weightd.daemon.peers.fleet import Fleet
-from weightd.daemon.peers.mover import unavailable
+from weightd.daemon.peers.mover import MoverFailed, unavailable
 from weightd.daemon.peers.serving import Serving
 from weightd.daemon.settings import Settings
 
@@ -96,7 +96,7 @@ class Peering:
         if self._fleet.off:
             log.error("nothing comes from peers, and nothing goes to them: %s", self._fleet.off)
             return
-        with contextlib.suppress(OSError):  # then they are started when they are needed
+        with contextlib.suppress(MoverFailed):  # then they are started when they are needed
             if self._listener is not None:
                 await self._serving.mover()
             await asyncio.to_thread(movers.prepare)

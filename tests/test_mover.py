@@ -192,6 +192,10 @@ def test_where_none_can_work_the_test_says_why_and_leaves_nothing(
     source = Movers()
     assert "UCX_TLS" in source.test()
     assert source._spare is None
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    assert "/no/python" in Movers().test()
+    with pytest.raises(MoverFailed, match="/no/python"):
+        Movers().take()
 
 
 @pytest.mark.parametrize("buffered", [True, False], ids=["through slots", "straight"])

@@ -92,7 +92,7 @@ class Mover:
     """Of all movers: a ticket of one that has died is none of the next one's."""
 
     def __init__(self) -> None:
-        """Start it; that it works shows with the first answer, half a second later."""
+        """Start it; that it works shows with the first answer, half a second later. Raises MoverFailed."""
         self.tell: Callable[[Arrival | None], object] = lambda _: None
         """Called from a thread with every read that has ended, and with None once the process is gone."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -102,9 +102,9 @@ class Mover:
                 [sys.executable, "-m", "weightd.daemon.peers.mover", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=_environment(),
             )  # fmt: skip
-        except BaseException:
+        except OSError as error:
             ours.close()
-            raise
+            raise MoverFailed(f"no mover process can be started: {error}") from None
         finally:
             theirs.close()
         self._answers: dict[tuple[str, int], queue.SimpleQueue[dict[str, Any]]] = {}
@@ -226,19 +226,19 @@ class Movers:
             self.prepare()
             if (spare := self._spare) is not None:  # unless a stage was quicker
                 spare.ping()
-        except (MoverFailed, OSError) as error:
+        except MoverFailed as error:
             self.close()
             return str(error)
         return ""
 
     def prepare(self) -> None:
-        """Start one for whoever takes the next, if none is at hand; does not wait for it. Raises OSError."""
+        """Start one for whoever takes the next, if none is at hand; does not wait for it. Raises MoverFailed."""
         with self._lock:
             if not self._closed and (self._spare is None or not self._spare.alive):
                 self._spare = Mover()
 
     def take(self) -> Mover:
-        """One for the caller, who ends it. Raises OSError where none can be started."""
+        """One for the caller, who ends it. Raises MoverFailed."""
         with self._lock:
             spare, self._spare = self._spare, None
         return spare if spare is not None and spare.alive else Mover()

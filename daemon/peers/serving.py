@@ -158,7 +158,7 @@ class Serving:
         return await asyncio.to_thread(Offer, await self.mover(), list(stage.segments))
 
     async def mover(self) -> Mover:
-        """The process that peers read from, started if need be. Raises OSError."""
+        """The process that peers read from, started if need be. Raises MoverFailed."""
         async with self._lock:
             if self._mover is None or not self._mover.alive:
                 self._mover = await asyncio.to_thread(self._fleet.movers.take)

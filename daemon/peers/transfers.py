@@ -154,7 +154,7 @@ class Transfers:
         self.kill()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._landing.shutdown(cancel_futures=True)
-        with contextlib.suppress(OSError):  # then the next stage starts its own
+        with contextlib.suppress(MoverFailed):  # then the next stage starts its own
             self._fleet.movers.prepare()
 
     def close(self) -> None:
