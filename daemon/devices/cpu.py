@@ -126,7 +126,6 @@ class CpuSegment:
         self._view: memoryview | None = None
         self._address = 0
         self._lock = threading.Lock()  # lending while still loading races with sealing
-        self._writing = threading.Lock()
         try:
             self.footprint = os.fstat(fd).st_size
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -178,16 +177,12 @@ class CpuSegment:
                 raise
 
     def write(self, offset: int, data: memoryview) -> None:
-        # Of write calls the kernel lets in one at a time, and others would spin until it is their turn.
-        if not self._lent and self._writing.acquire(blocking=False):
+        while data and not self._lent:
             try:
-                while data:
-                    count = os.pwrite(self.fd, data, offset)
-                    offset, data = offset + count, data[count:]
+                count = os.pwrite(self.fd, data, offset)
             except PermissionError:  # it has been lent meanwhile
-                pass
-            finally:
-                self._writing.release()
+                break
+            offset, data = offset + count, data[count:]
         if data:
             assert self._map is not None, "the segment is sealed"
             source = ctypes.addressof(ctypes.c_char.from_buffer(data))
