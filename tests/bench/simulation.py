@@ -172,7 +172,7 @@ class Link:
 
 
 class Window:
-    """As ``pulling._Window``, by the simulation's clock."""
+    """As ``pace.Pace``, by the simulation's clock."""
 
     __slots__ = ("_ahead", "_came", "_least", "_most")
 
