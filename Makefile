@@ -61,7 +61,7 @@ bench: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m tests.bench $(ARGS)
 
 screenshots: $(VENV)/weightd.stamp $(VENV)/test.stamp
-	$(VENV)/bin/python -m tests.status.screenshots docs/img
+	$(VENV)/bin/python -m tests.api.status.screenshots docs/img
 
 simulate: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m tests.bench.simulation $(ARGS)

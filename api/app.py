@@ -33,13 +33,13 @@ from weightd.api.peer_models import PeerList, peer_list
 from weightd.api.probes import health_routes, metrics_routes
 from weightd.api.problems import NeedsSocket, NotPlanned, responses
 from weightd.api.status import page
-from weightd.daemon.credentials import AllowedPeers
 from weightd.daemon.errors import InvalidRequest
-from weightd.daemon.feed import Feed, Watcher
-from weightd.daemon.lending import lend_by_handle, resolve
-from weightd.daemon.node import Node
-from weightd.daemon.request import StageRequest
-from weightd.daemon.stage import Stage
+from weightd.daemon.lending.credentials import AllowedPeers
+from weightd.daemon.lending.lease_socket import lend_by_handle, resolve
+from weightd.daemon.node.feed import Feed, Watcher
+from weightd.daemon.node.service import Node
+from weightd.daemon.stages.request import StageRequest
+from weightd.daemon.stages.stage import Stage
 from weightd.ipc.runtime_dir import LEASE_SOCKET
 
 MAX_WAIT_SECONDS = 86400.0

@@ -15,9 +15,9 @@ from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weightd.api.problems import problem
-from weightd.daemon.credentials import AllowedPeers, Peer, peer_of
-from weightd.daemon.logs import request_id
-from weightd.daemon.metrics import Metrics
+from weightd.daemon.lending.credentials import AllowedPeers, Peer, peer_of
+from weightd.daemon.observing.logs import request_id
+from weightd.daemon.observing.metrics import Metrics
 
 if TYPE_CHECKING:
     import asyncio

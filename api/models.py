@@ -7,15 +7,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from weightd.api.peer_models import PeersState, PeerUseRecord, peers_of
-from weightd.daemon.clock import by_phase
-from weightd.daemon.devices import Device
-from weightd.daemon.logs import redacted
-from weightd.daemon.manifests import entry_files, segment_leaves, segment_manifest
-from weightd.daemon.node import Fit
-from weightd.daemon.preload import Wanted
-from weightd.daemon.request import StageRequest
-from weightd.daemon.residency import Residency, summary
-from weightd.daemon.stage import Stage
+from weightd.daemon.devices.base import Device
+from weightd.daemon.node.preload import Wanted
+from weightd.daemon.node.service import Fit
+from weightd.daemon.observing.clock import by_phase
+from weightd.daemon.observing.logs import redacted
+from weightd.daemon.stages.manifests import entry_files, segment_leaves, segment_manifest
+from weightd.daemon.stages.request import StageRequest
+from weightd.daemon.stages.residency import Residency, summary
+from weightd.daemon.stages.stage import Stage
 
 State = Literal["queued", "planning", "loading", "verifying", "ready", "failed", "cancelled", "evicted"]
 

@@ -28,12 +28,12 @@ from weightd.api.models import (
     stage_record,
 )
 from weightd.api.peer_models import PeerUseRecord, peers_state
-from weightd.daemon.feed import Row
-from weightd.daemon.node import Node
-from weightd.daemon.peers.directory import Member
-from weightd.daemon.peers.fleet import Traffic
-from weightd.daemon.refusals import Refusal
-from weightd.daemon.stage import Lease, Stage
+from weightd.daemon.node.feed import Row
+from weightd.daemon.node.service import Node
+from weightd.daemon.observing.refusals import Refusal
+from weightd.daemon.peers.finding.directory import Member
+from weightd.daemon.peers.finding.fleet import Traffic
+from weightd.daemon.stages.stage import Lease, Stage
 
 MAX_STAGES = 1000
 """Stages in it: those on their way first, then the latest."""

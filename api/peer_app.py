@@ -13,14 +13,14 @@ from starlette.exceptions import HTTPException
 
 from weightd.api import problems
 from weightd.api.gate import BodyLimit
-from weightd.daemon.cache import Cache
+from weightd.daemon.checkpoints.cache import Cache
+from weightd.daemon.checkpoints.header import MAX_HEADER_BYTES
 from weightd.daemon.errors import PeersOff, UnknownStage
-from weightd.daemon.header import MAX_HEADER_BYTES
-from weightd.daemon.metrics import Metrics
-from weightd.daemon.peers.fleet import Fleet
-from weightd.daemon.peers.following import FORMAT
-from weightd.daemon.peers.serving import Serving
-from weightd.daemon.sources import MAX_URI_BYTES
+from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.peers.finding.fleet import Fleet
+from weightd.daemon.peers.finding.following import FORMAT
+from weightd.daemon.peers.serving.server import Serving
+from weightd.daemon.sources.uris import MAX_URI_BYTES
 
 Size = Annotated[int, Field(ge=0, lt=1 << 53)]
 StageKey = Annotated[

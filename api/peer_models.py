@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from weightd.daemon.node import Node
-from weightd.daemon.peers.fleet import Traffic
-from weightd.daemon.stage import Stage
+from weightd.daemon.node.service import Node
+from weightd.daemon.peers.finding.fleet import Traffic
+from weightd.daemon.stages.stage import Stage
 
 
 class PeerUseRecord(BaseModel):

@@ -11,12 +11,12 @@ import ssl
 
 from weightd.api.peer_app import create_peer_app
 from weightd.api.uvicorn_server import Server
-from weightd.daemon.metrics import Metrics
-from weightd.daemon.node import Node
-from weightd.daemon.peers.directory import Directory, open_directory
-from weightd.daemon.peers.fleet import Fleet
-from weightd.daemon.peers.mover import MoverFailed, unavailable
-from weightd.daemon.peers.serving import Serving
+from weightd.daemon.node.service import Node
+from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.peers.finding.directory import Directory, open_directory
+from weightd.daemon.peers.finding.fleet import Fleet
+from weightd.daemon.peers.moving.mover import MoverFailed, unavailable
+from weightd.daemon.peers.serving.server import Serving
 from weightd.daemon.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from weightd.api.models import Health
 from weightd.api.problems import install, responses
 from weightd.api.uvicorn_server import Server
 from weightd.daemon.errors import NotReady
-from weightd.daemon.node import Node
+from weightd.daemon.node.service import Node
 
 _CONNECTIONS = 64
 """At the same time, of each port: it is open to the network."""

@@ -12,10 +12,10 @@ from starlette.exceptions import HTTPException
 
 from weightd.api.models import Problem
 from weightd.daemon.errors import DaemonError
-from weightd.daemon.logs import request_id
-from weightd.daemon.metrics import Metrics
-from weightd.daemon.refusals import Refusals
-from weightd.daemon.request import describe_errors
+from weightd.daemon.observing.logs import request_id
+from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.observing.refusals import Refusals
+from weightd.daemon.stages.request import describe_errors
 
 STATUS = {
     "invalid_request": 422,

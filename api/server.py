@@ -13,22 +13,23 @@ from weightd.api.gate import PeerProtocol
 from weightd.api.peering import Peering, open_fleet
 from weightd.api.probes import Port, health_routes, metrics_routes
 from weightd.api.uvicorn_server import Server
-from weightd.daemon import keeper, logs
-from weightd.daemon.cache import Cache
-from weightd.daemon.credentials import AllowedPeers
-from weightd.daemon.deposits import Deposits
-from weightd.daemon.devices import open_devices
+from weightd.daemon.checkpoints.cache import Cache
+from weightd.daemon.devices.discovery import open_devices
 from weightd.daemon.errors import InvalidRequest
-from weightd.daemon.keeper import LISTEN, LOCK
-from weightd.daemon.lending import LeaseServer
-from weightd.daemon.metrics import Metrics
-from weightd.daemon.node import Node
-from weightd.daemon.peers.mover import unavailable
-from weightd.daemon.preload import Preload, read
-from weightd.daemon.residency import Residency
+from weightd.daemon.keeper import supervisor
+from weightd.daemon.keeper.deposits import Deposits
+from weightd.daemon.keeper.supervisor import LISTEN, LOCK
+from weightd.daemon.lending.credentials import AllowedPeers
+from weightd.daemon.lending.lease_socket import LeaseServer
+from weightd.daemon.lending.listeners import Listeners
+from weightd.daemon.node.preload import Preload, read
+from weightd.daemon.node.service import Node
+from weightd.daemon.observing import logs
+from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.peers.moving.mover import unavailable
 from weightd.daemon.settings import Settings
-from weightd.daemon.sockets import Listeners
-from weightd.daemon.sources import Allow
+from weightd.daemon.sources.uris import Allow
+from weightd.daemon.stages.residency import Residency
 from weightd.ipc import CudaError, cuda
 from weightd.ipc.runtime_dir import API_SOCKET, LEASE_SOCKET
 
@@ -50,7 +51,7 @@ def serve(settings: Settings) -> int:
     allow = Allow(settings.allow)
     held = deposits.collect()
     # Without a keeper, which has locked it, the directory is this process's own to lock.
-    lock = held.pop(LOCK, None) or keeper.lock(str(settings.runtime_dir))
+    lock = held.pop(LOCK, None) or supervisor.lock(str(settings.runtime_dir))
     sockets = {name: held.pop(name) for name in list(held) if name.startswith(LISTEN)}
     listeners = Listeners(settings.runtime_dir, deposits, sockets)
     try:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from charts.readme import documented
-from weightd.daemon.request import StageRequest
 from weightd.daemon.settings import Settings
-from weightd.daemon.sources import OPENERS
+from weightd.daemon.sources.uris import OPENERS
+from weightd.daemon.stages.request import StageRequest
 
 CHART = Path(__file__).parent / "weightd"
 FILE = CHART / "values.schema.json"

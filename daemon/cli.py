@@ -25,9 +25,9 @@ except ImportError as missing:
     sys.exit(f"weightd: {missing}: the command needs the daemon's packages: pip install 'weightd[daemon]'")
 
 from weightd.daemon.errors import InvalidRequest
-from weightd.daemon.preload import read as read_preload
-from weightd.daemon.request import describe_errors
+from weightd.daemon.node.preload import read as read_preload
 from weightd.daemon.settings import Settings
+from weightd.daemon.stages.request import describe_errors
 from weightd.ipc import Client, WeightdError
 from weightd.ipc import runtime_dir as default_runtime_dir
 
@@ -261,7 +261,7 @@ def reload(
     wait: Annotated[float, typer.Option(help="Seconds to wait for the new daemon.")] = 30.0,
 ) -> None:
     """Replace the daemon by a new one, of the version that is installed now, without moving a byte of weights."""
-    from weightd.daemon.reload import NoKeeper, reload_daemon
+    from weightd.daemon.keeper.control import NoKeeper, reload_daemon
 
     try:
         before, after = reload_daemon(runtime_dir or default_runtime_dir(), wait)
@@ -326,7 +326,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Check what staging and attaching need, and say how to mend what is missing. Exit code 1 where something is."""
-    from weightd.daemon.doctor import examine, probe
+    from weightd.daemon.doctor.checks import examine, probe
 
     findings = probe(ready=ready) if quick or ready else examine()
 

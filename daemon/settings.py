@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import ByteSize, Field, FilePath, SecretStr, TypeAdapter, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from weightd.daemon.digests import LEAF
 from weightd.daemon.errors import InvalidRequest
+from weightd.daemon.layouts.digests import LEAF
 from weightd.daemon.limits import CudaLimits, FillLimits, NodeLimits
-from weightd.daemon.peers.directory import host_port, is_address, joined
-from weightd.daemon.peers.directory import parse as parse_directory
-from weightd.daemon.sources import Allow
+from weightd.daemon.peers.finding.directory import host_port, is_address, joined
+from weightd.daemon.peers.finding.directory import parse as parse_directory
+from weightd.daemon.sources.uris import Allow
 from weightd.ipc.runtime_dir import runtime_dir
 
 _SIZE: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)

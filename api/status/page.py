@@ -17,8 +17,8 @@ from typing import Any
 
 from weightd.api import overview
 from weightd.api.models import device_record
-from weightd.daemon.node import Node
-from weightd.daemon.stage import Stage
+from weightd.daemon.node.service import Node
+from weightd.daemon.stages.stage import Stage
 
 _SCRIPTS = ("elements.js", "stream.js", "devices.js", "stages.js", "tables.js", "page.js")
 MAX_BYTES = 59_900

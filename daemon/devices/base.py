@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from weightd.daemon.recipe import Block
+from weightd.daemon.layouts.recipe import Block
 
 
 class Segment(Protocol):

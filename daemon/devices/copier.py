@@ -13,9 +13,9 @@ from importlib import util
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from weightd.daemon.devices.pinned import PinnedBuffers, pinned
-from weightd.daemon.digests import LEAF, leaf_digest
-from weightd.daemon.recipe import Block
-from weightd.daemon.slots import address_of
+from weightd.daemon.filling.slots import address_of
+from weightd.daemon.layouts.digests import LEAF, leaf_digest
+from weightd.daemon.layouts.recipe import Block
 from weightd.ipc.cuda import Gpu, call, driver
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 import cupy
 import numpy
 
-from weightd.daemon.digests import LEAF, leaf_digest
+from weightd.daemon.layouts.digests import LEAF, leaf_digest
 from weightd.ipc.cuda import Gpu, report
 from weightd.ipc.errors import CudaError
 

@@ -11,7 +11,7 @@ import os
 import random
 from typing import Literal, NamedTuple
 
-from weightd.daemon.sources import libstreamer
+from weightd.daemon.devices import libstreamer
 from weightd.ipc.cuda import Gpu, call
 
 _FILE_BYTES = 4 << 20

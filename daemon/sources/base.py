@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weightd.daemon.errors import CheckpointChanged
 
 if TYPE_CHECKING:
-    from weightd.daemon.fill import Fill
+    from weightd.daemon.filling.fill import Fill
 
 
 class SourceFile(NamedTuple):

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, InvalidCheckpoint
-from weightd.daemon.extents import Extent
-from weightd.daemon.fill import Fill, Landing
-from weightd.daemon.sources import Allow
+from weightd.daemon.filling.fill import Fill, Landing
+from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.sources.base import Reader, SourceFile, changed
+from weightd.daemon.sources.uris import Allow
 
 MAX_FILES = 100_000
 """Files in one folder, over which it is taken for no checkpoint."""

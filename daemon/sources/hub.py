@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from weightd.daemon.checkpoint import INDEX_NAME, read_index
+from weightd.daemon.checkpoints.listing import INDEX_NAME, read_index
 from weightd.daemon.errors import CheckpointNotFound, CredentialsRefused, DaemonError, InvalidRequest, SourceFailed
-from weightd.daemon.sources import Allow
 from weightd.daemon.sources.base import Reader, SourceFile
 from weightd.daemon.sources.file import FileSource
+from weightd.daemon.sources.uris import Allow
 
 
 def open_source(uri: str, allow: Allow) -> HubSource:

@@ -14,9 +14,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from weightd.daemon.errors import CheckpointNotFound, CredentialsRefused, InvalidRequest, SourceFailed
-from weightd.daemon.sources import Allow
 from weightd.daemon.sources.base import SourceFile
 from weightd.daemon.sources.streamed import StreamerReader
+from weightd.daemon.sources.uris import Allow
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore

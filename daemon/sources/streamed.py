@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from weightd.daemon.devices import libstreamer
 from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, SourceFailed
-from weightd.daemon.extents import Extent
-from weightd.daemon.fill import Fill, Landing
-from weightd.daemon.sources import libstreamer
+from weightd.daemon.filling.fill import Fill, Landing
+from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.sources.base import Source, SourceFile, changed
 from weightd.daemon.sources.window import Window
 from weightd.ipc.cuda import gpus

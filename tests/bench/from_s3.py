@@ -37,7 +37,7 @@ def library(primer: str, uris: list[str], sizes: list[int], part: int, in_flight
 
     ``fresh``: into memory that has to be faulted in meanwhile, as a segment has to.
     """
-    from weightd.daemon.sources.libstreamer import SUCCESS, Streamer, describe
+    from weightd.daemon.devices.libstreamer import SUCCESS, Streamer, describe
 
     def load(ranges: list[tuple[str, int, int]], base: int) -> None:
         streamer = Streamer()

@@ -41,8 +41,8 @@ from tests.bench.session import Session
 from tests.network import Network, Node, at_once, daemons_on
 from tests.peers.fleet import movers_at_work
 from tests.servers import Daemon, Missing, free_ports
-from weightd.daemon.peers.following import FORMAT
-from weightd.daemon.peers.mover import unavailable
+from weightd.daemon.peers.finding.following import FORMAT
+from weightd.daemon.peers.moving.mover import unavailable
 
 MAX_SIZE = 2 << 30
 LINK_RATE = 60_000_000
@@ -130,7 +130,7 @@ def _same_machine(session: Session, section: Section, model: Path) -> None:
 
 def raw_read(nbytes: int, fresh: bool) -> Sample:
     """Contender: read memory of another process into a memfd, with NIXL and nothing else."""
-    from weightd.daemon.peers.nixl import Agent, Transfer
+    from weightd.daemon.peers.moving.nixl import Agent, Transfer
 
     source = subprocess.Popen(
         [sys.executable, "-m", "tests.bench.peer", str(nbytes)],
@@ -162,7 +162,7 @@ def raw_read(nbytes: int, fresh: bool) -> Sample:
 
 def serve_memory(nbytes: int) -> None:
     """The process that ``raw_read`` reads from: ones, all of them there, until stdin ends."""
-    from weightd.daemon.peers.nixl import Agent
+    from weightd.daemon.peers.moving.nixl import Agent
 
     _, block = faulted_memfd(nbytes)
     ones = b"\1" * (1 << 20)
@@ -236,7 +236,7 @@ def _copy(source: Node, target: Node, nbytes: int) -> Sample:
 
 def register(nbytes: int, count: int) -> Sample:
     """Contender: make memory readable as so many regions, and the metadata that peers need for it."""
-    from weightd.daemon.peers.nixl import Agent, kind
+    from weightd.daemon.peers.moving.nixl import Agent, kind
 
     agent = Agent()
     _, block = faulted_memfd(nbytes)

@@ -35,8 +35,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weightd.daemon.peers.assignment import Assignment
-from weightd.daemon.peers.membership import Readers, degree, first_readers, neighbours
+from weightd.daemon.peers.finding.membership import Readers, degree, first_readers, neighbours
+from weightd.daemon.peers.pulling.assignment import Assignment
 
 KEY = "5bd1c1f9a6f84f0c8ea1ad32c57b3ed2"
 GROUP = 8 << 20

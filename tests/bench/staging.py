@@ -8,16 +8,16 @@ import time
 from pathlib import Path
 
 from tests.bench.measure import Sample, faulted_memfd, timed, warm_cache, warm_memory
-from weightd.daemon.cache import Cache
-from weightd.daemon.checkpoint import list_checkpoint, open_checkpoint
-from weightd.daemon.devices import Device
+from weightd.daemon.checkpoints.cache import Cache
+from weightd.daemon.checkpoints.listing import list_checkpoint, open_checkpoint
+from weightd.daemon.devices.base import Device
 from weightd.daemon.devices.cpu import CpuDevice
-from weightd.daemon.extents import Demands, plan_extents
-from weightd.daemon.layout import checkpoint_layout
-from weightd.daemon.request import StageRequest
+from weightd.daemon.layouts.checkpoint import checkpoint_layout
+from weightd.daemon.layouts.extents import Demands, plan_extents
 from weightd.daemon.settings import Settings
-from weightd.daemon.sources import Allow, canonical, open_source
-from weightd.daemon.staging import Loading, make_plan
+from weightd.daemon.sources.uris import Allow, canonical, open_source
+from weightd.daemon.stages.loading import Loading, make_plan
+from weightd.daemon.stages.request import StageRequest
 from weightd.ipc import Client
 
 _RELEASE_DEADLINE = 30.0

@@ -25,7 +25,7 @@ import yaml
 from tests.chart.cases import SINGLE
 from tests.chart.helm import CHART, manifests
 from tests.chart.manifests import container, env_of, find
-from tests.checkpoints import write_checkpoint
+from tests.checkpoint_files import write_checkpoint
 from tests.conftest import command, lacking
 from tests.servers import Daemon, Missing, SeaweedFS, free_ports, until
 

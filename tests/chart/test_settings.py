@@ -14,10 +14,10 @@ from charts.schema import ELSEWHERE
 from tests.chart.cases import CASES, MAP, PEERS, rendered
 from tests.chart.helm import Manifest, manifests
 from tests.chart.manifests import container, daemon_of, env_of, pod_spec, workloads
-from weightd.daemon import preload
-from weightd.daemon.peers.directory import host_port
-from weightd.daemon.request import parse_request
+from weightd.daemon.node import preload
+from weightd.daemon.peers.finding.directory import host_port
 from weightd.daemon.settings import Settings
+from weightd.daemon.stages.request import parse_request
 
 ADDRESSES = {"IPv4": "10.1.2.3", "IPv6": "fd00::7"}
 LIKELY: dict[str, Any] = {

@@ -16,7 +16,7 @@ from charts import readme, schema
 from tests.chart.cases import CASES, MAP
 from tests.chart.helm import CHART, helm, manifests
 from weightd.daemon.errors import InvalidRequest
-from weightd.daemon.request import parse_request
+from weightd.daemon.stages.request import parse_request
 
 ROOT = CHART.parent.parent
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())

@@ -22,13 +22,13 @@ from safetensors.numpy import save_file
 
 from tests.conftest import command, lacking
 from tests.servers import Daemon, until
-from weightd.daemon.deposits import Deposits
 from weightd.daemon.devices.cpu import CpuDevice
-from weightd.daemon.ledger import Ledger
-from weightd.daemon.metrics import Metrics
-from weightd.daemon.request import StageRequest
-from weightd.daemon.residency import Residency, evictable, expires_at
-from weightd.daemon.stage import Stage
+from weightd.daemon.filling.ledger import Ledger
+from weightd.daemon.keeper.deposits import Deposits
+from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.stages.request import StageRequest
+from weightd.daemon.stages.residency import Residency, evictable, expires_at
+from weightd.daemon.stages.stage import Stage
 from weightd.ipc import AttachTimeout, DaemonUnavailable, RequestRefused, Weights
 
 Start = Callable[..., Daemon]

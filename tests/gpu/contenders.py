@@ -146,7 +146,7 @@ def digests(nbytes: int, lot: int) -> Sample:
     import cupy
 
     from weightd.daemon.devices.gpu_digests import GpuDigests
-    from weightd.daemon.digests import LEAF
+    from weightd.daemon.layouts.digests import LEAF
     from weightd.ipc.cuda import gpus
 
     gpu = gpus()[0]

@@ -238,7 +238,7 @@ class Engine:
         import numpy
 
         from weightd.daemon.devices.gpu_digests import GpuDigests
-        from weightd.daemon.digests import LEAF, leaf_digest
+        from weightd.daemon.layouts.digests import LEAF, leaf_digest
 
         gpu = gpus()[0]
         digests = GpuDigests(gpu)

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 
 from tests.bench.contender import ROOT, die_with_parent
-from tests.checkpoints import Tensor, nbytes, write_checkpoint
+from tests.checkpoint_files import Tensor, nbytes, write_checkpoint
 from tests.fakecuda import FakeCuda
 from tests.servers import Daemon
 

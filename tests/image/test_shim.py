@@ -110,7 +110,7 @@ def test_an_engine_that_installs_weightd_as_well_still_has_one_weightd_ipc(
     for wheel in (part, own):
         (both.root / wheel.name).write_bytes(wheel.read_bytes())
         install(both, f"/{wheel.name}")
-    where = "import weightd.ipc, weightd.daemon.keeper as k; print(weightd.ipc.__file__, k.__file__)"
+    where = "import weightd.ipc, weightd.daemon.keeper.supervisor as k; print(weightd.ipc.__file__, k.__file__)"
     # What is on PYTHONPATH comes first; without it, what was installed.
     first = both.run("python", "-c", where).split()
     assert first[0] == "/opt/weightd/weightd/ipc/__init__.py"

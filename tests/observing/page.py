@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightd.api import problems  # noqa: F401  # has error codes of its own
-from weightd.daemon.clock import STAGE_PHASES
-from weightd.daemon.families import FAMILIES, LABELS, MAX_MODELS, MAX_PEERS, PROCESS, SECTIONS, Family
-from weightd.daemon.metrics import error_codes
+from weightd.daemon.observing.clock import STAGE_PHASES
+from weightd.daemon.observing.families import FAMILIES, LABELS, MAX_MODELS, MAX_PEERS, PROCESS, SECTIONS, Family
+from weightd.daemon.observing.metrics import error_codes
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 _HEAD = f"""\
 # Metrics
 
-<!-- Made by `python -m tests.observing.page` from daemon/families.py; a test compares. -->
+<!-- Made by `python -m tests.observing.page` from daemon/observing/families.py; a test compares. -->
 
 `GET /metrics` answers in the Prometheus text format: on the Unix socket, on the port of the API, and on the port of
 `WEIGHTD_METRICS_LISTEN`, which serves nothing else. What is there, how many series there can be, and how to read the

@@ -13,8 +13,8 @@ import yaml
 from tests.conftest import command
 from tests.observing.prometheus import HOW
 from tests.observing.test_dashboard import ALERTS, known, metric_names
-from weightd.daemon.families import BETTER_PATHS, ENDS, FAMILIES, SOURCES, STAGE_STATES, TRANSPORTS
-from weightd.daemon.metrics import error_codes
+from weightd.daemon.observing.families import BETTER_PATHS, ENDS, FAMILIES, SOURCES, STAGE_STATES, TRANSPORTS
+from weightd.daemon.observing.metrics import error_codes
 
 RUNBOOK = Path(__file__).parents[2] / "docs" / "runbook.md"
 RULES: list[dict[str, Any]] = [

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from weightd.daemon import clock as clocks
-from weightd.daemon.clock import STAGE_PHASES, Clock, by_phase
+from weightd.daemon.observing import clock as clocks
+from weightd.daemon.observing.clock import STAGE_PHASES, Clock, by_phase
 
 
 class Time:

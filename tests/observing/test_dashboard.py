@@ -19,7 +19,7 @@ from tests.conftest import lacking
 from tests.observing.page import PAGE
 from tests.observing.prometheus import Prometheus
 from tests.servers import Daemon, SeaweedFS, free_ports, until
-from weightd.daemon.families import FAMILIES, PROCESS
+from weightd.daemon.observing.families import FAMILIES, PROCESS
 
 ALERTS = FILE.parent / "alerts.yaml"
 BOARD: dict[str, Any] = json.loads(FILE.read_text())

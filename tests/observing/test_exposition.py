@@ -23,7 +23,7 @@ from tests.conftest import command
 from tests.observing.page import PAGE, page
 from tests.observing.prometheus import HOW
 from tests.servers import Daemon, s3_env, until
-from weightd.daemon.families import FAMILIES, LABELS, PROCESS
+from weightd.daemon.observing.families import FAMILIES, LABELS, PROCESS
 
 MODELS = 1000
 SECRET = "5ec2e7"

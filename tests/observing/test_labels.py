@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from weightd.daemon.labels import OTHER, Named, label, model_label
+from weightd.daemon.observing.labels import OTHER, Named, label, model_label
 
 SIGNED = "X-Amz-Credential=AKIAEXAMPLE&X-Amz-Signature=5ec2e7"
 

@@ -82,7 +82,7 @@ def maps_of(pid: int) -> str:
 def is_mover(pid: int) -> bool:
     """Whether it has become one: until then a new process is a copy of its parent, environment and all."""
     try:
-        return b"weightd.daemon.peers.mover" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"weightd.daemon.peers.moving.mover" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import write_checkpoint
-from tests.cuda.fakes import EXPECTED, SHARDS, Machine
+from tests.checkpoint_files import write_checkpoint
+from tests.devices.cuda.fakes import EXPECTED, SHARDS, Machine
 from tests.fault_proxy import FaultProxy
+from tests.node.test_adoption import ended
 from tests.peers.fleet import weight_bytes
 from tests.servers import Daemon, SeaweedFS, free_ports, until
-from tests.test_adoption import ended
 
 PARALLEL = {"tp_size": 2, "tp_rank": "all", "map": {"q": 1, "o": 0, "*": "replicate"}}
 

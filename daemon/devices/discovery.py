@@ -1,0 +1,23 @@
+"""Where segments live."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from weightd.daemon.devices import cpu, cuda
+from weightd.daemon.devices.base import Copier, Device, Segment
+from weightd.daemon.limits import CudaLimits
+
+__all__ = ["Copier", "Device", "Segment", "open_devices"]
+
+
+def open_devices(capacity: Mapping[str, int], limits: CudaLimits) -> dict[str, Device]:
+    """All devices of this machine by name; ``capacity`` overrides their default, in bytes.
+
+    Raises ValueError where it names a device that is not here.
+    """
+    found: list[Device] = [*cpu.discover(capacity), *cuda.discover(capacity, limits)]
+    devices = {device.name: device for device in found}
+    if unknown := sorted(capacity.keys() - devices.keys()):
+        raise ValueError(f"capacity names {unknown[0]}, this machine has {', '.join(devices)} (and cpu:N, made by it)")
+    return devices

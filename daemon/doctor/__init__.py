@@ -1,0 +1,1 @@
+"""``weightd doctor``: what staging and attaching need, looked at one by one."""

@@ -1,0 +1,471 @@
+"""Filling segments: where a stage's bytes land, are scattered, copied on and hashed.
+
+A source's reader takes extents from a Fill, writes their bytes to their landing, and says so; everything that is the
+same for all sources happens here, and what has come of it is in the fill's account. Methods may be called from any
+thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import random
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from weightd.daemon.checkpoints.header import TensorInfo
+from weightd.daemon.devices.cpu import HostBuffers
+from weightd.daemon.errors import DigestMismatch, SourceFailed
+from weightd.daemon.filling.account import Account
+from weightd.daemon.filling.arrivals import Arrivals
+from weightd.daemon.filling.ledger import Ledger
+from weightd.daemon.filling.ordered_hash import OrderedHash
+from weightd.daemon.filling.slots import Slots, address_of
+from weightd.daemon.layouts.digests import LEAF, leaf_count, leaf_digest
+from weightd.daemon.layouts.extents import Extent, Scatter
+from weightd.daemon.layouts.recipe import Block, Recipe, copy_block
+from weightd.daemon.limits import FillLimits
+from weightd.daemon.observing.clock import Clock
+
+if TYPE_CHECKING:
+    from prometheus_client import Counter
+
+    from weightd.daemon.devices.base import Segment
+    from weightd.daemon.observing.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+PHASES = ("source", "buffers", "copying", "verifying")
+"""Where a loading thread's time goes: waiting on the source, waiting for a bounce buffer, copying, hashing."""
+
+
+class _Phase:
+    """A block of a thread's time; a class, as a generator would cost more than what it measures."""
+
+    __slots__ = ("_fill", "_phase", "_since", "_source")
+
+    def __init__(self, fill: Fill, phase: str, source: str) -> None:
+        self._fill = fill
+        self._phase = phase
+        self._source = source
+
+    def __enter__(self) -> None:
+        self._since = self._fill._enter(self._phase, self._source)
+
+    def __exit__(self, *_: object) -> None:
+        self._fill._leave(self._phase, self._source, self._since)
+
+
+class Landing:
+    """Where one extent's bytes go: host memory at ``address``, as ``views`` in order, or device memory there.
+
+    ``device`` is the GPU's number, as libstreamer counts them; None for host memory.
+    """
+
+    __slots__ = ("address", "device", "holders", "slot", "views")
+
+    def __init__(
+        self, views: list[memoryview], address: int, slot: mmap.mmap | None = None, device: int | None = None
+    ) -> None:
+        self.views = views
+        self.address = address
+        self.slot = slot
+        self.device = device
+        self.holders = 1
+        """Who still reads from it: what puts its bytes to their places, and the file's SHA-256 in its turn."""
+
+
+class Fill:
+    """One filling of segments by ``extents``. Counters are for watching: they only grow, and are read unlocked.
+
+    ``segments`` and ``recipes`` are parallel. ``ledger`` is where marks and digests go, as ``ledger_for`` makes it;
+    what it says has landed already is not read again. Without one, they go with this object. ``buffered`` says that the
+    source would as well read into buffers, ``native`` that its reader can write to device memory. ``expected_leaves``
+    maps a tensor's name to the leaf digests that are known of it: a leaf that differs fails the fill at once.
+    ``sha256_prefixes`` maps a file's index to the bytes in front of its tensors, for files whose SHA-256 is wanted.
+    ``on_verified(segment, entries)`` is told of entries (their indices) all of whose leaves are hashed. ``clock`` is
+    told what threads are at.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[TensorInfo],
+        recipes: Sequence[Recipe],
+        segments: Sequence[Segment],
+        extents: Sequence[Extent],
+        limits: FillLimits,
+        *,
+        ledger: Ledger | None = None,
+        buffered: bool = False,
+        native: bool = False,
+        expected_leaves: Mapping[str, array[int]] | None = None,
+        sha256_prefixes: Mapping[int, bytes] | None = None,
+        on_verified: Callable[[int, list[int]], None] = lambda segment, entries: None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.threads = limits.threads
+        self.in_flight_bytes = limits.in_flight_bytes
+        self.extent_bytes = limits.extent_bytes
+        self.retries = 0
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.account = Account(
+            tensors,
+            recipes,
+            extents,
+            ledger=ledger,
+            expected_leaves=expected_leaves or {},
+            on_verified=on_verified,
+        )
+        self.sha256 = {file: OrderedHash(prefix) for file, prefix in (sha256_prefixes or {}).items()}
+        self._recipes = recipes
+        self._segments = segments
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._sent: dict[tuple[int, int, int], int] = {}
+        """(segment, entry, leaf) → its digest, of what is on its way from a peer to a device."""
+        self._by_peers: set[int] = set()
+        """Extents on that way."""
+        self._retry_counter: Counter | None = None
+        self._phase_counter: Counter | None = None
+        self._phase_counters: dict[tuple[str, str], Counter] = {}
+        self._mismatch_counter: Counter | None = None
+        self._source = ""
+        self._clock = clock or Clock()
+        self._failure: BaseException | None = None
+        on_device = bool(segments) and segments[0].device.uuid is not None
+        self._arrivals = Arrivals(segments, self._digest, self._fail, self.phase) if on_device else None
+        self._native = native
+        self._buffered = on_device or (buffered and all(segment.buffered for segment in segments))
+        # Each reading thread has one at a time, and the last one is kept for the urgent; on the way to a GPU as many
+        # again are being copied.
+        least = limits.threads * (2 if on_device else 1) + 1
+        count = max(limits.bounce_buffers, least) if self._buffered else limits.bounce_buffers
+        largest = max((extent.nbytes for extent in extents), default=0)
+        # Those of a device are kept for the next stage: all of one size, then.
+        size = max(largest, limits.extent_bytes) if on_device else largest
+        self._slots = Slots(count, segments[0].device.buffers(size) if segments else HostBuffers(size))
+
+    def count_with(self, metrics: Metrics, source: str) -> None:
+        """Add to a daemon's counters from now on, under the source's kind."""
+        self.account.count_with(metrics, source)
+        self._retry_counter = metrics.source_retries.labels(source)
+        self._phase_counter, self._source = metrics.phase_seconds, source
+        self._mismatch_counter = metrics.mismatches
+
+    @property
+    def stopped(self) -> bool:
+        """Whether readers are to give up."""
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        """Make readers give up soon, and let go of what waits for them."""
+        self._stop.set()
+        self._slots.wake()
+        for ordered in self.sha256.values():
+            ordered.clear()
+
+    def finish(self) -> None:
+        """Wait for what still is on its way once all has been read. Raises what failed meanwhile."""
+        if self._arrivals is not None:
+            self._arrivals.finish()
+        if self._failure is not None:
+            raise self._failure
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self.stop()
+
+    def close(self) -> None:
+        """Let go of bounce buffers and of the ledger. Only once nothing reads any more."""
+        if self._arrivals is not None:
+            self._arrivals.close()
+        self._failure = None
+        self._slots.close()
+        self.account.close()
+
+    def wait(self, seconds: float, phase: str = "source") -> None:
+        """Sleep, but no longer than until the fill is stopped; what is waited for is a phase."""
+        with self.phase(phase):
+            self._stop.wait(seconds)
+
+    def next(self) -> Extent | None:
+        """The next extent to read, in order; None when there is no more, or the fill is stopped."""
+        return None if self.stopped else self.account.take()
+
+    def landing(self, extent: Extent, *, wait: bool = True) -> Landing | None:
+        """Where the extent's bytes go; None where no bounce buffer is free and waiting is not wanted (any more)."""
+        if extent.scatters is None and self._native and extent.file not in self.sha256 and len(extent.runs) == 1:
+            run = extent.runs[0]
+            target = self._segments[run.segment]
+            return Landing([], target.address + run.offset, device=target.device.streams_into())
+        if extent.scatters is None and not self._buffered:
+            first = extent.runs[0]
+            views = [self._segments[run.segment].view[run.offset : run.offset + run.nbytes] for run in extent.runs]
+            return Landing(views, self._segments[first.segment].address + first.offset)
+        ordered = self.sha256.get(extent.file)
+        with self.phase("buffers"):
+            slot = self._slots.take(wait, self._stop, lambda: ordered is None or ordered.position == extent.offset)
+        if slot is None:
+            return None
+        return Landing([memoryview(slot)[: extent.nbytes]], address_of(slot), slot)
+
+    def abandon(self, landing: Landing) -> None:
+        """Give a landing back that nothing writes to any more."""
+        landing.views.clear()
+        if landing.slot is not None:
+            self._slots.give(landing.slot)
+
+    def _let_go(self, landing: Landing) -> None:
+        with self._lock:
+            landing.holders -= 1
+            last = not landing.holders
+        if last:
+            self.abandon(landing)
+
+    def landed(self, extent: Extent, landing: Landing) -> None:
+        """All bytes of the extent are where ``landing`` said. Raises DigestMismatch."""
+        if extent.tensor is not None:
+            with self.phase("verifying"):
+                tensor, leaf = extent.tensor
+                leaves = self.account.tensor_leaves.get(tensor)
+                if leaves is not None:
+                    self._hash(leaves, leaf, landing.views[0], 0, extent.nbytes)
+                    self.account.compare_tensor(tensor, leaves, leaf, leaf_count(extent.nbytes))
+        ordered = self.sha256.get(extent.file)
+        landing.holders = 2 if ordered else 1
+        if self._arrivals is None:
+            self._land_on_host(extent, landing)
+        else:
+            self._send(extent, landing, self._arrivals, read_back=ordered is not None or extent.tensor is not None)
+        if ordered:
+            with self.phase("verifying"):
+                ordered.add(extent.offset, extent.nbytes, landing.views[:], lambda: self._let_go(landing))
+            self._slots.wake()
+
+    # ------------------------------------------------------------------ host memory
+
+    def _land_on_host(self, extent: Extent, landing: Landing) -> None:
+        through = extent.scatters is None and landing.slot is not None
+        if extent.scatters is not None:
+            with self.phase("copying"):
+                for scatter in extent.scatters:
+                    self._scatter(scatter, landing)
+        with self.phase("verifying"):
+            position = 0
+            for piece in extent.pieces:
+                if piece.leaf >= 0:
+                    if through:
+                        view, offset = landing.views[0], position
+                    else:
+                        view, offset = self._segments[piece.segment].view, piece.offset
+                    leaves = self.account.leaves[piece.segment][piece.entry]
+                    self._hash(leaves, piece.leaf, view, offset, piece.nbytes)
+                    self.account.compare_entry(piece.segment, piece.entry, piece.leaf, leaf_count(piece.nbytes))
+                position += piece.nbytes
+        if through:
+            with self.phase("copying"):
+                position = 0
+                for run in extent.runs:
+                    self._segments[run.segment].write(run.offset, landing.views[0][position : position + run.nbytes])
+                    position += run.nbytes
+        with self.phase("verifying"):
+            complete = self.account.count(extent)
+            late = self.account.late(extent, complete)
+            for segment, index in late:
+                entry = self._recipes[segment].entries[index]
+                leaves = self.account.leaves[segment][index]
+                self._hash(leaves, 0, self._segments[segment].view, entry.offset, entry.nbytes)
+        self.account.mark(extent, late)
+        self._let_go(landing)
+        self.account.tell(complete)
+
+    # ------------------------------------------------------------------ device memory
+
+    def _send(self, extent: Extent, landing: Landing, arrivals: Arrivals, *, read_back: bool) -> None:
+        """Copy it on; ``read_back`` where something is expected of the bytes that came, which no digest of what lies in
+        the GPU's memory can be compared with."""
+        if landing.device is not None:  # it is there already
+            arrivals.add(extent)
+            return
+        with self.phase("copying"):
+            scatters = extent.scatters
+            if scatters is None:
+                position, scatters = 0, []
+                for run in extent.runs:
+                    scatters.append(Scatter(run.segment, Block(position, 0, run.offset, 0, run.nbytes, 1)))
+                    position += run.nbytes
+            for scatter in scatters:
+                arrivals.put(scatter.segment, scatter.block, landing.address)
+            marks = arrivals.marks({scatter.segment for scatter in scatters})
+
+        def copied() -> None:
+            if read_back:
+                for scatter in scatters:
+                    if not arrivals.check(scatter.segment, scatter.block, landing.address):
+                        self._changed_on_the_way(extent)
+            self._let_go(landing)
+
+        arrivals.add(extent, marks, copied)
+
+    def _changed_on_the_way(self, extent: Extent) -> None:
+        piece = extent.pieces[0]
+        name = self._recipes[piece.segment].entries[piece.entry].name
+        raise DigestMismatch(
+            f"tensor {name!r}: bytes changed between the host and {self._segments[piece.segment].device.name}",
+            tensor=name,
+        )
+
+    def _digest(self, extents: Sequence[Extent]) -> None:
+        """These extents' bytes are in device memory: hash what lies there. Raises DigestMismatch."""
+        assert self._arrivals is not None
+        complete: dict[int, list[int]] = {}
+        with self.phase("verifying"):
+            whole = [
+                (piece.segment, piece.entry, piece.leaf, piece.offset, piece.nbytes)
+                for extent in extents
+                for piece in extent.pieces
+                if piece.leaf >= 0
+            ]
+            self._hash_on_device(whole)
+            for segment, index, leaf, _, nbytes in whole:
+                self.account.compare_entry(segment, index, leaf, leaf_count(nbytes))
+            late = []
+            late_of: dict[int, list[tuple[int, int]]] = {}
+            for extent in extents:
+                done = self.account.count(extent, from_peer=extent.index in self._by_peers)
+                late_of[extent.index] = self.account.late(extent, done)
+                for segment, index in late_of[extent.index]:
+                    entry = self._recipes[segment].entries[index]
+                    late.append((segment, index, 0, entry.offset, entry.nbytes))
+                for segment, entries in done.items():
+                    complete.setdefault(segment, []).extend(entries)
+            self._hash_on_device(late)
+            for segment, index, leaf, _, nbytes in (*whole, *late):
+                self._compare_sent(segment, index, leaf, leaf_count(nbytes))
+        for extent in extents:
+            self.account.mark(extent, late_of[extent.index], from_peer=extent.index in self._by_peers)
+        self._by_peers.difference_update(extent.index for extent in extents)
+        self.account.tell(complete)
+
+    def _compare_sent(self, segment: int, entry: int, first: int, count: int) -> None:
+        """What a peer has brought was verified on the host: what lies on the device has to be the same."""
+        for leaf in range(first, first + count):
+            came = self._sent.pop((segment, entry, leaf), None)
+            if came is not None and came != self.account.leaves[segment][entry][leaf]:
+                name = self._recipes[segment].entries[entry].name
+                device = self._segments[segment].device.name
+                raise DigestMismatch(
+                    f"tensor {name!r}, leaf {leaf}: bytes changed between the host and {device}", tensor=name, leaf=leaf
+                )
+
+    def _hash_on_device(self, places: Sequence[tuple[int, int, int, int, int]]) -> None:
+        """Hash whole leaves from (segment, entry, first leaf, offset, bytes)."""
+        assert self._arrivals is not None
+        ranges = [
+            (segment, start, min(LEAF, offset + nbytes - start))
+            for segment, _, _, offset, nbytes in places
+            for start in range(offset, offset + nbytes, LEAF)
+        ]
+        found = iter(self._arrivals.leaves(ranges) if ranges else ())
+        for segment, entry, first, _, nbytes in places:
+            leaves = self.account.leaves[segment][entry]
+            for leaf in range(first, first + leaf_count(nbytes)):
+                leaves[leaf] = next(found)
+
+    # ------------------------------------------------------------------ what peers bring to devices
+
+    def send(self, views: Sequence[tuple[int, int, memoryview]], done: Callable[[], None]) -> None:
+        """Copy what came by another way, each (segment, offset, bytes), to device memory; ``done`` once it is there."""
+        assert self._arrivals is not None
+        with self.phase("copying"):
+            for segment, offset, view in views:
+                self._arrivals.put(segment, Block(0, 0, offset, 0, len(view), 1), address_of(view))
+            self._arrivals.add(None, self._arrivals.marks({segment for segment, _, _ in views}), done)
+
+    def drain(self) -> None:
+        """Wait until all that was sent to device memory is there, and counts."""
+        if self._arrivals is not None:
+            self._arrivals.finish()
+
+    def arrived_on_device(self, extents: Sequence[Extent], digests: Iterable[tuple[int, int, int, int]]) -> None:
+        """As ``Account.arrived``, of what ``send`` has sent: it counts once what lies there was hashed and compared."""
+        assert self._arrivals is not None
+        self._sent.update(((segment, entry, leaf), digest) for segment, entry, leaf, digest in digests)
+        self._by_peers.update(extent.index for extent in extents)
+        for extent in extents:
+            self._arrivals.add(extent)
+
+    # ------------------------------------------------------------------ retries and figures
+
+    def failed(self, extent: Extent, where: str, why: str) -> float:
+        """A read failed. Returns the seconds to wait before the next try; raises SourceFailed past the deadline."""
+        now = time.monotonic()
+        extent.first_failure = extent.first_failure or now
+        extent.attempts += 1
+        self.retries += 1
+        if self._retry_counter is not None:
+            self._retry_counter.inc()
+        spent = now - extent.first_failure
+        if spent >= self._limits.retry_deadline:
+            raise SourceFailed(
+                f"{where}: bytes {extent.offset} to {extent.offset + extent.nbytes}: {why}; "
+                f"given up after {extent.attempts} tries in {spent:.1f} s (WEIGHTD_RETRY_DEADLINE)",
+                attempts=extent.attempts,
+            )
+        if extent.attempts == 1:
+            log.warning("%s: bytes %d and up: %s; trying again", where, extent.offset, why)
+        # Full jitter: readers that failed together do not come back together.
+        return random.uniform(0.05, min(10.0, 0.1 * 2.0 ** min(extent.attempts, 10)))
+
+    def check_stall(self, last_progress: float, where: Sequence[str]) -> None:
+        """Raise SourceFailed where nothing has landed for the deadline; ``where`` names what is in flight."""
+        spent = time.monotonic() - last_progress
+        if spent > self._limits.retry_deadline:
+            raise SourceFailed(
+                f"{where[0]}: no byte of {len(where)} requests in flight has come for {spent:.1f} s "
+                "(WEIGHTD_RETRY_DEADLINE)"
+            )
+
+    def mismatched(self, source: str) -> None:
+        """What came from a source is not what was expected, and is not of the stage any more."""
+        if self._mismatch_counter is not None:
+            self._mismatch_counter.labels(source).inc()
+
+    def phase(self, name: str, source: str = "") -> _Phase:
+        """Count the time inside towards a phase (one of PHASES), in thread-seconds; ``source``: where it is not the
+        stage's own."""
+        return _Phase(self, name, source)
+
+    def _enter(self, phase: str, source: str) -> float:
+        self._clock.join(phase, source)
+        return time.perf_counter()
+
+    def _leave(self, phase: str, source: str, since: float) -> None:
+        spent = time.perf_counter() - since
+        self._clock.leave(phase, source)
+        with self._lock:
+            self.seconds[phase] += spent
+        if self._phase_counter is not None:
+            counter = self._phase_counters.get((phase, source))
+            if counter is None:
+                counter = self._phase_counter.labels(source or self._source, phase)
+                self._phase_counters[phase, source] = counter
+            counter.inc(spent)
+
+    def _hash(self, leaves: memoryview, first: int, view: memoryview, offset: int, nbytes: int) -> None:
+        end = offset + nbytes
+        for start in range(offset, end, LEAF):
+            leaves[first] = leaf_digest(view[start : min(start + LEAF, end)])
+            first += 1
+
+    def _scatter(self, scatter: Scatter, landing: Landing) -> None:
+        segment = self._segments[scatter.segment]
+        block = scatter.block
+        if block.rows == 1:
+            segment.write(block.target, landing.views[0][block.source : block.source + block.run])
+        else:
+            copy_block(block, landing.views[0], segment.view)

@@ -1,0 +1,1 @@
+"""How tensors become a segment: recipes, the reads that they come to, and digests of what is read."""

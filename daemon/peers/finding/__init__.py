@@ -1,0 +1,1 @@
+"""Which other daemons there are, and what they say that they have."""

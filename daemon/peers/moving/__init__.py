@@ -1,0 +1,1 @@
+"""Memory of other nodes, read through NIXL in a process of its own."""

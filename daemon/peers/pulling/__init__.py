@@ -1,0 +1,1 @@
+"""Loading from other nodes: who brings what, and what the origin brings."""

@@ -1,0 +1,182 @@
+"""Groups: a plan's extents, put together so that peers can give the same bytes as the origin.
+
+The origin is read by ranges of files, a peer by ranges of its segments, which are laid out as ours. A group is the
+smallest set of extents whose bytes are both: one extent, where it brings whole leaves of entries; all extents of an
+entry together, where its bytes are gathered from strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from weightd.daemon.filling.account import Account
+from weightd.daemon.layouts.digests import LEAF, leaf_count
+from weightd.daemon.layouts.extents import Extent
+from weightd.daemon.layouts.recipe import Recipe
+
+_STRIPE = 8 << 20
+PART = 8 << 20
+_MAX_SPANS = 256
+
+
+class Span(NamedTuple):
+    """Whole leaves of one entry: where they lie in the segment, and the number of the first."""
+
+    segment: int
+    entry: int
+    offset: int
+    nbytes: int
+    leaf: int
+
+
+@dataclass(slots=True)
+class Group:
+    """``extents`` bring it from the origin, ``spans`` are where it lies."""
+
+    index: int
+    extents: list[Extent]
+    spans: list[Span]
+
+    @property
+    def stripe(self) -> str:
+        """By what nodes agree on who reads it first, however large each one's extents are."""
+        first = self.extents[0]
+        return f"{first.file}:{first.offset // _STRIPE}"
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """What is asked of a peer at once: whole leaves of a group, ``PART`` bytes at most, from one segment."""
+
+    group: int
+    spans: list[Span]
+    slot: int | None = None
+    """Where it waits on the way to a GPU."""
+    at: int | None = None
+    """Where the peer has put it, on its way from a GPU."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(span.nbytes for span in self.spans)
+
+
+def parts_of(group: Group) -> list[Part]:
+    """The parts that a group is asked for in."""
+    parts: list[Part] = []
+    room = 0
+    for span in group.spans:
+        at = 0
+        while at < span.nbytes:
+            if room < LEAF or parts[-1].spans[-1].segment != span.segment or len(parts[-1].spans) == _MAX_SPANS:
+                parts.append(Part(group.index, []))
+                room = PART
+            nbytes = min(span.nbytes - at, room - room % LEAF)
+            parts[-1].spans.append(Span(span.segment, span.entry, span.offset + at, nbytes, span.leaf + at // LEAF))
+            at += nbytes
+            room -= nbytes
+    return parts
+
+
+class Groups:
+    """The groups of a plan, by number: what each brings, and which one brings what.
+
+    ``starts[s][e]`` is where an entry's leaves begin, counted over all entries of its segment.
+    """
+
+    def __init__(self, extents: Sequence[Extent], recipes: Sequence[Recipe], starts: Sequence[Sequence[int]]) -> None:
+        self.all = plan_groups(extents, recipes)
+        self._starts = starts
+        self._of_extent = {extent.index: group for group in self.all for extent in group.extents}
+        self._by_leaf: list[dict[int, int]] = [{} for _ in starts]
+        for group in self.all:
+            for segment, first, count in self.leaves(group.index):
+                self._by_leaf[segment].update(dict.fromkeys(range(first, first + count), group.index))
+
+    def of(self, extent: Extent) -> Group:
+        """The one that an extent is in."""
+        return self._of_extent[extent.index]
+
+    def leaves(self, group: int) -> list[tuple[int, int, int]]:
+        """(segment, first leaf counted over all its entries, leaves) of what a group brings."""
+        return [
+            (span.segment, self._starts[span.segment][span.entry] + span.leaf, leaf_count(span.nbytes))
+            for span in self.all[group].spans
+        ]
+
+    def at(self, segment: int, first: int, count: int) -> list[int]:
+        """Those that bring any of these leaves."""
+        by_leaf = self._by_leaf[segment]
+        return list(dict.fromkeys(by_leaf[leaf] for leaf in range(first, first + count) if leaf in by_leaf))
+
+    def of_leaf(self, segment: int, leaf: int) -> int | None:
+        """The one that brings a leaf; None where that was there already."""
+        return self._by_leaf[segment].get(leaf)
+
+
+def begin_parts_anew(extents: Sequence[Extent], recipes: Sequence[Recipe], account: Account) -> None:
+    """Of what a daemon before has left, forget groups that are there in part.
+
+    A peer brings all of a group, and writes over what was there.
+    """
+    if not account.bytes_read:
+        return
+    for group in plan_groups(extents, recipes):
+        landed = [extent for extent in group.extents if account.has(extent)]
+        if 0 < len(landed) < len(group.extents):
+            account.forget(landed)
+            account.give(landed)
+
+
+def plan_groups(extents: Sequence[Extent], recipes: Sequence[Recipe]) -> list[Group]:
+    """Every extent is in exactly one group, in the order of the plan."""
+    found: dict[int, list[Extent]] = {}
+    leader = _Joined(len(extents))
+    by_entry: dict[tuple[int, int], int] = {}
+    for number, extent in enumerate(extents):
+        for piece in extent.pieces:
+            if piece.leaf < 0:
+                first = by_entry.setdefault((piece.segment, piece.entry), number)
+                leader.join(first, number)
+    for number, extent in enumerate(extents):
+        found.setdefault(leader.of(number), []).append(extent)
+    return [Group(index, members, _spans(members, recipes)) for index, members in enumerate(found.values())]
+
+
+def _spans(extents: Sequence[Extent], recipes: Sequence[Recipe]) -> list[Span]:
+    spans: dict[tuple[int, int, int], Span] = {}
+    for extent in extents:
+        for piece in extent.pieces:
+            if piece.leaf >= 0:
+                span = Span(piece.segment, piece.entry, piece.offset, piece.nbytes, piece.leaf)
+            else:
+                entry = recipes[piece.segment].entries[piece.entry]
+                span = Span(piece.segment, piece.entry, entry.offset, entry.nbytes, 0)
+            spans[span.segment, span.entry, span.leaf] = span
+    return sorted(spans.values())
+
+
+def leaf_ranges(span: Span) -> list[tuple[int, int, int]]:
+    """Each leaf of a span: its number, and where it lies in the segment: offset, bytes."""
+    return [
+        (span.leaf + i, span.offset + i * LEAF, min(LEAF, span.nbytes - i * LEAF))
+        for i in range(leaf_count(span.nbytes))
+    ]
+
+
+class _Joined:
+    """Sets that grow together: union-find."""
+
+    def __init__(self, count: int) -> None:
+        self._parent = list(range(count))
+
+    def of(self, item: int) -> int:
+        while self._parent[item] != item:
+            self._parent[item] = self._parent[self._parent[item]]
+            item = self._parent[item]
+        return item
+
+    def join(self, a: int, b: int) -> None:
+        a, b = self.of(a), self.of(b)
+        self._parent[max(a, b)] = min(a, b)

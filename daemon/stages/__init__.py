@@ -1,0 +1,1 @@
+"""Stages: what is asked for, planned, loaded, resident, moved and freed."""

@@ -1,0 +1,400 @@
+"""The staging pipeline: URI → checkpoint → layout → extents → filled, verified, sealed segments.
+
+Plain blocking functions, run in threads; ``Node`` decides when.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from weightd.daemon.checkpoints.cache import Cache
+from weightd.daemon.checkpoints.header import TensorInfo
+from weightd.daemon.checkpoints.listing import Checkpoint, Listing, open_checkpoint
+from weightd.daemon.devices.base import Device, Segment
+from weightd.daemon.errors import (
+    Cancelled,
+    CheckpointChanged,
+    CheckpointNotFound,
+    DigestMismatch,
+    InvalidRequest,
+)
+from weightd.daemon.filling.account import ledger_for
+from weightd.daemon.filling.fill import Fill
+from weightd.daemon.filling.ledger import Ledger, fingerprint
+from weightd.daemon.layouts.checkpoint import checkpoint_layout
+from weightd.daemon.layouts.digests import LEAF, Leaves, checkpoint_digest, tensor_digest
+from weightd.daemon.layouts.extents import Demands, Extent, plan_extents
+from weightd.daemon.layouts.recipe import Recipe
+from weightd.daemon.limits import FillLimits
+from weightd.daemon.observing.clock import Clock
+from weightd.daemon.peers.finding.fleet import Fleet
+from weightd.daemon.peers.pulling.groups import begin_parts_anew
+from weightd.daemon.peers.pulling.reader import PeerReader
+from weightd.daemon.sources.base import Reader, Source, changed
+from weightd.daemon.stages.request import Parallel, StageRequest
+from weightd.daemon.stages.stage import Plan
+
+log = logging.getLogger(__name__)
+
+
+def make_plan(
+    source: Source, listing: Listing, request: StageRequest, cache: Cache, clock: Clock | None = None
+) -> Plan:
+    """Read the headers, compute the layout, fetch the configuration files. Allocates nothing. Tells ``clock``.
+
+    Raises InvalidCheckpoint, InvalidRequest, CheckpointNotFound, CheckpointChanged, SourceFailed.
+    """
+    clock = clock or Clock()
+    clock.enter("source")
+    source.fetch(listing.weights)
+    clock.enter("headers")
+    checkpoint = open_checkpoint(source, listing)
+    parallel = request.parallel or Parallel()
+    recipes = checkpoint_layout(
+        checkpoint.tensors,
+        include=request.tensors.include,
+        exclude=request.tensors.exclude,
+        tp_size=parallel.tp_size,
+        tp_ranks=parallel.ranks,
+        splits=parallel.map,
+    )
+    _expected_sha256(checkpoint, request)
+    folder = cache.metadata(source, listing)
+    return Plan(checkpoint, recipes, str(folder) if folder else None)
+
+
+def _expected_sha256(checkpoint: Checkpoint, request: StageRequest) -> dict[int, str]:
+    """File index → SHA-256 that the request expects of it. Raises InvalidRequest for files that are not there."""
+    expected = request.expect_digest
+    names = [file.name for file in checkpoint.listing.weights]
+    if isinstance(expected, str):
+        if expected.startswith("xxh3:"):
+            return {}
+        if len(names) != 1:
+            raise InvalidRequest(
+                f"expect_digest: one SHA-256 is given and the checkpoint has {len(names)} files: "
+                "map each file name to its own"
+            )
+        return {0: expected}
+    if unknown := sorted((expected or {}).keys() - set(names)):
+        raise InvalidRequest(f"expect_digest: {unknown[0]!r} is no file of the checkpoint, its files are {names[:10]}")
+    return {names.index(name): digest for name, digest in (expected or {}).items()}
+
+
+@dataclass
+class Loading:
+    """One load, from its plan to sealed segments: ``lay_out``, ``prepare``, ``run`` in a thread, and ``close``.
+
+    ``devices`` has each segment's. ``fleet`` is whom to load from besides the source what goes by ``key`` there;
+    ``clock`` is told where the time goes.
+    """
+
+    source: Source
+    plan: Plan
+    request: StageRequest
+    devices: Sequence[Device]
+    cache: Cache
+    limits: FillLimits
+    fleet: Fleet | None = None
+    key: str = ""
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self._fill: Fill | None = None
+        self._second: Fill | None = None
+        self._reader: Reader | None = None
+
+    def lay_out(self) -> None:
+        """Lay out all reads."""
+        checkpoint, request = self.plan.checkpoint, self.request
+        self._sha256 = _expected_sha256(checkpoint, request)
+        digest = request.expect_digest if isinstance(request.expect_digest, str) else None
+        self._digest = digest if digest and digest.startswith("xxh3:") else None
+        on_host = all(device.uuid is None for device in self.devices)
+        # The library is not known to let go of what it had on several GPUs in the right contexts.
+        several = len(set(self.devices)) > 1
+        self._native = not on_host and not several and self.devices[0].streams_into() is not None
+        # What is worth reading at once is a matter of the processor's caches, which GPUs do not hash from, and which
+        # what another process has read is not in.
+        in_cache = on_host and not self._asks_peers()
+        demands = Demands(
+            min(self.limits.extent_bytes, self.source.max_extent) if in_cache else self.limits.extent_bytes,
+            1 if self._native else self.source.max_runs,
+            self.source.min_range,
+            whole_tensors=self._digest is not None,
+            whole_files=frozenset(self._sha256),
+        )
+        self._extents = plan_extents(checkpoint.tensors, self.plan.recipes, demands)
+        if self._sha256:
+            self._extents = _interleave(self._extents)
+        self.bytes_total = sum(extent.nbytes for extent in self._extents)
+
+    def ledger(self) -> Ledger:
+        """An empty ledger for this load."""
+        return ledger_for(self.plan.checkpoint.tensors, self.plan.recipes, self._extents)
+
+    def goes_on(self, ledger: Ledger) -> bool:
+        """Whether another process's ledger is of the same load, which can then go on where that one ended.
+
+        Not where files are hashed in their order: nothing of that outlives a process.
+        """
+        return not self._sha256 and ledger.fingerprint == fingerprint(self.plan.recipes, self._extents)
+
+    def prepare(
+        self, segments: Sequence[Segment], ledger: Ledger, on_verified: Callable[[int, list[int]], None]
+    ) -> Fill:
+        """After ``lay_out``. ``on_verified(segment, entries)`` is told what streaming clients may use already."""
+        checkpoint = self.plan.checkpoint
+        known: dict[str, array[int]] = {}
+        for expected in (self._digest, *self._sha256.values()):
+            known |= self.cache.load_leaves(expected) if expected else {}
+        self._segments = segments
+        expecting = bool(self._digest or self._sha256)
+
+        def verified(segment: int, entries: list[int]) -> None:
+            if expecting:
+                # What was computed says nothing until it has been compared: leaf by leaf where leaves are known,
+                # else only at the end.
+                names = self.plan.recipes[segment].entries
+                entries = [entry for entry in entries if names[entry].name in known]
+            if entries:
+                on_verified(segment, entries)
+
+        self._fill = Fill(
+            checkpoint.tensors,
+            self.plan.recipes,
+            segments,
+            self._extents,
+            self.limits,
+            ledger=ledger,
+            buffered=self.source.buffered,
+            native=self._native,
+            expected_leaves=known,
+            sha256_prefixes={file: checkpoint.prefixes[file] for file in self._sha256},
+            on_verified=verified,
+            clock=self.clock,
+        )
+        files = checkpoint.listing.weights
+        if self._asks_peers():
+            assert self.fleet is not None
+
+            def origin() -> Reader:
+                return self.source.reader(files, native=self._native)
+
+            wanted = origin if "origin" in self.request.sources else None
+            begin_parts_anew(self._extents, self.plan.recipes, self._fill.account)
+            self._reader = PeerReader(self.key, self.fleet, self.plan.recipes, segments, wanted)
+        else:
+            self._reader = self.source.reader(files, native=self._native)
+        return self._fill
+
+    def _asks_peers(self) -> bool:
+        """Whether there are peers that can bring it: not where what is expected is told by the origin's bytes only,
+        SHA-256 of files, and the digest of a checkpoint of which there are but slices here."""
+        tellable = not self._sha256 and (self._digest is None or self._is_whole())
+        return self.fleet is not None and bool(self.key) and tellable and "peer" in self.request.sources
+
+    @property
+    def fill(self) -> Fill:
+        """Once prepared."""
+        assert self._fill is not None
+        return self._fill
+
+    def run(self, on_landed: Callable[[], None]) -> None:
+        """Bring all bytes, verify them, seal the segments; ``on_landed()`` is told when reading is over.
+
+        Raises Cancelled, CheckpointChanged, DigestMismatch, SourceFailed. Results are in ``tensor_digests``,
+        ``segment_digests``, ``checkpoint_digest`` and ``satisfied``.
+        """
+        assert self._reader is not None
+        self._reader.run(self.fill)
+        self.fill.finish()
+        self._check_cancelled()
+        self.fill.account.check_complete()
+        on_landed()
+        self.clock.enter("source")
+        self._check_unchanged()
+        self.clock.enter("verifying")
+        self._summarise()
+        if self._digest not in (None, self.checkpoint_digest) and self._without_peers():
+            self._summarise()
+        self._check_expected(self._whole_leaves())
+        self._check_cancelled()
+        self.clock.enter("other")
+        for segment in self._segments:
+            segment.seal()
+
+    def _without_peers(self) -> bool:
+        """The bytes are not the expected ones: have what came from peers from the origin instead, if that can be."""
+        account = self.fill.account
+        again = account.from_peers(self._extents)
+        if not again or "origin" not in self.request.sources or not account.forget(again):
+            return False
+        log.warning("%d extents that came from peers are not what is expected: reading the origin", len(again))
+        self.fill.mismatched("peer")
+        assert self._reader is not None
+        self._reader.close()
+        self._reader = self.source.reader(self.plan.checkpoint.listing.weights, native=self._native)
+        account.give(again)
+        self._reader.run(self.fill)
+        self.fill.finish()
+        self._check_cancelled()
+        account.check_complete()
+        return True
+
+    def _summarise(self) -> None:
+        """Digests of tensors, segments and the checkpoint from those of leaves."""
+        self.tensor_digests = [self.fill.account.digests(index) for index in range(len(self.plan.recipes))]
+        self.segment_digests = [
+            checkpoint_digest((entry.name, digest) for entry, digest in zip(recipe.entries, digests, strict=True))
+            for recipe, digests in zip(self.plan.recipes, self.tensor_digests, strict=True)
+        ]
+        self.checkpoint_digest = self._checkpoint_digest(self._whole_leaves())
+
+    def stop(self) -> None:
+        """Make ``run`` raise Cancelled soon. Callable from any thread, more than once."""
+        if self._fill is not None:
+            self._fill.stop()
+        if self._second is not None:
+            self._second.stop()
+
+    def close(self) -> None:
+        """Return when nothing can write to the segments any more, which may take as long as a stalled request."""
+        if self._fill is None:
+            return
+        self.stop()
+        try:
+            if self._reader is not None:
+                self._reader.close()
+        finally:
+            self._fill.close()
+
+    def _check_cancelled(self) -> None:
+        if self.fill.stopped:
+            raise Cancelled("the stage was cancelled")
+
+    def _check_unchanged(self) -> None:
+        if self.fill.account.peer_bytes >= self.bytes_total:
+            return  # nothing was read there, and what peers have is of the identity that was planned with
+        for planned in self.plan.checkpoint.listing.weights:
+            try:
+                found = self.source.stat(planned.name)
+            except CheckpointNotFound:
+                raise CheckpointChanged(f"{planned.name} was removed while it was read: stage it again") from None
+            if found != planned:
+                raise changed(planned, found)
+
+    def _whole_leaves(self) -> dict[int, Leaves]:
+        """Leaf digests of the checkpoint tensors that were read whole, by index."""
+        tensors = self.plan.checkpoint.tensors
+        found: dict[int, Leaves] = dict(self.fill.account.tensor_leaves)
+        for recipe, leaves in zip(self.plan.recipes, self.fill.account.leaves, strict=True):
+            for copy in recipe.copies:
+                if copy.source is None and copy.target is None:
+                    found.setdefault(copy.tensor, leaves[copy.entry])
+        for index, tensor in enumerate(tensors):
+            if not tensor.nbytes:
+                found.setdefault(index, array("Q"))
+        return found
+
+    def _checkpoint_digest(self, leaves: dict[int, Leaves]) -> str | None:
+        tensors = self.plan.checkpoint.tensors
+        if len(leaves) != len(tensors):
+            return None
+        if self._is_whole():
+            return self.segment_digests[0]
+        return checkpoint_digest(
+            (tensor.name, tensor_digest(tensor.dtype, tensor.shape, tensor.nbytes, leaves[index]))
+            for index, tensor in enumerate(tensors)
+        )
+
+    def _is_whole(self) -> bool:
+        """Whether the one segment holds all tensors as they are, so that its digest is the checkpoint's."""
+        copies = self.plan.recipes[0].copies
+        return (
+            len(self.plan.recipes) == 1
+            and len(copies) == len(self.plan.checkpoint.tensors)
+            and all(copy.source is None and copy.target is None for copy in copies)
+        )
+
+    def _check_expected(self, leaves: dict[int, Leaves]) -> None:
+        tensors = self.plan.checkpoint.tensors
+        self.satisfied: set[str] = set()
+        if self._digest and self.checkpoint_digest != self._digest:
+            self._explain(
+                f"the checkpoint's digest is {self.checkpoint_digest}, expected {self._digest}",
+                range(len(tensors)),
+                leaves,
+            )
+        for file, expected in self._sha256.items():
+            name = self.plan.checkpoint.listing.weights[file].name
+            found = "sha256:" + self.fill.sha256[file].hexdigest()
+            inside = [index for index, tensor in enumerate(tensors) if tensor.file == file]
+            if found != expected:
+                self._explain(f"{name}: the file's digest is {found}, expected {expected}", inside, leaves)
+            self.satisfied.add(f"{name}={expected}")
+            self.cache.save_leaves(expected, {tensors[index].name: leaves[index] for index in inside})
+        if self.checkpoint_digest:
+            self.satisfied.add(self.checkpoint_digest)
+            self.cache.save_leaves(
+                self.checkpoint_digest, {tensor.name: leaves[index] for index, tensor in enumerate(tensors)}
+            )
+
+    def _explain(self, found: str, suspects: Sequence[int], leaves: dict[int, Leaves]) -> None:
+        """Bytes are not the expected ones: read them again to name those that changed on the way. Always raises."""
+        tensors = self.plan.checkpoint.tensors
+        chosen: set[int] = set(suspects)
+        again = [tensor if index in chosen else _emptied(tensor) for index, tensor in enumerate(tensors)]
+        demands = Demands(self.limits.extent_bytes, 1, 0, whole_tensors=True)
+        fill = self._second = Fill(again, [], [], plan_extents(again, [], demands), self.limits)
+        reader = self.source.reader(self.plan.checkpoint.listing.weights)
+        try:
+            reader.run(fill)
+        finally:
+            reader.close()
+            reread = dict(fill.account.tensor_leaves)
+            fill.close()
+        self._check_cancelled()
+        differing = [
+            (tensor, leaf)
+            for tensor in sorted(chosen)
+            for leaf, (first, second) in enumerate(zip(leaves.get(tensor, ()), reread.get(tensor, ()), strict=False))
+            if first != second
+        ]
+        if not differing:
+            raise DigestMismatch(
+                f"{found}; a second reading gave the same bytes, so the source itself holds others than expected"
+            )
+        tensor, leaf = differing[0]
+        more = f" and {len(differing) - 1} more leaves" if len(differing) > 1 else ""
+        raise DigestMismatch(
+            f"{found}; bytes changed on the way: tensor {tensors[tensor].name!r}, leaf {leaf} "
+            f"(bytes {leaf * LEAF} and up of the tensor){more} differ between two readings",
+            tensor=tensors[tensor].name,
+            leaf=leaf,
+        )
+
+
+def _emptied(tensor: TensorInfo) -> TensorInfo:
+    return tensor._replace(nbytes=0)
+
+
+def _interleave(extents: Sequence[Extent]) -> list[Extent]:
+    """The files' extents in turn: SHA-256 runs along each file, so files are what can be hashed in parallel."""
+    counts: dict[int, int] = {}
+    order = []
+    for extent in extents:
+        counts[extent.file] = counts.get(extent.file, 0) + 1
+        order.append((counts[extent.file], extent.file))
+    return [extent for _, extent in sorted(zip(order, extents, strict=True), key=lambda item: item[0])]
+
+
+def allocated(recipes: Sequence[Recipe], devices: Sequence[Device]) -> dict[str, int]:
+    """Bytes of capacity that the recipes' segments take of each device, by name; ``devices`` has each segment's."""
+    needed: dict[str, int] = {}
+    for recipe, device in zip(recipes, devices, strict=True):
+        needed[device.name] = needed.get(device.name, 0) + device.footprint(recipe.nbytes)
+    return needed

@@ -1,0 +1,585 @@
+"""Recipes: what a layout or a strided box says lands where, byte for byte; what is impossible is refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from math import prod
+from random import Random
+
+import numpy
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tests.checkpoint_files import BITS, nbytes
+from weightd.daemon.checkpoints.header import TensorInfo
+from weightd.daemon.errors import InvalidRequest
+from weightd.daemon.layouts.checkpoint import Split, checkpoint_layout
+from weightd.daemon.layouts.recipe import ALIGNMENT, Block, Box, Copy, Entry, Recipe, blocks, contiguous, uses, validate
+
+Bits = NDArray[numpy.uint8]
+"""A tensor as an array of single bits: its shape, and one dimension more for the bits of an element."""
+
+PACKED = ("F4", "F6_E2M3", "F6_E3M2")
+
+
+def info(name: str, dtype: str, shape: tuple[int, ...], start: int = 0) -> TensorInfo:
+    return TensorInfo(name, dtype, shape, 0, start, nbytes(dtype, shape))
+
+
+def infos(*table: tuple[str, str, tuple[int, ...]]) -> list[TensorInfo]:
+    """Tensors that follow each other in one file, which starts with 8 bytes of something else."""
+    found: list[TensorInfo] = []
+    for name, dtype, shape in table:
+        found.append(info(name, dtype, shape, found[-1].start + found[-1].nbytes if found else 8))
+    return found
+
+
+def random_bytes(tensors: Sequence[TensorInfo], seed: int = 0) -> list[bytes]:
+    rng = numpy.random.default_rng(seed)
+    return [rng.bytes(tensor.nbytes) for tensor in tensors]
+
+
+def to_bits(data: bytes, dtype: str, shape: tuple[int, ...]) -> Bits:
+    flat = numpy.unpackbits(numpy.frombuffer(data, numpy.uint8), bitorder="little")
+    return flat.reshape(*shape, BITS[dtype])
+
+
+def from_bits(bits: Bits) -> bytes:
+    return numpy.packbits(bits.reshape(-1), bitorder="little").tobytes()
+
+
+def filled(recipe: Recipe, tensors: Sequence[TensorInfo], data: Sequence[bytes]) -> bytes:
+    """The segment that a recipe describes, run by run. Asserts that runs stay inside, and write each byte once."""
+    segment = numpy.zeros(recipe.nbytes, numpy.uint8)
+    written = numpy.zeros(recipe.nbytes, numpy.uint8)
+    for copy in recipe.copies:
+        tensor, entry = tensors[copy.tensor], recipe.entries[copy.entry]
+        source = numpy.frombuffer(data[copy.tensor], numpy.uint8)
+        for block in blocks(copy, tensor, entry):
+            for row in range(block.rows):
+                begin = block.source + row * block.source_stride
+                target = block.target + row * block.target_stride
+                assert begin >= 0
+                assert begin + block.run <= tensor.nbytes
+                assert target >= 0
+                assert target + block.run <= entry.nbytes
+                target += entry.offset
+                segment[target : target + block.run] = source[begin : begin + block.run]
+                written[target : target + block.run] += 1
+    for entry in recipe.entries:
+        assert (written[entry.offset : entry.offset + entry.nbytes] == 1).all()
+    assert written.sum() == sum(entry.nbytes for entry in recipe.entries)
+    return segment.tobytes()
+
+
+def held(recipe: Recipe, segment: bytes) -> dict[str, bytes]:
+    return {entry.name: segment[entry.offset : entry.offset + entry.nbytes] for entry in recipe.entries}
+
+
+def cut(data: bytes, tensor: TensorInfo, dim: int, size: int, rank: int) -> bytes:
+    """One rank's slice by numpy alone."""
+    part = tensor.shape[dim] // size
+    index = (*[slice(None)] * dim, slice(rank * part, (rank + 1) * part))
+    return from_bits(to_bits(data, tensor.dtype, tensor.shape)[index])
+
+
+dtypes = st.sampled_from(sorted(BITS))
+
+
+@st.composite
+def table(draw: st.DrawFn, sizes: st.SearchStrategy[int] = st.integers(0, 5)) -> list[TensorInfo]:  # noqa: B008
+    found = []
+    for index in range(draw(st.integers(1, 6))):
+        dtype = draw(dtypes)
+        shape = tuple(draw(st.lists(sizes, max_size=4)))
+        if prod(shape) * BITS[dtype] % 8:
+            shape = (*shape, 4)  # four elements of any dtype are whole bytes
+        found.append((f"{draw(st.sampled_from(['a', 'b', 'a.b', 'A']))}.{index}", dtype, shape))
+    return infos(*found)
+
+
+# ---------------------------------------------------------------------------- whole tensors
+
+
+@given(table())
+@settings(deadline=None, max_examples=100)
+def test_a_whole_layout_holds_every_tensor_as_stored_on_256_byte_boundaries(tensors: list[TensorInfo]) -> None:
+    (recipe,) = checkpoint_layout(tensors)
+    data = random_bytes(tensors)
+    assert [(entry.name, entry.dtype, entry.shape, entry.nbytes) for entry in recipe.entries] == [
+        (tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors
+    ]
+    assert [entry.offset % ALIGNMENT for entry in recipe.entries] == [0] * len(tensors)
+    assert recipe.entries[0].offset == 0
+    for entry, following in pairwise(recipe.entries):
+        assert 0 <= following.offset - (entry.offset + entry.nbytes) < ALIGNMENT
+    assert recipe.nbytes == recipe.entries[-1].offset + recipe.entries[-1].nbytes
+    assert list(held(recipe, filled(recipe, tensors, data)).values()) == data
+
+
+def test_entries_start_where_cuda_would_have_put_them() -> None:
+    assert ALIGNMENT == 256
+    (recipe,) = checkpoint_layout(infos(("a", "U8", (1,)), ("b", "U8", (0,)), ("c", "U8", (256,)), ("d", "U8", (257,))))
+    assert [entry.offset for entry in recipe.entries] == [0, 256, 256, 512]
+    assert recipe.nbytes == 512 + 257
+
+
+patterns = st.lists(
+    st.sampled_from(["*", "a*", "*.0", "*.[12]", "a.b.?", "b.[!0]", "A*", "[", "*|*", ".*", ""]), max_size=3
+)
+
+
+@given(table(), patterns, patterns)
+@settings(deadline=None, max_examples=200)
+def test_include_and_exclude_choose_by_name_as_the_shell_does(
+    tensors: list[TensorInfo], include: list[str], exclude: list[str]
+) -> None:
+    chosen = [
+        tensor.name
+        for tensor in tensors
+        if (not include or any(fnmatchcase(tensor.name, pattern) for pattern in include))
+        and not any(fnmatchcase(tensor.name, pattern) for pattern in exclude)
+    ]
+    if not chosen:
+        with pytest.raises(InvalidRequest, match=f"leave none of {len(tensors)} tensors") as refusal:
+            checkpoint_layout(tensors, include=include, exclude=exclude)
+        assert str(list(include)) in str(refusal.value)
+        assert str(list(exclude)) in str(refusal.value)
+        return
+    (recipe,) = checkpoint_layout(tensors, include=include, exclude=exclude)
+    assert [entry.name for entry in recipe.entries] == chosen
+    data = random_bytes(tensors)
+    wanted = {tensor.name: value for tensor, value in zip(tensors, data, strict=True) if tensor.name in chosen}
+    assert held(recipe, filled(recipe, tensors, data)) == wanted
+
+
+# ---------------------------------------------------------------------------- slices
+
+
+@st.composite
+def sliced(draw: st.DrawFn) -> tuple[TensorInfo, int, int]:
+    """A tensor, a dimension, and how many ranks that divides by."""
+    dtype = draw(dtypes)
+    shape = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
+    dim = draw(st.integers(0, len(shape) - 1))
+    size = draw(st.integers(2, 4))
+    shape[dim] *= size
+    if prod(shape) * BITS[dtype] % 8:
+        shape[-1 if dim != len(shape) - 1 else dim] *= 4
+    return info("t", dtype, tuple(shape), 100), dim, size
+
+
+@given(sliced(), st.booleans())
+@settings(deadline=None, max_examples=400)
+def test_a_rank_gets_its_slice_along_any_dimension_of_any_shape_and_dtype(
+    case: tuple[TensorInfo, int, int], negative: bool
+) -> None:
+    tensor, dim, size = case
+    split = dim - len(tensor.shape) if negative else dim
+    run = tensor.shape[dim] // size * prod(tensor.shape[dim + 1 :]) * BITS[tensor.dtype]
+    if tensor.nbytes and run % 8:
+        with pytest.raises(InvalidRequest, match="'t'"):
+            checkpoint_layout([tensor], tp_size=size, tp_ranks=range(size), splits={"t": split})
+        return
+    recipes = checkpoint_layout([tensor], tp_size=size, tp_ranks=range(size), splits={"t": split})
+    (data,) = random_bytes([tensor])
+    assert [recipe.rank for recipe in recipes] == list(range(size))
+    for rank, recipe in enumerate(recipes):
+        (entry,) = recipe.entries
+        assert entry.shape == (*tensor.shape[:dim], tensor.shape[dim] // size, *tensor.shape[dim + 1 :])
+        assert entry.nbytes == recipe.nbytes == tensor.nbytes // size
+        assert filled(recipe, [tensor], [data]) == cut(data, tensor, dim, size, rank)
+        # The fewest runs there are: one for the outermost dimension that has anything outside it, one a row for others.
+        found = list(blocks(recipe.copies[0], tensor, entry))
+        assert [block.rows for block in found] == ([prod(tensor.shape[:dim])] if entry.nbytes else [])
+
+
+@given(table(st.sampled_from([0, 2, 4])), st.data())
+@settings(deadline=None, max_examples=100)
+def test_ranks_that_are_asked_for_come_as_asked_and_hold_slices_and_replicas_together(
+    tensors: list[TensorInfo], data: st.DataObject
+) -> None:
+    splits: dict[str, Split] = {}
+    for tensor in tensors:
+        dims = [dim for dim, size in enumerate(tensor.shape) if size % 2 == 0 and tensor.dtype not in PACKED]
+        splits[tensor.name] = data.draw(st.sampled_from(["replicate", *dims]))
+    ranks = data.draw(st.sampled_from([(0,), (1,), (0, 1), (1, 0)]))
+    recipes = checkpoint_layout(tensors, tp_size=2, tp_ranks=ranks, splits=splits)
+    values = random_bytes(tensors)
+    assert tuple(recipe.rank for recipe in recipes) == ranks
+    for rank, recipe in zip(ranks, recipes, strict=True):
+        validate(recipe, tensors)
+        for tensor, value, found in zip(
+            tensors, values, held(recipe, filled(recipe, tensors, values)).values(), strict=True
+        ):
+            split = splits[tensor.name]
+            assert found == (value if split == "replicate" else cut(value, tensor, split, 2, rank))
+
+
+def test_the_first_pattern_that_matches_decides() -> None:
+    tensors = infos(("q.weight", "U8", (2, 2)), ("q.bias", "U8", (2,)), ("norm", "U8", (3,)))
+    (recipe,) = checkpoint_layout(
+        tensors, tp_size=2, splits={"q.weight": 1, "q.*": 0, "*": "replicate", "norm": 0}, tp_ranks=[1]
+    )
+    assert [entry.shape for entry in recipe.entries] == [(2, 1), (1,), (3,)]
+
+
+def test_a_tensor_that_no_pattern_matches_is_named_with_the_remedy() -> None:
+    tensors = infos(("q.weight", "U8", (2, 2)), ("norm", "U8", (2,)))
+    with pytest.raises(InvalidRequest, match=r"'norm'.*\"\*\": \"replicate\""):
+        checkpoint_layout(tensors, tp_size=2, splits={"q.*": 0})
+
+
+def test_a_tensor_that_is_not_chosen_needs_no_pattern() -> None:
+    tensors = infos(("q.weight", "U8", (2, 2)), ("norm", "U8", (2,)))
+    (recipe,) = checkpoint_layout(tensors, include=["q.*"], tp_size=2, splits={"q.*": 0})
+    assert [entry.name for entry in recipe.entries] == ["q.weight"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "split", "words"),
+    [
+        ("U8", (3, 4), 0, ("'t'", "dimension 0", "3", "tp_size 2")),
+        ("U8", (4, 3), -1, ("'t'", "dimension 1", "3", "tp_size 2")),
+        ("U8", (4, 4), 2, ("'t'", "dimension 2", "(4, 4)")),
+        ("U8", (4, 4), -3, ("'t'", "dimension -3", "(4, 4)")),
+        ("U8", (), 0, ("'t'", "dimension 0", "()")),
+        ("U8", (), -1, ("'t'", "dimension -1", "()")),
+        ("F4", (4, 2), 1, ("'t'", "F4", "4 bits", "through a byte", "replicate")),
+        ("F4", (4, 6), 1, ("'t'", "F4", "4 bits", "through a byte", "replicate")),
+        ("F4", (2,), 0, ("'t'", "F4", "4 bits", "through a byte", "replicate")),
+        ("F4", (3, 2), 1, ("'t'", "F4", "4 bits", "through a byte", "replicate")),
+        ("F6_E2M3", (4, 4), 1, ("'t'", "F6_E2M3", "6 bits", "through a byte", "replicate")),
+    ],
+)
+def test_a_dimension_that_cannot_be_cut_is_named_with_its_numbers(
+    dtype: str, shape: tuple[int, ...], split: int, words: Sequence[str]
+) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        checkpoint_layout([info("t", dtype, shape)], tp_size=2, splits={"*": split})
+    assert [word for word in words if word not in str(refusal.value)] == [], refusal.value
+
+
+def test_packed_elements_are_cut_where_bytes_end() -> None:
+    tensors = infos(("f4", "F4", (3, 8)), ("f6", "F6_E3M2", (3, 8)))
+    data = random_bytes(tensors)
+    for rank, recipe in enumerate(checkpoint_layout(tensors, tp_size=2, tp_ranks=(0, 1), splits={"*": -1})):
+        assert held(recipe, filled(recipe, tensors, data)) == {
+            "f4": b"".join(data[0][4 * row + 2 * rank :][:2] for row in range(3)),
+            "f6": b"".join(data[1][6 * row + 3 * rank :][:3] for row in range(3)),
+        }
+
+
+@pytest.mark.parametrize("rank", [-1, 2, 1000])
+def test_a_rank_that_the_plan_does_not_have_is_refused(rank: int) -> None:
+    with pytest.raises(InvalidRequest):
+        checkpoint_layout([info("t", "U8", (4, 4))], tp_size=2, tp_ranks=[rank], splits={"*": 0})
+
+
+# ---------------------------------------------------------------------------- validation
+
+
+TENSORS = infos(
+    ("six", "U8", (2, 3)), ("four", "U8", (4,)), ("pairs", "F4", (4, 2)), ("wide", "F32", (2,)), ("none", "U8", (0,))
+)
+
+
+def recipe_of(entries: Sequence[Entry], copies: Sequence[Copy], size: int = 1024) -> Recipe:
+    return Recipe(entries, copies, size, 0)
+
+
+def entry(name: str = "e", dtype: str = "U8", shape: tuple[int, ...] = (2, 3), offset: int = 0) -> Entry:
+    return Entry(name, dtype, shape, offset, prod(shape) * BITS.get(dtype, 8) // 8)
+
+
+ROW = Box(0, (3,), (1,))
+
+REFUSED: dict[str, tuple[Recipe, str]] = {
+    "an offset off the boundary": (recipe_of([entry(offset=128)], [Copy(0, 0)]), r"'e'.*offset 128.*256"),
+    "a negative offset": (recipe_of([entry(offset=-256)], [Copy(0, 0)]), r"'e'.*-256"),
+    "two entries at the same offset": (
+        recipe_of([entry("a"), entry("b")], [Copy(0, 0), Copy(0, 1)]),
+        r"'b'.*offset 0 overlaps.*'a'.*ends at 6",
+    ),
+    "an entry that reaches into the next": (
+        recipe_of([entry("b", offset=256), entry("a", shape=(300,))], [Copy(0, 0), Copy(0, 1)]),
+        r"'b'.*offset 256 overlaps.*'a'.*ends at 300",
+    ),
+    "an entry past the end of the segment": (
+        recipe_of([entry(offset=256)], [Copy(0, 0)], 261),
+        r"'e'.*ends at 262.*261",
+    ),
+    "a size that does not hold the shape": (
+        recipe_of([entry()._replace(nbytes=7)], [Copy(0, 0)]),
+        r"'e'.*7 bytes.*U8\(2, 3\)",
+    ),
+    "negative sizes that multiply to the right one": (recipe_of([entry(shape=(-2, -3))], [Copy(0, 0)]), r"'e'.*-2"),
+    "a negative size beside a 0": (recipe_of([entry(shape=(0, -3))], []), r"'e'.*-3"),
+    "a negative number of bytes": (recipe_of([entry(shape=(-6,))], []), "'e'.*-6"),
+    "an unknown dtype": (recipe_of([entry(dtype="F33")], [Copy(0, 0)]), r"'e'.*F33"),
+    "another dtype than the tensor's": (
+        recipe_of([entry(dtype="I8")], [Copy(0, 0)]),
+        r"'e'.*I8.*'six'.*U8",
+    ),
+    "two entries of one name": (
+        recipe_of([entry("a"), entry("a", offset=256)], [Copy(0, 0), Copy(0, 1)]),
+        r"two entries.*same name",
+    ),
+    "a tensor that is not there": (recipe_of([entry()], [Copy(5, 0)]), r"tensor 5.*5"),
+    "a negative tensor": (recipe_of([entry()], [Copy(-1, 0)]), r"tensor -1"),
+    "an entry that is not there": (recipe_of([entry()], [Copy(0, 1)]), r"entry 1.*1"),
+    "a negative entry": (recipe_of([entry()], [Copy(0, -1)]), r"entry -1"),
+    "a whole copy of another size": (recipe_of([entry()], [Copy(1, 0)]), r"'e' has 6 bytes.*'four' has 4"),
+    "an entry without a copy": (recipe_of([entry()], []), r"'e'.*0 bytes of 6"),
+    "an entry written by half": (recipe_of([entry()], [Copy(0, 0, ROW, ROW)]), r"'e'.*3 bytes of 6"),
+    "an entry written twice as whole": (recipe_of([entry()], [Copy(0, 0), Copy(0, 0)]), r"'e'.*12 bytes of 6"),
+    "bytes written twice, and others never": (
+        recipe_of([entry()], [Copy(0, 0, ROW, ROW), Copy(0, 0, ROW, Box(1, (3,), (1,)))]),
+        r"'e'.*byte 1 .*more than once",
+    ),
+    "a target whose rows overlap": (
+        recipe_of([entry()], [Copy(0, 0, None, Box(0, (2, 3), (2, 1)))]),
+        r"'e'.*byte 2 .*more than once",
+    ),
+    "a target that is one element": (
+        recipe_of([entry()], [Copy(0, 0, None, Box(0, (2, 3), (0, 0)))]),
+        r"'e'.*byte 0 .*more than once",
+    ),
+    "a source past the end of the tensor": (
+        recipe_of([entry()], [Copy(0, 0, Box(1, (2, 3), (3, 1)))]),
+        r"'six'.*element 6.*last one is 5",
+    ),
+    "a target past the end of the entry": (
+        recipe_of([entry()], [Copy(0, 0, None, Box(1, (2, 3), (3, 1)))]),
+        r"'e'.*element 6.*last one is 5",
+    ),
+    "a negative source offset": (recipe_of([entry()], [Copy(0, 0, Box(-1, (2, 3), (3, 1)))]), r"'six'.*malformed"),
+    "a negative stride": (recipe_of([entry()], [Copy(0, 0, Box(5, (6,), (-1,)))]), r"'six'.*malformed"),
+    "a negative box": (recipe_of([entry()], [Copy(0, 0, Box(0, (-2, -3), (3, 1)))]), r"'six'.*malformed"),
+    "fewer strides than sizes": (recipe_of([entry()], [Copy(0, 0, Box(0, (2, 3), (1,)))]), r"'six'.*malformed"),
+    "boxes of different numbers of elements": (
+        recipe_of([entry()], [Copy(0, 0, ROW, Box(0, (2, 3), (3, 1)))]),
+        r"'e'.*differ in their number of elements",
+    ),
+    "a source box smaller than the entry": (recipe_of([entry()], [Copy(0, 0, ROW)]), r"'e'.*differ"),
+    "a box that cuts a byte": (
+        recipe_of(
+            [entry(dtype="F4", shape=(4, 2))],
+            [Copy(2, 0, Box(0, (4,), (2,)), Box(0, (4,), (1,))), Copy(2, 0, Box(1, (4,), (2,)), Box(4, (4,), (1,)))],
+        ),
+        r"'pairs'.*F4.*through a byte",
+    ),
+    "a source box on an empty tensor": (
+        recipe_of([entry(shape=(1,))], [Copy(4, 0, Box(0, (1,), (1,)))]),
+        r"'none'.*element 0.*last one is -1",
+    ),
+}
+"""What is wrong → (recipe over TENSORS, pattern of the message)."""
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_recipe_is_refused_for(what: str) -> None:
+    recipe, message = REFUSED[what]
+    with pytest.raises(InvalidRequest) as refusal:
+        validate(recipe, TENSORS)
+    assert re.search(message, str(refusal.value)), refusal.value
+
+
+def test_an_entry_without_bytes_needs_no_copy() -> None:
+    validate(recipe_of([entry(shape=(0, 3)), entry("f", offset=0)], [Copy(0, 1)]), TENSORS)
+
+
+@pytest.mark.timeout(5)
+@pytest.mark.parametrize("several", [False, True], ids=["one copy", "two copies"])
+def test_a_recipe_of_endless_single_bytes_is_refused_at_once(several: bool) -> None:
+    size = 1 << 14
+    tensor = info("cube", "U8", (size, size, size))
+    boxes = [Box(0, (size, size, size), (1, size, size * size))]
+    targets: list[Box | None] = [None]
+    if several:
+        half = (size // 2, size, size)
+        boxes = [Box(0, half, (1, size, size * size)), Box(size // 2, half, (1, size, size * size))]
+        strides = contiguous(tensor.shape).strides
+        targets = [Box(0, half, strides), Box(size**3 // 2, half, strides)]
+    copies = [Copy(0, 0, box, target) for box, target in zip(boxes, targets, strict=True)]
+    with pytest.raises(InvalidRequest, match=r"'(e|cube)'"):
+        validate(Recipe([entry(shape=tensor.shape)], copies, tensor.nbytes, 0), [tensor])
+
+
+# ---------------------------------------------------------------------------- boxes
+
+
+def indices(box: Box) -> NDArray[numpy.int64]:
+    """The elements of a box, row-major."""
+    found = numpy.full(box.shape, box.offset, numpy.int64)
+    for axis, (size, stride) in enumerate(zip(box.shape, box.strides, strict=True)):
+        found += (numpy.arange(size) * stride).reshape(-1, *[1] * (len(box.shape) - axis - 1))
+    return found.reshape(-1)
+
+
+def expected(recipe: Recipe, tensors: Sequence[TensorInfo], data: Sequence[bytes]) -> dict[str, bytes]:
+    """What a recipe says, element by element: the n-th of a source box becomes the n-th of its target box."""
+    found = [numpy.zeros((prod(target.shape), BITS[target.dtype]), numpy.uint8) for target in recipe.entries]
+    for copy in recipe.copies:
+        tensor, target = tensors[copy.tensor], recipe.entries[copy.entry]
+        elements = to_bits(data[copy.tensor], tensor.dtype, (prod(tensor.shape),))
+        source_box, target_box = copy.source or contiguous(tensor.shape), copy.target or contiguous(target.shape)
+        found[copy.entry][indices(target_box)] = elements[indices(source_box)]
+    return {target.name: from_bits(bits) for target, bits in zip(recipe.entries, found, strict=True)}
+
+
+def assert_means_what_it_says(recipe: Recipe, tensors: Sequence[TensorInfo]) -> None:
+    validate(recipe, tensors)
+    data = random_bytes(tensors)
+    assert held(recipe, filled(recipe, tensors, data)) == expected(recipe, tensors, data)
+
+
+def test_q_k_and_v_fuse_into_one_entry() -> None:
+    tensors = infos(("q", "BF16", (8, 6)), ("k", "BF16", (4, 6)), ("v", "BF16", (4, 6)))
+    fused = entry("qkv", "BF16", (16, 6))
+    copies = [
+        Copy(i, 0, None, Box(start * 6, (rows, 6), (6, 1))) for i, (start, rows) in enumerate([(0, 8), (8, 4), (12, 4)])
+    ]
+    recipe = recipe_of([fused], copies)
+    assert_means_what_it_says(recipe, tensors)
+    data = random_bytes(tensors)
+    assert held(recipe, filled(recipe, tensors, data)) == {"qkv": b"".join(data)}
+
+
+def test_one_ranks_rows_of_gate_and_up_fuse_into_one_entry() -> None:
+    tensors = infos(("gate", "F32", (8, 3)), ("up", "F32", (8, 3)))
+    fused = entry("gate_up", "F32", (8, 3))
+    copies = [Copy(i, 0, Box(4 * 3, (4, 3), (3, 1)), Box(i * 4 * 3, (4, 3), (3, 1))) for i in range(2)]
+    recipe = recipe_of([fused], copies)
+    assert_means_what_it_says(recipe, tensors)
+    data = random_bytes(tensors)
+    assert held(recipe, filled(recipe, tensors, data)) == {"gate_up": data[0][48:] + data[1][48:]}
+
+
+def test_experts_stack_into_one_entry_transposed() -> None:
+    tensors = infos(*((f"experts.{i}", "F16", (3, 5)) for i in range(4)))
+    copies = [Copy(i, 0, Box(0, (5, 3), (1, 5)), Box(i * 15, (5, 3), (3, 1))) for i in range(4)]
+    recipe = recipe_of([entry("experts", "F16", (4, 5, 3))], copies)
+    assert_means_what_it_says(recipe, tensors)
+    data = random_bytes(tensors)
+    stacked = numpy.stack([numpy.frombuffer(value, numpy.uint16).reshape(3, 5).T for value in data])
+    assert held(recipe, filled(recipe, tensors, data)) == {"experts": stacked.tobytes()}
+
+
+def test_columns_of_two_tensors_interleave() -> None:
+    tensors = infos(("even", "U16", (4, 3)), ("odd", "U16", (4, 3)))
+    copies = [Copy(i, 0, None, Box(i, (4, 3), (6, 2))) for i in range(2)]
+    assert_means_what_it_says(recipe_of([entry("both", "U16", (4, 6))], copies), tensors)
+
+
+def test_one_tensor_feeds_several_entries_and_itself_is_broadcast() -> None:
+    tensors = infos(("row", "F32", (4,)))
+    entries = [entry("plain", "F32", (4,)), entry("rows", "F32", (3, 4), 256), entry("reversed", "F32", (2, 2), 512)]
+    copies = [Copy(0, 0), Copy(0, 1, Box(0, (3, 4), (0, 1))), Copy(0, 2, Box(0, (2, 2), (1, 2)))]
+    recipe = recipe_of(entries, copies)
+    assert_means_what_it_says(recipe, tensors)
+    assert uses([recipe, recipe]) == {0: [(segment, copy) for segment in (0, 1) for copy in copies]}
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (Box(0, (3, 2), (1, 3)), Box(6, (6,), (1,))),
+        (Box(0, (6,), (1,)), Box(6, (3, 2), (1, 3))),
+        (Box(0, (3, 2), (1, 3)), Box(6, (2, 3), (1, 2))),
+        (None, Box(6, (6,), (1,))),
+        (Box(5, (6, 1), (0, 1)), Box(6, (6,), (1,))),
+        (Box(0, (2, 3), (3, 1)), Box(6, (6,), (1,))),
+    ],
+    ids=["flat target", "flat source", "neither flat", "whole source", "broadcast", "plain source"],
+)
+def test_boxes_of_different_shapes_mean_what_they_say_or_are_refused(source: Box | None, target: Box) -> None:
+    tensors = infos(("t", "U8", (2, 3)), ("half", "U8", (6,)))
+    recipe = recipe_of([entry(shape=(12,))], [Copy(1, 0, None, Box(0, (6,), (1,))), Copy(0, 0, source, target)])
+    try:
+        validate(recipe, tensors)
+    except InvalidRequest:
+        return
+    assert_means_what_it_says(recipe, tensors)
+
+
+@given(dtypes, st.lists(st.integers(0, 4), max_size=4), st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=200)
+def test_any_transpose_is_what_numpy_makes_of_it(dtype: str, shape: list[int], random: Random) -> None:
+    assume(prod(shape) * BITS[dtype] % 8 == 0)
+    order = random.sample(range(len(shape)), len(shape))
+    tensor = info("t", dtype, tuple(shape))
+    whole = contiguous(tensor.shape)
+    box = Box(0, tuple(shape[i] for i in order), tuple(whole.strides[i] for i in order))
+    recipe = Recipe([entry(dtype=dtype, shape=box.shape)], [Copy(0, 0, box)], tensor.nbytes, 0)
+    try:
+        validate(recipe, [tensor])
+    except InvalidRequest as error:
+        message = str(error)
+    else:
+        (data,) = random_bytes([tensor])
+        bits = to_bits(data, dtype, tensor.shape).transpose(*order, len(order))
+        assert filled(recipe, [tensor], [data]) == from_bits(bits)
+        return
+    assert dtype in PACKED
+    assert "through a byte" in message
+
+
+@st.composite
+def boxes(draw: st.DrawFn, shape: tuple[int, ...], within: int) -> Box:
+    """A box of this shape, mostly inside of ``within`` elements."""
+    strides = tuple(draw(st.integers(0, 4)) for _ in shape)
+    reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return Box(draw(st.integers(0, max(0, within - 1 - reach))), shape, strides)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> tuple[Recipe, list[TensorInfo]]:
+    """An entry cut along its first dimension into parts that several boxes fill; sometimes with a wrong number."""
+    dtype = draw(st.sampled_from(["U8", "U16", "F32", "F4"]))
+    tensors = infos(*((f"t{i}", dtype, (draw(st.integers(1, 6)), draw(st.sampled_from([2, 4])))) for i in range(2)))
+    parts = draw(st.lists(st.integers(0, 3), min_size=1, max_size=3))
+    inner = (draw(st.sampled_from([2, 4])), draw(st.integers(1, 2)))
+    row = prod(inner)
+    copies, start = [], 0
+    for part in parts:
+        shape = (part, *inner)
+        number = draw(st.integers(0, 1))
+        shapes = [shape, (part * row,), (part, row), (part * inner[0], inner[1]), (inner[1], part * inner[0])]
+        source: Box | None = draw(boxes(draw(st.sampled_from(shapes)), prod(tensors[number].shape)))
+        if draw(st.integers(0, 9)) == 0:
+            source = None
+        target = contiguous(draw(st.sampled_from(shapes)))._replace(offset=start * row)
+        if draw(st.integers(0, 9)) == 0:
+            target = draw(boxes(target.shape, sum(parts) * row))
+        copies.append(Copy(number, 0, source, target))
+        start += part
+    fused = entry("fused", dtype, (start, *inner))
+    return Recipe([fused], copies, fused.nbytes + draw(st.integers(0, 3)), 0), tensors
+
+
+@given(recipes())
+@settings(deadline=None, max_examples=500)
+def test_any_boxes_are_refused_or_stay_inside_write_each_byte_once_and_mean_what_they_say(
+    case: tuple[Recipe, list[TensorInfo]],
+) -> None:
+    recipe, tensors = case
+    try:
+        validate(recipe, tensors)
+    except InvalidRequest as error:
+        message = str(error)
+    else:
+        assert_means_what_it_says(recipe, tensors)
+        return
+    assert re.search("'(fused|t0|t1)'", message)
+
+
+def test_a_whole_tensor_is_one_block() -> None:
+    tensor = info("t", "F32", (4, 5))
+    assert list(blocks(Copy(0, 0), tensor, entry(dtype="F32", shape=(20,)))) == [Block(0, 0, 0, 0, 80, 1)]
+    assert list(blocks(Copy(0, 0), info("t", "F32", (0, 5)), entry(dtype="F32", shape=(0,)))) == []

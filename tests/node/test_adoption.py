@@ -1,0 +1,365 @@
+"""What the next daemon makes of what the last one has left: stages, leases, loads that were under way."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.fault_proxy import FaultProxy, Request
+from tests.lending.test_leases import Child, leases
+from tests.servers import Daemon, SeaweedFS, until
+from weightd.ipc import RequestRefused, Weights
+
+WEIGHTD = str(Path(sys.executable).parent / "weightd")
+MiB = 1 << 20
+Start = Callable[..., Daemon]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    rng = numpy.random.default_rng(6)
+    tensors = {f"w{i}": rng.standard_normal((512 + 2 * i, 1024), numpy.float32) for i in range(6)}
+    save_file(tensors, folder / "m.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def replaced(daemon: Daemon, number: int = signal.SIGKILL) -> None:
+    """Signal the daemon, and wait for the one after it."""
+    pid = daemon.status["daemon_pid"]
+    os.kill(pid, number)
+    serving(daemon, pid)
+
+
+def serving(daemon: Daemon, before: int) -> None:
+    def another() -> bool:
+        status = daemon.status
+        return bool(status["serving"] and status["daemon_pid"] != before)
+
+    until(another, "another daemon serves", 60)
+
+
+def dead(pid: int) -> bool:
+    try:
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
+
+
+def everything(daemon: Daemon) -> dict[str, Any]:
+    """All that the API says of stages, leaf digests included."""
+    found = {}
+    for stage in daemon.client.stages():
+        ranks = [segment["tp_rank"] for segment in stage["segments"]]
+        found[stage["id"]] = stage, [daemon.client.manifest(stage["id"], tp_rank=n, leaves=True) for n in ranks]
+    return found
+
+
+def same(weights: Weights, truth: dict[str, Any]) -> bool:
+    return weights.keys() == truth.keys() and all(bytes(weights.raw(name)) == truth[name].tobytes() for name in truth)
+
+
+def removed(daemon: Daemon, stage: str) -> bool:
+    """Drop it; False where that is refused."""
+    with contextlib.suppress(RequestRefused):
+        return bool(daemon.client.remove(stage)["state"] == "evicted")
+    return False
+
+
+def bytes_read(daemon: Daemon) -> float:
+    lines = daemon.get("/metrics").splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("weightd_source_read_bytes_total{"))
+
+
+def half(name: str, tensor: Any, rank: int) -> Any:
+    return numpy.split(tensor, 2, axis=0 if name in ("w0", "w1") else 1)[rank]
+
+
+# ---------------------------------------------------------------------- what is ready
+
+
+def test_ready_stages_come_back_as_they_were_without_a_byte_from_their_source(
+    start_daemon: Start, folder: Path
+) -> None:
+    daemon = start_daemon()
+    truth = load_file(folder / "m.safetensors")
+    whole = daemon.stage(folder, pin=True, priority=3)
+    sha256 = "sha256:" + hashlib.sha256((folder / "m.safetensors").read_bytes()).hexdigest()
+    parts = daemon.stage(folder, tensors={"include": ["w1"]}, ttl_seconds=3600, expect_digest=sha256)
+    ranks = daemon.stage(folder, parallel={"tp_size": 2, "tp_rank": "all", "map": {"w[01]": 0, "*": 1}})
+    before, used = everything(daemon), daemon.used_bytes
+    assert {stage["state"] for stage, _ in before.values()} == {"ready"}
+    shutil.rmtree(folder)
+    for _ in range(2):  # what was adopted can be adopted again
+        replaced(daemon)
+        assert everything(daemon) == before
+        assert daemon.used_bytes == used
+        assert bytes_read(daemon) == 0
+        with daemon.attach(stage=whole["id"]) as weights:
+            assert same(weights, truth)
+        with daemon.attach(stage=parts["id"]) as weights:
+            assert same(weights, {"w1": truth["w1"]})
+        for rank in range(2):
+            with daemon.attach(stage=ranks["id"], tp_rank=rank) as weights:
+                assert same(weights, {name: half(name, tensor, rank) for name, tensor in truth.items()})
+        until(lambda: not daemon.client.leases(), "the closed leases are gone")
+    assert daemon.get("/metrics").count('weightd_stages_adopted_total{state="ready"} 3') == 1
+
+
+def test_a_living_lease_comes_back_with_its_id_and_what_is_dropped_then_does_not(
+    start_daemon: Start, folder: Path
+) -> None:
+    daemon = start_daemon("--lease-grace", "3")
+    with daemon.attach(folder) as weights:
+        lease = daemon.client.leases()[0]
+        assert lease["id"] == weights.lease
+        replaced(daemon)
+        until(lambda: weights.lease in leases(daemon), "the lease is back")
+        again = daemon.client.leases()[0]
+        assert {**again, "since": 0} == {**lease, "since": 0}
+        with pytest.raises(RequestRefused, match=str(os.getpid())) as refused:
+            daemon.client.remove(lease["stage"])
+        assert refused.value.code == "stage_leased"
+        assert same(weights, load_file(folder / "m.safetensors"))
+    until(lambda: not daemon.client.leases(), "the closed lease is gone")
+    until(lambda: removed(daemon, lease["stage"]), "it can be dropped")
+    assert daemon.used_bytes == 0
+    replaced(daemon)
+    assert daemon.client.stages() == []
+
+
+def test_a_lessee_that_came_back_and_closed_is_waited_for_no_longer(start_daemon: Start, folder: Path) -> None:
+    daemon = start_daemon("--lease-grace", "600")
+    with daemon.attach(folder) as weights:
+        replaced(daemon)
+        until(lambda: weights.lease in leases(daemon), "the lease is back")
+    until(lambda: not daemon.client.leases(), "the closed lease is gone")
+    assert removed(daemon, weights.manifest.stage)
+
+
+def halt(process: subprocess.Popen[str]) -> None:
+    """Stop a process, and wait until none of its threads runs any more."""
+    process.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{process.pid}/task")
+    until(lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()), "it is stopped")
+
+
+def test_a_lessee_that_is_not_back_yet_is_waited_for_and_has_its_lease_once_it_is(
+    start_daemon: Start, folder: Path
+) -> None:
+    daemon = start_daemon("--lease-grace", "600")
+    stage = daemon.stage(folder)["id"]
+    with Child(daemon, folder) as engine:
+        halt(engine.process)
+        for _ in range(2):  # who has not come back to one daemon may come back to the next
+            replaced(daemon)
+            assert daemon.client.leases() == []
+            with pytest.raises(RequestRefused, match="left to come back") as refused:
+                daemon.client.remove(stage)
+            assert refused.value.code == "stage_leased"
+        engine.process.send_signal(signal.SIGCONT)
+        until(lambda: leases(daemon).keys() == {engine.lease}, "the lease is back")
+        assert engine.run("assert weights['w3'].sum() != 0")
+        with pytest.raises(RequestRefused, match=str(engine.process.pid)):
+            daemon.client.remove(stage)
+    until(lambda: not daemon.client.leases(), "the lease of a dead process is gone")
+
+
+def test_a_lessee_that_does_not_come_back_in_time_is_waited_for_no_longer_and_keeps_what_it_has_mapped(
+    start_daemon: Start, folder: Path
+) -> None:
+    daemon = start_daemon("--lease-grace", "3")
+    stage = daemon.stage(folder)["id"]
+    with Child(daemon, folder) as engine:
+        halt(engine.process)
+        replaced(daemon)
+        until(lambda: removed(daemon, stage), "it can be dropped after the grace")
+        engine.process.send_signal(signal.SIGCONT)
+        assert engine.run("assert weights['w3'].sum() != 0")
+        assert daemon.client.leases() == []
+
+
+# ---------------------------------------------------------------------- what was under way
+
+
+class Gate:
+    """Lets so many large reads of an object store pass, and holds back all others until it is open."""
+
+    def __init__(self, passing: int) -> None:
+        self.opened = threading.Event()
+        self._left = threading.Semaphore(passing)
+
+    def __call__(self, request: Request) -> None:
+        if request.nbytes > 300_000 and not self._left.acquire(blocking=False):
+            self.opened.wait(120)
+
+
+@contextlib.contextmanager
+def half_loaded(start_daemon: Start, s3: SeaweedFS, uri: str, **request: Any) -> Iterator[tuple[Daemon, Gate, str]]:
+    """A daemon that has got a part of a stage, and gets no more of it until the gate is open."""
+    gate = Gate(4)
+    with FaultProxy(s3.url, gate) as proxy:
+        daemon = start_daemon("--extent", "1MiB", env={**s3.env, "AWS_ENDPOINT_URL": proxy.url})
+        stage = daemon.client.stage(uri, **request)["id"]
+        until(lambda: daemon.client.show(stage)["bytes_done"] > 0, "something of it has landed", 60)
+        try:
+            yield daemon, gate, stage
+        finally:
+            gate.opened.set()
+
+
+def ended(daemon: Daemon, stage: str) -> dict[str, Any]:
+    until(lambda: daemon.client.show(stage)["state"] in ("ready", "failed"), "it has ended", 120)
+    return daemon.client.show(stage)
+
+
+def test_a_stage_with_an_expected_sha256_begins_anew(start_daemon: Start, s3: SeaweedFS, folder: Path) -> None:
+    uri = s3.upload(folder, "begins-anew")
+    sha256 = "sha256:" + hashlib.sha256((folder / "m.safetensors").read_bytes()).hexdigest()
+    with half_loaded(start_daemon, s3, uri, expect_digest=sha256) as (daemon, gate, stage):
+        replaced(daemon)
+        gate.opened.set()
+        record = ended(daemon, stage)
+        assert record["state"] == "ready", record["error"]
+        assert bytes_read(daemon) == record["bytes_total"]
+        with daemon.attach(stage=stage) as weights:
+            assert same(weights, load_file(folder / "m.safetensors"))
+        assert daemon.used_bytes == record["footprint_bytes"]
+
+
+def test_a_source_that_changed_while_no_daemon_was_there_fails_what_was_under_way(
+    start_daemon: Start, s3: SeaweedFS, folder: Path
+) -> None:
+    uri = s3.upload(folder, "changes")
+    with half_loaded(start_daemon, s3, uri) as (daemon, gate, stage):
+        pid = daemon.pid
+        os.kill(daemon.keeper_pid, signal.SIGSTOP)
+        try:
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: dead(pid), "the daemon is dead")
+            gate.opened.set()
+            truth = {name: tensor + 1 for name, tensor in load_file(folder / "m.safetensors").items()}
+            save_file(truth, folder / "m.safetensors")
+            s3.upload(folder, "changes")
+        finally:
+            os.kill(daemon.keeper_pid, signal.SIGCONT)
+        serving(daemon, pid)
+        record = ended(daemon, stage)
+        assert record["state"] == "failed"
+        assert record["error"]["code"] == "checkpoint_changed"
+        until(lambda: daemon.used_bytes == 0, "its memory is free again")
+        with daemon.attach(uri) as weights:
+            assert same(weights, truth)
+
+
+def test_a_stream_goes_on_to_the_end_with_the_next_daemon(start_daemon: Start, s3: SeaweedFS, folder: Path) -> None:
+    truth = load_file(folder / "m.safetensors")
+    uri = s3.upload(folder, "streamed")
+    with half_loaded(start_daemon, s3, uri) as (daemon, gate, stage), daemon.attach(stage=stage, wait=False) as weights:
+        streamed = weights.stream(timeout=120)
+        name, tensor = next(streamed)
+        found = {name: tensor}
+        assert not weights.ready
+        replaced(daemon)
+        gate.opened.set()
+        for name, tensor in streamed:
+            assert name not in found, "a tensor came twice"
+            found[name] = tensor
+        assert weights.ready
+        assert found.keys() == truth.keys()
+        for name, tensor in found.items():
+            assert numpy.array_equal(tensor.numpy(), truth[name]), name
+        assert same(weights, truth)
+        assert weights.digest == daemon.client.show(stage)["checkpoint_digest"]
+        assert leases(daemon).keys() == {weights.lease}
+
+
+# ---------------------------------------------------------------------- ordered ends
+
+
+def test_a_reload_replaces_the_daemon_and_nobody_notices(start_daemon: Start, folder: Path) -> None:
+    daemon = start_daemon()
+    stage = daemon.stage(folder)
+    truth = load_file(folder / "m.safetensors")
+    over = threading.Event()
+    rounds: list[Exception | bool] = []
+
+    def attach_again_and_again() -> None:
+        while not over.is_set():
+            try:
+                with daemon.attach(folder) as weights:
+                    rounds.append(same(weights, truth))
+            except Exception as error:
+                rounds.append(error)
+
+    thread = threading.Thread(target=attach_again_and_again)
+    thread.start()
+    try:
+        with daemon.attach(folder) as weights:
+            for _ in range(3):
+                pid, done = daemon.pid, len(rounds)
+                result = subprocess.run(
+                    [WEIGHTD, "reload", "--runtime-dir", str(daemon.runtime_dir), "--wait", "60"],
+                    capture_output=True, text=True, check=False, timeout=120,
+                )  # fmt: skip
+                assert result.returncode == 0, result.stderr
+                assert daemon.pid != pid
+                assert result.stdout == f"daemon {pid} was replaced by {daemon.pid}\n"
+                until(lambda done=done: len(rounds) > done + 3, "attaching goes on")  # type: ignore[misc]
+                assert daemon.client.show(stage["id"])["ready_at"] == stage["ready_at"]
+                until(lambda: weights.lease in leases(daemon), "the lease is back")
+    finally:
+        over.set()
+        thread.join()
+    assert set(rounds) == {True}
+    assert [found["id"] for found in daemon.client.stages()] == [stage["id"]]
+
+
+def test_a_signal_to_the_daemon_itself_is_a_restart_that_loses_nothing(start_daemon: Start, folder: Path) -> None:
+    daemon = start_daemon()
+    daemon.stage(folder)
+    with daemon.attach(folder) as weights:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = {stage: manifests for stage, (_, manifests) in everything(daemon).items()}
+            replaced(daemon, number)
+            assert {stage: manifests for stage, (_, manifests) in everything(daemon).items()} == before
+            until(lambda: weights.lease in leases(daemon), "the lease is back")
+    assert daemon.status["last_exit"] == "exit code 0"
+
+
+def test_a_stop_is_refused_while_anybody_leases_and_done_when_asked_again(start_daemon: Start, folder: Path) -> None:
+    daemon = start_daemon("--on-stop", "refuse")
+    assert daemon.process
+    with daemon.attach(folder):
+        for _ in range(2):
+            refusals = daemon.log.read_text().count(f"not stopping while weights are leased, by pids [{os.getpid()}]")
+            daemon.process.send_signal(signal.SIGTERM)
+            until(
+                lambda refusals=refusals: daemon.log.read_text().count("not stopping") > refusals,  # type: ignore[misc]
+                "it is refused",
+            )
+        assert daemon.client.stages()[0]["leases"] == 1
+        replaced(daemon)  # which a keeper that still wants to stop would not do
+        until(lambda: daemon.client.leases(), "the lease is back")
+    until(lambda: not daemon.client.leases(), "the closed lease is gone")
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.process.wait(60) == 0
+    assert not list(daemon.runtime_dir.glob("*.sock"))
+
+
+# ---------------------------------------------------------------------- what cannot be understood

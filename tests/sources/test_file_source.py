@@ -1,0 +1,238 @@
+"""Reading files: what changes on the way is noticed, what fails is tried again, what never succeeds is given up."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.filling.fills import LIMITS, KiB, MiB, assert_filled, bring, flaky, prepared, sliced, store, tensor
+from weightd.daemon.errors import CheckpointChanged, DaemonError, SourceFailed
+from weightd.daemon.layouts.checkpoint import Split, checkpoint_layout
+from weightd.daemon.limits import FillLimits
+
+# ---------------------------------------------------------------------------- changed files
+
+
+def appended(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"x")
+
+
+def touched(path: Path) -> None:
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def replaced(path: Path) -> None:
+    stamp = path.stat().st_mtime_ns
+    other = path.with_name("other")
+    other.write_bytes(bytes(path.stat().st_size))
+    os.utime(other, ns=(0, stamp))
+    other.rename(path)
+
+
+def halved(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("change", [appended, touched, replaced, halved, os.unlink, fifo])
+@pytest.mark.parametrize("way", ["direct", "bounced"])
+def test_a_file_that_changes_between_planning_and_reading_is_noticed(
+    change: Callable[[Path], None], way: str, tmp_path: Path
+) -> None:
+    stored = store(tmp_path, {"t": tensor("U8", (3 * MiB,))})
+    size = 1 if way == "direct" else 2
+    recipes = checkpoint_layout(
+        stored.checkpoint.tensors, tp_size=size, tp_ranks=range(size), splits={"*": "replicate"}
+    )
+    change(stored.files()[0])
+    with prepared(stored, recipes) as filled:
+        with pytest.raises(DaemonError, match=r"0\.safetensors") as error:
+            bring(stored, filled.fill)
+        assert isinstance(error.value, CheckpointChanged) or change is fifo
+        assert filled.verified == [[] for _ in recipes]
+        assert filled.fill.account.bytes_read == 0
+
+
+def test_nothing_is_read_from_a_file_before_it_is_known_to_be_the_planned_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = store(tmp_path, {f"t{i}": tensor("U8", (MiB,), i) for i in range(6)})
+    touched(stored.files()[0])
+    fstat, calls, landed = os.fstat, itertools.count(), threading.Event()
+
+    def slow(fd: int) -> os.stat_result:
+        # The thread that opens the file is held up while it looks at what it has opened.
+        if next(calls) == 1:
+            landed.wait(0.5)
+        return fstat(fd)
+
+    monkeypatch.setattr(os, "fstat", slow)
+    with prepared(stored, checkpoint_layout(stored.checkpoint.tensors), on_verified=lambda *_: landed.set()) as filled:
+        with pytest.raises(CheckpointChanged):
+            bring(stored, filled.fill)
+        assert not landed.is_set()
+        assert filled.fill.account.bytes_read == 0
+
+
+@pytest.mark.parametrize("change", [None, touched, fifo])
+def test_a_closed_reader_leaves_no_descriptor_open(change: Callable[[Path], None] | None, tmp_path: Path) -> None:
+    stored = store(tmp_path, {"a": tensor("U8", (MiB,))}, {"b": tensor("U8", (MiB,))})
+    if change:
+        change(stored.files()[1])
+    with prepared(stored, checkpoint_layout(stored.checkpoint.tensors)) as filled:
+        before = os.listdir("/proc/self/fd")
+        with contextlib.suppress(DaemonError):
+            bring(stored, filled.fill)
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_file_cut_short_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    stored = store(tmp_path, {f"t{i}": tensor("U8", (MiB,), i) for i in range(4)})
+    path = stored.files()[0]
+    size = path.stat().st_size
+    limits = FillLimits(1, MiB, MiB, 1, 60.0)
+    with prepared(
+        stored,
+        checkpoint_layout(stored.checkpoint.tensors),
+        limits=limits,
+        on_verified=lambda *_: os.truncate(path, size - MiB - 100),
+    ) as filled:
+        with pytest.raises(
+            CheckpointChanged, match=rf"0\.safetensors: ends at byte {size - MiB - 100}, had {size} bytes"
+        ):
+            bring(stored, filled.fill)
+        assert filled.fill.account.bytes_read == 2 * MiB
+
+
+# ---------------------------------------------------------------------------- failing reads
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries come at once."""
+    monkeypatch.setattr(random, "uniform", lambda low, high: 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_reads_that_fail_are_tried_again_until_they_succeed(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = store(tmp_path, {f"t{i}": tensor("U8", (4, 300 * KiB), i) for i in range(3)})
+    splits: dict[str, Split] = {"t0": 0, "t1": 1, "t2": "replicate"}
+    recipes = checkpoint_layout(stored.checkpoint.tensors, tp_size=2, tp_ranks=(0, 1), splits=splits)
+    flaky(monkeypatch, 3, code)
+    with prepared(stored, recipes) as filled:
+        bring(stored, filled.fill)
+        assert filled.fill.retries == 3 * len(filled.extents)
+        expected = sliced(stored, splits, 2)
+        for index, recipe in enumerate(recipes):
+            for entry in recipe.entries:
+                assert filled.held(index, entry) == expected(recipe, entry)
+
+
+def test_reads_that_never_succeed_are_given_up_with_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = store(tmp_path, {"t": tensor("U8", (1000,))})
+    flaky(monkeypatch, 10**9)
+    monkeypatch.setattr(random, "uniform", lambda low, high: 0.01)
+    limits = FillLimits(2, MiB, MiB, 1, 0.05)
+    with prepared(stored, checkpoint_layout(stored.checkpoint.tensors), limits=limits) as filled:
+        with pytest.raises(SourceFailed, match=os.strerror(errno.EIO)) as failure:
+            bring(stored, filled.fill)
+        attempts = failure.value.details["attempts"]
+        assert attempts == filled.fill.retries > 1
+        start = filled.extents[0].offset
+        for words in (
+            "0.safetensors",
+            f"bytes {start} to {start + 1000}",
+            f"{attempts} tries",
+            "WEIGHTD_RETRY_DEADLINE",
+        ):
+            assert words in str(failure.value)
+        assert filled.verified == [[]]
+
+
+def test_an_extent_is_given_up_at_the_deadline_counted_from_its_first_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = store(tmp_path, {"a": tensor("U8", (MiB,)), "b": tensor("U8", (MiB,))})
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with prepared(stored, checkpoint_layout(stored.checkpoint.tensors)) as filled:
+        first, second = filled.extents
+        delays = []
+        for _ in range(20):
+            delays.append(filled.fill.failed(first, "here", "broken"))
+            clock[0] += 2.9
+        assert all(0.05 <= delay <= min(10, 0.1 * 2 ** (i + 1)) for i, delay in enumerate(delays))
+        clock[0] = 1060.0
+        filled.fill.failed(second, "here", "broken")
+        with pytest.raises(SourceFailed, match=r"^here: .*broken; given up after 21 tries in 60\.0 s"):
+            filled.fill.failed(first, "here", "broken")
+        assert filled.fill.retries == 22
+        filled.fill.check_stall(1000.0, ["here", "there"])
+        clock[0] = 1060.5
+        with pytest.raises(SourceFailed, match=r"^here: no byte of 2 requests in flight has come for 60\.5 s"):
+            filled.fill.check_stall(1000.0, ["here", "there"])
+
+
+def test_reads_that_stop_short_are_continued_where_they_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = store(tmp_path, {f"t{i}": tensor("U8", (1 + 97 * i % 1000,), i) for i in range(300)})
+    preadv, rng = os.preadv, random.Random(3)
+
+    def short(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        left, some = rng.randrange(1, 5000), []
+        for buffer in buffers:
+            if left:
+                some.append(buffer[:left])
+                left -= len(some[-1])
+        return preadv(fd, some, offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    assert_filled(stored, checkpoint_layout(stored.checkpoint.tensors), lambda _, entry: stored.data[entry.name])
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_file_that_fails_to_open_for_a_while_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = store(tmp_path, {"t": tensor("U8", (1000,))})
+    really_open, calls = os.open, itertools.count()
+
+    def failing(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        if str(path).endswith(".safetensors") and next(calls) < 2:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return really_open(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", failing)
+    with prepared(stored, checkpoint_layout(stored.checkpoint.tensors)) as filled:
+        bring(stored, filled.fill)
+        assert filled.fill.retries == 2
+
+
+def test_what_goes_wrong_in_one_thread_ends_them_all(tmp_path: Path) -> None:
+    stored = store(tmp_path, {f"t{i}": tensor("U8", (MiB,), i) for i in range(30)})
+
+    def verified(segment: int, entries: list[int]) -> None:
+        raise ZeroDivisionError
+
+    with prepared(stored, checkpoint_layout(stored.checkpoint.tensors), on_verified=verified) as filled:
+        with pytest.raises(ZeroDivisionError):
+            bring(stored, filled.fill)
+        assert filled.fill.stopped
+        assert filled.fill.account.bytes_read <= LIMITS.threads * MiB
