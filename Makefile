@@ -1,6 +1,6 @@
 # make demo    the main job, end to end, on a real model (MODEL=uri or folder: on yours)
 # make test    the whole test suite, files side by side in WORKERS processes (ARGS="-k name tests/chart")
-# make check   lint, format, types
+# make check   lint, format, types, and that no room imports what is above it
 # make soak    kill -9 at random moments, ROUNDS times (SEED=... for the same ones again)
 # make bench   speed against its limits and rivals (ARGS="--size 4GiB")
 # make chart   the chart's values.schema.json and table of values, anew from the code and the comments of values.yaml
@@ -53,6 +53,7 @@ check: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p weightd.ipc -p weightd.daemon -p weightd.api
+	cd $(VENV) && bin/lint-imports --no-logo --no-cache ../pyproject.toml
 
 soak: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	ROUNDS=$(ROUNDS) SEED=$(SEED) $(VENV)/bin/python -m pytest -s --timeout 0 tests/faults/test_killing.py $(ARGS)

@@ -179,7 +179,7 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
             )
         if found.finished and found.state != "ready":
             raise found.error or NotPlanned(f"stage {found.id} is {found.state}")
-        node.residency.check_lendable(found, None)
+        node.residency.leases.check_lendable(found, None)
         return lend_by_handle(node, found, rank, http.scope.get("state", {}).get("peer"))
 
     @app.post("/v1/leases", response_class=EventSourceResponse, responses=responses(404, 409, 429, 507))
@@ -209,7 +209,7 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
                     pid=lease.pid,
                     since=lease.since,
                 )
-                for lease in node.residency.leases()
+                for lease in node.residency.leases
             ]
         )
 

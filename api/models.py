@@ -11,10 +11,10 @@ from weightd.daemon.devices.base import Device
 from weightd.daemon.node.preload import Wanted
 from weightd.daemon.node.service import Fit
 from weightd.daemon.observing.clock import by_phase
-from weightd.daemon.observing.logs import redacted
-from weightd.daemon.stages.manifests import entry_files, segment_leaves, segment_manifest
+from weightd.daemon.redaction import redacted
 from weightd.daemon.stages.request import StageRequest
 from weightd.daemon.stages.residency import Residency, summary
+from weightd.daemon.stages.segments import entry_files, segment_leaves, segment_manifest
 from weightd.daemon.stages.stage import Stage
 
 State = Literal["queued", "planning", "loading", "verifying", "ready", "failed", "cancelled", "evicted"]

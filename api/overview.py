@@ -265,7 +265,7 @@ def rows(node: Node) -> Iterator[Row]:
         yield Row("devices", name, mark, partial(_json, device_record, device, node.residency))
     for stage in _shown(node):
         yield Row("stages", stage.id, _mark(stage, second), partial(_json, stage_summary, stage))
-    for lease in itertools.islice(node.residency.leases(), MAX_LEASES):
+    for lease in itertools.islice(node.residency.leases, MAX_LEASES):
         yield Row("leases", lease.id, None, partial(_json, lease_summary, lease))
     for member, traffic in peers(node):
         said = None if member.stages is None else len(member.stages)

@@ -22,11 +22,14 @@ from weightd.daemon.keeper.supervisor import LISTEN, LOCK
 from weightd.daemon.lending.credentials import AllowedPeers
 from weightd.daemon.lending.lease_socket import LeaseServer
 from weightd.daemon.lending.listeners import Listeners
+from weightd.daemon.node.gauges import KeeperGauges, NodeGauges
 from weightd.daemon.node.preload import Preload, read
+from weightd.daemon.node.preloading import Preloading
 from weightd.daemon.node.service import Node
 from weightd.daemon.observing import logs
 from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.peers.moving.mover import unavailable
+from weightd.daemon.redaction import redacted
 from weightd.daemon.settings import Settings
 from weightd.daemon.sources.uris import Allow
 from weightd.daemon.stages.residency import Residency
@@ -74,7 +77,6 @@ def serve(settings: Settings) -> int:
     async def run() -> bool:
         loop = asyncio.get_running_loop()
         metrics = Metrics()
-        metrics.watch_keeper(settings.runtime_dir if deposits.kept else None)
         residency = Residency(
             devices,
             deposits,
@@ -96,8 +98,10 @@ def serve(settings: Settings) -> int:
             fleet=fleet,
             directory=directory,
         )
+        metrics.watch(NodeGauges(node, metrics.wall_seconds))
+        metrics.watch(KeeperGauges(settings.runtime_dir if deposits.kept else None))
         node.adopt(held)
-        node.preload = _preload(node, settings.preload)
+        node.preload = _preload(settings.preload)
         expiry = asyncio.create_task(residency.expire())
         leases = LeaseServer(node, lease_listener, peers, settings.max_leases)
         app = create_app(
@@ -120,7 +124,8 @@ def serve(settings: Settings) -> int:
         ports = [Port(node, routes(node), listener) for routes, listener in probed.items()]
         for port in ports:
             port.start()
-        node.preload.start()
+        preloading = Preloading(node)
+        preloading.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.signalled)
         if deposits.kept:
@@ -142,6 +147,7 @@ def serve(settings: Settings) -> int:
         expiry.cancel()
         await leases.close()
         listeners.close()
+        await preloading.close()
         try:
             await asyncio.wait_for(node.close(), _STOP_DEADLINE)
         except TimeoutError:
@@ -186,7 +192,7 @@ class _Stop:
             self.ordered()
 
     def ordered(self) -> None:
-        holders = self._node.residency.lessees()
+        holders = self._node.residency.leases.holders()
         if holders and self._on_stop == "refuse":
             log.warning("not stopping while weights are leased, by %s (WEIGHTD_ON_STOP=refuse)", ", ".join(holders))
             self._deposits.refuse_stop()
@@ -195,19 +201,19 @@ class _Stop:
         self._server.end()
 
 
-def _preload(node: Node, setting: str) -> Preload:
+def _preload(setting: str) -> Preload:
     """What is to be staged; a daemon that cannot read it adopts what there is, and is not ready."""
     try:
-        return Preload(node, read(setting))
+        return Preload(read(setting))
     except InvalidRequest as error:
         log.error("%s", error)
-        return Preload(node, [], str(error))
+        return Preload([], str(error))
 
 
 def _crash(deposits: Deposits, error: CudaError) -> None:
     """End at once: nothing that this process does with that GPU can work any more, and the next one adopts it all."""
     log.critical("the GPU has failed, and with it this process: %s", error)
-    deposits.dying(logs.redacted(str(error)))
+    deposits.dying(redacted(str(error)))
     logging.shutdown()
     os._exit(_GPU_FAILED)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from weightd.daemon.observing.logs import cleaned, redacted
+from weightd.daemon.redaction import cleaned, redacted
 
 
 class DaemonError(Exception):

@@ -91,7 +91,7 @@ def _tables(node: Node, most: int) -> str:
     """All tables, in ``most`` bytes together: stages, of which there are the most, get what the others leave."""
     about = _record(overview.node_summary, node)
     stages = sorted(node.stages(), key=lambda stage: stage.created_at, reverse=True)
-    leases = list(itertools.islice(node.residency.leases(), overview.MAX_LEASES))
+    leases = list(itertools.islice(node.residency.leases, overview.MAX_LEASES))
     peers, devices = list(overview.peers(node)), list(node.devices.values())
     preload = about["node"]["preload"]
     errors = _errors(node, stages)

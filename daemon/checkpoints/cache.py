@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from weightd.daemon.checkpoints.listing import Checkpoint, Listing
+from weightd.daemon.checkpoints.contents import Checkpoint
+from weightd.daemon.checkpoints.listing import Listing
 from weightd.daemon.layouts.digests import Leaves
 from weightd.daemon.sources.base import Source, SourceFile
 

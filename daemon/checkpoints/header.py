@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from weightd.daemon.errors import InvalidCheckpoint
+from weightd.daemon.tensors import TensorInfo
 from weightd.ipc.dtypes import DTYPES
 
 MAX_HEADER_BYTES = 100_000_000
@@ -29,21 +30,6 @@ MAX_TENSOR_BYTES = 2**62
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _BITS = {name: dtype.bits for name, dtype in DTYPES.items()}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-
-
-class TensorInfo(NamedTuple):
-    """One tensor of a checkpoint: where its bytes lie.
-
-    ``shape`` in elements, row-major; ``start`` counts bytes from the start of the file; ``file`` is the index of the
-    file in its checkpoint.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: int
-    start: int
-    nbytes: int
 
 
 def header_length(file: str, prefix: bytes, size: int) -> int:

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager
 from importlib import util
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from weightd.daemon.devices.host_memory import address_of
 from weightd.daemon.devices.pinned import PinnedBuffers, pinned
-from weightd.daemon.filling.slots import address_of
 from weightd.daemon.layouts.digests import LEAF, leaf_digest
 from weightd.daemon.layouts.recipe import Block
 from weightd.ipc.cuda import Gpu, call, driver

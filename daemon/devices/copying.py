@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 from weightd.daemon.devices.base import Copier, Segment
-from weightd.daemon.devices.host_memory import RawMapping
-from weightd.daemon.filling.slots import address_of
+from weightd.daemon.devices.host_memory import RawMapping, address_of
 from weightd.daemon.layouts.digests import LEAF, leaf_digest
 from weightd.daemon.layouts.recipe import Block
 from weightd.daemon.limits import FillLimits

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 
 from weightd.daemon.devices import copier as copying
 from weightd.daemon.devices import streaming
+from weightd.daemon.devices.host_memory import address_of
 from weightd.daemon.devices.pinned import PinnedBuffers
 from weightd.daemon.errors import DeviceFailed, InsufficientCapacity
-from weightd.daemon.filling.slots import address_of
 from weightd.daemon.limits import CudaLimits
 from weightd.ipc.cuda import DeviceRange, Gpu, call, driver, gpus
 from weightd.ipc.errors import CudaError, DeviceUnavailable

@@ -1,4 +1,4 @@
-"""Memory of a descriptor, mapped without Python: of a read-only mapping it tells no address, and it unmaps late."""
+"""Host memory by its address, for what native code reads and writes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ import mmap
 import os
 
 
+def address_of(buffer: mmap.mmap | memoryview) -> int:
+    """Where a writable buffer lies."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
 class RawMapping:
-    """A shared mapping at ``address``, until ``close``."""
+    """Memory of a descriptor, shared, at ``address`` until ``close``.
+
+    Mapped without Python: of a read-only mapping it tells no address, and it unmaps late.
+    """
 
     def __init__(self, fd: int, nbytes: int, *, writable: bool = False) -> None:
         """Raises OSError."""

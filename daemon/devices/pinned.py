@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from weightd.daemon.filling.slots import address_of
+from weightd.daemon.devices.host_memory import address_of
 from weightd.ipc.cuda import Gpu, call
 from weightd.ipc.errors import CudaError
 

@@ -11,23 +11,38 @@ import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from weightd.daemon.checkpoints.header import TensorInfo
+from prometheus_client import Counter
+
 from weightd.daemon.errors import DigestMismatch, SourceFailed
 from weightd.daemon.filling.ledger import Ledger, fingerprint, leaf_counts
 from weightd.daemon.layouts.digests import LEAF, leaf_count, tensor_digest
 from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.layouts.recipe import Recipe
-from weightd.daemon.peers.finding.fleet import PeerUse
-
-if TYPE_CHECKING:
-    from prometheus_client import Counter
-
-    from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.tensors import TensorInfo
 
 _FROM_ORIGIN, _FROM_PEER = 1, 2
 """What the ledger has for an extent that has landed."""
+
+
+@dataclass
+class PeerUse:
+    """What one stage has had from one peer."""
+
+    nbytes: int = 0
+    """Bytes that came from it, verified."""
+    seconds: float = 0.0
+    """While any were asked of it."""
+    transport: str = ""
+    """By what they came: rdma, cuda_ipc, shm, tcp; unknown where that cannot be told; empty where none have come."""
+    through_host: bool = False
+    """Whether a GPU is at either end, so that its bytes go through host memory there."""
+    slow_path: str = ""
+    """What better way there is here than the one that was taken, and how to take it."""
+    given_up: str = ""
+    """Why nothing more is had from it."""
 
 
 class Account:

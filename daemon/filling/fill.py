@@ -8,77 +8,38 @@ thread.
 from __future__ import annotations
 
 import logging
-import mmap
 import random
 import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
 
-from weightd.daemon.checkpoints.header import TensorInfo
+from prometheus_client import Counter
+
+from weightd.daemon.devices.base import Segment
 from weightd.daemon.devices.cpu import HostBuffers
+from weightd.daemon.devices.host_memory import address_of
 from weightd.daemon.errors import DigestMismatch, SourceFailed
 from weightd.daemon.filling.account import Account
 from weightd.daemon.filling.arrivals import Arrivals
 from weightd.daemon.filling.ledger import Ledger
 from weightd.daemon.filling.ordered_hash import OrderedHash
-from weightd.daemon.filling.slots import Slots, address_of
+from weightd.daemon.filling.phases import Phases
+from weightd.daemon.filling.sink import Landing, Sink
+from weightd.daemon.filling.slots import Slots
 from weightd.daemon.layouts.digests import LEAF, leaf_count, leaf_digest
 from weightd.daemon.layouts.extents import Extent, Scatter
 from weightd.daemon.layouts.recipe import Block, Recipe, copy_block
 from weightd.daemon.limits import FillLimits
 from weightd.daemon.observing.clock import Clock
-
-if TYPE_CHECKING:
-    from prometheus_client import Counter
-
-    from weightd.daemon.devices.base import Segment
-    from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.tensors import TensorInfo
 
 log = logging.getLogger(__name__)
 
-PHASES = ("source", "buffers", "copying", "verifying")
-"""Where a loading thread's time goes: waiting on the source, waiting for a bounce buffer, copying, hashing."""
 
-
-class _Phase:
-    """A block of a thread's time; a class, as a generator would cost more than what it measures."""
-
-    __slots__ = ("_fill", "_phase", "_since", "_source")
-
-    def __init__(self, fill: Fill, phase: str, source: str) -> None:
-        self._fill = fill
-        self._phase = phase
-        self._source = source
-
-    def __enter__(self) -> None:
-        self._since = self._fill._enter(self._phase, self._source)
-
-    def __exit__(self, *_: object) -> None:
-        self._fill._leave(self._phase, self._source, self._since)
-
-
-class Landing:
-    """Where one extent's bytes go: host memory at ``address``, as ``views`` in order, or device memory there.
-
-    ``device`` is the GPU's number, as libstreamer counts them; None for host memory.
-    """
-
-    __slots__ = ("address", "device", "holders", "slot", "views")
-
-    def __init__(
-        self, views: list[memoryview], address: int, slot: mmap.mmap | None = None, device: int | None = None
-    ) -> None:
-        self.views = views
-        self.address = address
-        self.slot = slot
-        self.device = device
-        self.holders = 1
-        """Who still reads from it: what puts its bytes to their places, and the file's SHA-256 in its turn."""
-
-
-class Fill:
+class Fill(Sink):
     """One filling of segments by ``extents``. Counters are for watching: they only grow, and are read unlocked.
 
     ``segments`` and ``recipes`` are parallel. ``ledger`` is where marks and digests go, as ``ledger_for`` makes it;
@@ -110,7 +71,7 @@ class Fill:
         self.in_flight_bytes = limits.in_flight_bytes
         self.extent_bytes = limits.extent_bytes
         self.retries = 0
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._phases = Phases(clock or Clock())
         self.account = Account(
             tensors,
             recipes,
@@ -130,11 +91,7 @@ class Fill:
         self._by_peers: set[int] = set()
         """Extents on that way."""
         self._retry_counter: Counter | None = None
-        self._phase_counter: Counter | None = None
-        self._phase_counters: dict[tuple[str, str], Counter] = {}
         self._mismatch_counter: Counter | None = None
-        self._source = ""
-        self._clock = clock or Clock()
         self._failure: BaseException | None = None
         on_device = bool(segments) and segments[0].device.uuid is not None
         self._arrivals = Arrivals(segments, self._digest, self._fail, self.phase) if on_device else None
@@ -153,7 +110,7 @@ class Fill:
         """Add to a daemon's counters from now on, under the source's kind."""
         self.account.count_with(metrics, source)
         self._retry_counter = metrics.source_retries.labels(source)
-        self._phase_counter, self._source = metrics.phase_seconds, source
+        self._phases.count_with(metrics, source)
         self._mismatch_counter = metrics.mismatches
 
     @property
@@ -435,26 +392,15 @@ class Fill:
         if self._mismatch_counter is not None:
             self._mismatch_counter.labels(source).inc()
 
-    def phase(self, name: str, source: str = "") -> _Phase:
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Thread-seconds so far, by phase."""
+        return self._phases.seconds
+
+    def phase(self, name: str, source: str = "") -> AbstractContextManager[None]:
         """Count the time inside towards a phase (one of PHASES), in thread-seconds; ``source``: where it is not the
         stage's own."""
-        return _Phase(self, name, source)
-
-    def _enter(self, phase: str, source: str) -> float:
-        self._clock.join(phase, source)
-        return time.perf_counter()
-
-    def _leave(self, phase: str, source: str, since: float) -> None:
-        spent = time.perf_counter() - since
-        self._clock.leave(phase, source)
-        with self._lock:
-            self.seconds[phase] += spent
-        if self._phase_counter is not None:
-            counter = self._phase_counters.get((phase, source))
-            if counter is None:
-                counter = self._phase_counter.labels(source or self._source, phase)
-                self._phase_counters[phase, source] = counter
-            counter.inc(spent)
+        return self._phases.phase(name, source)
 
     def _hash(self, leaves: memoryview, first: int, view: memoryview, offset: int, nbytes: int) -> None:
         end = offset + nbytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import threading
 from collections.abc import Callable
@@ -10,11 +9,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from weightd.daemon.devices.base import Buffers
-
-
-def address_of(buffer: mmap.mmap | memoryview) -> int:
-    """Where a writable buffer lies."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 class Slots:

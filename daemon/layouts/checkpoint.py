@@ -7,9 +7,9 @@ from fnmatch import translate
 from re import compile as compile_pattern
 from typing import Literal
 
-from weightd.daemon.checkpoints.header import TensorInfo
 from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.layouts.recipe import Box, Copy, Entry, Recipe, arrange, contiguous, validate
+from weightd.daemon.tensors import TensorInfo
 from weightd.ipc.dtypes import DTYPES
 
 Split = int | Literal["replicate"]

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from weightd.daemon.checkpoints.header import TensorInfo
 from weightd.daemon.layouts.digests import LEAF
 from weightd.daemon.layouts.recipe import Block, Copy, Recipe, blocks, uses
+from weightd.daemon.tensors import TensorInfo
 
 
 class Run(NamedTuple):

@@ -12,8 +12,8 @@ from itertools import pairwise, product
 from math import prod
 from typing import NamedTuple
 
-from weightd.daemon.checkpoints.header import TensorInfo
 from weightd.daemon.errors import InvalidRequest
+from weightd.daemon.tensors import TensorInfo
 from weightd.ipc.dtypes import DTYPES
 
 ALIGNMENT = 256

@@ -18,9 +18,10 @@ from weightd.daemon.devices.cuda import IpcSegment
 from weightd.daemon.errors import DaemonError, DigestMismatch, InvalidRequest, LeaseLimit, PeerNotAllowed
 from weightd.daemon.lending.credentials import AllowedPeers, Peer, peer_of
 from weightd.daemon.node.service import Node
-from weightd.daemon.stages.manifests import SealedManifest, segment_manifest
+from weightd.daemon.stages.eviction import now
+from weightd.daemon.stages.manifests import SealedManifest
 from weightd.daemon.stages.request import parse_request
-from weightd.daemon.stages.residency import now
+from weightd.daemon.stages.segments import segment_manifest
 from weightd.daemon.stages.stage import Stage
 from weightd.ipc import wire
 
@@ -67,7 +68,7 @@ async def lend_by_handle(node: Node, stage: Stage, rank: int, peer: Peer | None)
             yield _progress(stage)
             await stage.changed(_PROGRESS_INTERVAL)
         uid, gid, pid = (peer.uid, peer.gid, peer.pid) if peer else (None, None, None)
-        lease = node.residency.lease(stage, rank, uid=uid, gid=gid, pid=pid)
+        lease = node.residency.leases.begin(stage, rank, uid=uid, gid=gid, pid=pid)
     except DaemonError as error:
         yield {"type": "error", "code": error.code, "message": str(error), "details": error.details}
         return
@@ -95,7 +96,7 @@ async def lend_by_handle(node: Node, stage: Stage, rank: int, peer: Peer | None)
                 yield {"type": "revoked", "seconds": max(0.0, told - now())}
             await stage.changed(None)
     finally:
-        node.residency.end_lease(lease)
+        node.residency.leases.end(lease)
 
 
 class LeaseServer:
@@ -188,7 +189,7 @@ class LeaseServer:
             await stage.changed(_PROGRESS_INTERVAL)
         index = stage.request.ranks.index(rank)
         renews = _renewed(message, stage, index)
-        lease = self._node.residency.lease(stage, rank, uid=peer.uid, gid=peer.gid, pid=peer.pid, renews=renews)
+        lease = self._node.residency.leases.begin(stage, rank, uid=peer.uid, gid=peer.gid, pid=peer.pid, renews=renews)
         try:
             if was_ready:
                 self._node.metrics.attach_seconds.observe(time.perf_counter() - started)
@@ -222,7 +223,7 @@ class LeaseServer:
                     await self._send(connection, {"type": "revoked", "seconds": max(0.0, told - now())})
                 await stage.changed(None)
         finally:
-            self._node.residency.end_lease(lease)
+            self._node.residency.leases.end(lease)
 
     async def _hand_over(self, connection: socket.socket, stage: Stage, index: int, lease: str) -> bool:
         """Send the descriptors; whether the stage was ready when it did."""

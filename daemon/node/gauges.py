@@ -7,21 +7,20 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from weightd.daemon.keeper.supervisor import STATUS
+from weightd.daemon.node.service import Node
 from weightd.daemon.observing.families import AGES, ENDS, FAMILIES, MAX_MODELS, STAGE_STATES
 from weightd.daemon.observing.labels import OTHER, model_label
-from weightd.daemon.stages.residency import awaited, evictable, now
-
-if TYPE_CHECKING:
-    from weightd.daemon.node.service import Node
-    from weightd.daemon.stages.stage import Stage
+from weightd.daemon.stages.eviction import awaited, evictable, now
+from weightd.daemon.stages.stage import Stage
 
 
-class NodeGauges:
+class NodeGauges(Collector):
     """Gauges of a node; ``ended_seconds`` are where the seconds of stages went that have ended."""
 
     def __init__(self, node: Node, ended_seconds: Mapping[tuple[str, str], float]) -> None:
@@ -166,7 +165,7 @@ def _largest(held: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-class KeeperGauges:
+class KeeperGauges(Collector):
     """What the keeper says of itself in ``folder``, its runtime directory; None where there is no keeper."""
 
     def __init__(self, folder: Path | None) -> None:

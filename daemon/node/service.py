@@ -30,16 +30,17 @@ from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.observing.refusals import Refusals
 from weightd.daemon.peers.finding.directory import Directory
 from weightd.daemon.peers.finding.fleet import Fleet
+from weightd.daemon.peers.pulling.reader import Pulling
 from weightd.daemon.peers.pulling.source import open_source as open_peer_source
-from weightd.daemon.peers.serving.server import key_of
 from weightd.daemon.sources.base import Source
 from weightd.daemon.sources.uris import Allow, canonical, open_source
 from weightd.daemon.stages import record
-from weightd.daemon.stages.loading import allocated, make_plan
 from weightd.daemon.stages.moves import move_segments
+from weightd.daemon.stages.planning import allocated, make_plan
 from weightd.daemon.stages.request import StageRequest
 from weightd.daemon.stages.residency import Residency
-from weightd.daemon.stages.scheduler import Loader, refused
+from weightd.daemon.stages.scheduler import Scheduler, refused
+from weightd.daemon.stages.segments import key_of
 from weightd.daemon.stages.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -89,16 +90,17 @@ class Node:
         self.metrics = metrics
         self.refusals = Refusals()
         self.started_at = time.time()
-        self.preload = Preload(self, [])
-        """What it stages by itself."""
+        self.preload = Preload()
+        """What is to be staged by itself."""
         self._deposits = deposits
         self._allow = allow
         self.cache = cache
         self._fill_limits = fill_limits
         self._limits = limits
-        self._loader = Loader(devices, residency, deposits, cache, metrics, fill_limits, limits, fleet)
+        self._scheduler = Scheduler(
+            devices, residency, deposits, cache, metrics, fill_limits, limits, Pulling(fleet) if fleet else None
+        )
         self._listings: dict[str, asyncio.Task[tuple[Source, Listing]]] = {}
-        metrics.watch(self)
 
     # ------------------------------------------------------------------ asking for stages
 
@@ -122,7 +124,7 @@ class Node:
         else:
             assert source is not None
             found = Stage(canonical(request.model), self.placed(request), request, listing, asked)
-            self._loader.start(found, source)
+            self._scheduler.start(found, source)
             created = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(found.planned.wait(), _PLAN_DEADLINE)
@@ -141,10 +143,10 @@ class Node:
         if found is not None:
             return Fit(found, found.footprint, True, [])
         assert source is not None
-        plan = await self._loader.in_thread(make_plan, source, listing, request, self.cache)
+        plan = await self._scheduler.in_thread(make_plan, source, listing, request, self.cache)
         devices = [self.devices[name] for name in self.placed(request)]
         for device in set(devices):
-            await self._loader.in_thread(device.open)
+            await self._scheduler.in_thread(device.open)
         needed = allocated(plan.recipes, devices)
         evicts = self.residency.victims(needed)
         return Fit(None, sum(needed.values()), evicts is not None, evicts or [])
@@ -170,8 +172,8 @@ class Node:
                 assert self.fleet is not None
                 log.warning("%s: its origin cannot be asked (%s), peers are", uri, error)
                 try:
-                    source = await self._loader.in_thread(open_peer_source, uri, self.fleet)
-                    listing = await self._loader.in_thread(list_checkpoint, uri, source)
+                    source = await self._scheduler.in_thread(open_peer_source, uri, self.fleet)
+                    listing = await self._scheduler.in_thread(list_checkpoint, uri, source)
                 except DaemonError as failure:
                     raise _Unlisted(uri, devices, request, SourceFailed(f"{error}; {failure}")) from None
                 return self._find(request, uri, devices, listing), source, listing
@@ -290,7 +292,7 @@ class Node:
                 source = open_source(uri, self._allow)
                 return source, list_checkpoint(uri, source)
 
-            task = asyncio.ensure_future(self._loader.in_thread(listed))
+            task = asyncio.ensure_future(self._scheduler.in_thread(listed))
             self._listings[uri] = task
             task.add_done_callback(lambda _: self._listings.pop(uri, None))
         return await asyncio.shield(task)
@@ -299,7 +301,7 @@ class Node:
         stage = Stage(unlisted.uri, unlisted.devices, unlisted.request, None, asked)
         stage.source_kind = stage.clock.origin = unlisted.uri.partition(":")[0]
         self.residency.keep(stage)
-        self._loader.end(stage, "failed", unlisted.error)
+        self._scheduler.end(stage, "failed", unlisted.error)
         return stage
 
     # ------------------------------------------------------------------ adopting
@@ -331,17 +333,17 @@ class Node:
 
     def _adopted(self, stage: Stage) -> None:
         self.residency.keep(stage)
-        self.metrics.adopted(stage)
+        self.metrics.adopted(stage.state if stage.finished else "interrupted", stage.footprint)
         if stage.state == "failed":
             self._deposits.drop(stage.id)
             return
-        self.residency.await_lessees(stage)
+        self.residency.leases.await_holders(stage)
         if stage.state == "ready" and self.fleet is not None:
             stage.key = key_of(stage)
         if stage.state != "ready":
-            self._loader.spawn(self._loader.resume(stage, self._list(stage.uri)), stage.id)
+            self._scheduler.spawn(self._scheduler.resume(stage, self._list(stage.uri)), stage.id)
         elif stage.revoked_until is not None:
-            self._loader.spawn(self.residency.revoked(stage), stage.id)
+            self._scheduler.spawn(self.residency.revoked(stage), stage.id)
 
     # ------------------------------------------------------------------ ending and moving stages
 
@@ -355,15 +357,15 @@ class Node:
         if stage.moving:
             raise NotMovable(f"stage {stage.id} is being moved to {stage.moving}: wait for its end")
         if not force:
-            self.residency.check_unleased(stage)
+            self.residency.leases.check_none(stage)
         if not stage.finished:
-            self._loader.cancel(stage, "cancelled by request")
+            self._scheduler.cancel(stage, "cancelled by request")
         elif stage.state == "ready" and (stage.leases or stage.peer_leases):
             first = stage.revoked_until is None
             usual = self._limits.revoke_grace if stage.leases else 0.0  # peers have a time of their own
             self.residency.revoke(stage, usual if grace is None else grace)
             if first:
-                self._loader.spawn(self.residency.revoked(stage), stage.id)
+                self._scheduler.spawn(self.residency.revoked(stage), stage.id)
         else:
             if stage.state == "ready":
                 self.residency.evict(stage, "request")
@@ -389,16 +391,15 @@ class Node:
         stage = self.get(stage_id)
         await self.residency.notice_hangups()
         await move_segments(
-            self.residency, self._deposits, stage, self.device(device), self._fill_limits, self._loader.in_thread
+            self.residency, self._deposits, stage, self.device(device), self._fill_limits, self._scheduler.in_thread
         )
         return stage
 
     async def close(self) -> None:
         """Cancel what runs and free everything; waits for threads that may still write."""
-        await self.preload.close()
         for stage in list(self.stages()):
-            self._loader.cancel(stage, "the daemon is stopping")
-        await self._loader.close()
+            self._scheduler.cancel(stage, "the daemon is stopping")
+        await self._scheduler.close()
         for stage in self.stages():
             self.residency.release(stage)
         for device in self.devices.values():

@@ -1,13 +1,13 @@
 """Prometheus metrics of one daemon: counters and histograms, which whatever happens is told to.
 
-``families`` says what there is; ``gauges`` has what is read off the daemon at every scrape.
+``families`` says what there is; what is read off the daemon at every scrape is handed in by who assembles it.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,17 +18,13 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.registry import Collector
 
 from weightd.daemon import errors
-from weightd.daemon.node.gauges import KeeperGauges, NodeGauges
 from weightd.daemon.observing.build import build_info
+from weightd.daemon.observing.clock import Clock
 from weightd.daemon.observing.families import ADOPTED, BETTER_PATHS, DROPPED, EVICTED, FAMILIES, MAX_PEERS, SOURCES
 from weightd.daemon.observing.labels import OTHER, Named
-from weightd.daemon.observing.process import seconds_since_start
-
-if TYPE_CHECKING:
-    from weightd.daemon.node.service import Node
-    from weightd.daemon.stages.stage import Stage
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _ENDED = ("ready", "failed", "cancelled")
@@ -94,31 +90,31 @@ class Metrics:
 
     # ------------------------------------------------------------------ stages
 
-    def ended(self, stage: Stage, *, refused: bool) -> None:
+    def ended(self, state: str, source: str, clock: Clock, error: errors.DaemonError | None, *, refused: bool) -> None:
         """A stage has become ready, has failed or was cancelled. Once for each; on the event loop.
 
-        ``refused``: it was none, and whoever says so counts the error.
+        ``source`` is the kind of its source. ``refused``: it was none, and whoever says so counts the error.
         """
-        for key, seconds in stage.clock.fresh().items():
+        for key, seconds in clock.fresh().items():
             self.wall_seconds[key] = self.wall_seconds.get(key, 0.0) + seconds
         if refused:
             return
-        self.finished.labels(stage.state).inc()
-        if stage.state == "ready":
-            self._stage_seconds.labels(stage.source_kind).observe(sum(stage.clock.spent().values()))
-        elif stage.state == "failed" and stage.error is not None:
-            self.errors.labels(stage.error.code).inc()
-            if isinstance(stage.error, errors.DigestMismatch):
-                self.mismatches.labels(stage.source_kind).inc()
+        self.finished.labels(state).inc()
+        if state == "ready":
+            self._stage_seconds.labels(source).observe(sum(clock.spent().values()))
+        elif state == "failed" and error is not None:
+            self.errors.labels(error.code).inc()
+            if isinstance(error, errors.DigestMismatch):
+                self.mismatches.labels(source).inc()
 
-    def adopted(self, stage: Stage) -> None:
-        """A stage was taken over from the daemon before."""
-        self._adopted.labels(stage.state if stage.finished else "interrupted").inc()
-        self._adopted_bytes.inc(stage.footprint)
+    def adopted(self, state: str, nbytes: int) -> None:
+        """A stage was taken over from the daemon before: ``ready``, ``failed``, or ``interrupted``."""
+        self._adopted.labels(state).inc()
+        self._adopted_bytes.inc(nbytes)
 
     def serving(self) -> None:
         """The daemon is about to serve."""
-        self._start_seconds.set(seconds_since_start())
+        self._start_seconds.set(_seconds_since_start())
 
     # ------------------------------------------------------------------ peers
 
@@ -145,13 +141,9 @@ class Metrics:
 
     # ------------------------------------------------------------------ the exposition
 
-    def watch(self, node: Node) -> None:
-        """Read gauges off ``node`` at every scrape."""
-        self.registry.register(NodeGauges(node, self.wall_seconds))
-
-    def watch_keeper(self, folder: Path | None) -> None:
-        """Read at every scrape what the keeper says in its runtime directory; None: there is none."""
-        self.registry.register(KeeperGauges(folder))
+    def watch(self, collector: Collector) -> None:
+        """Ask this as well at every scrape."""
+        self.registry.register(collector)
 
     def exposition(self) -> bytes:
         """The text format, version 0.0.4. On the event loop, of whose time whoever asks gets half at most."""
@@ -169,3 +161,11 @@ def error_codes(of: type[errors.DaemonError] = errors.DaemonError) -> dict[str, 
     for kind in of.__subclasses__():
         found |= error_codes(kind)
     return found
+
+
+def _seconds_since_start() -> float:
+    """Seconds since this process was started, its interpreter's own start included; in steps of 10 ms."""
+    # proc(5): the 22nd field; the 2nd is the command in parentheses, which may hold anything.
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from weightd.daemon.errors import CheckpointChanged
-
-if TYPE_CHECKING:
-    from weightd.daemon.filling.fill import Fill
+from weightd.daemon.filling.sink import Sink
 
 
 class SourceFile(NamedTuple):
@@ -33,11 +31,11 @@ def changed(planned: SourceFile, found: SourceFile) -> CheckpointChanged:
 class Reader(Protocol):
     """Moves a stage's bytes. Made for one stage by ``Source.reader``, used by one thread, closed once."""
 
-    def run(self, fill: Fill) -> None:
-        """Bring every extent of the fill, each to ``fill.landing(extent)``, and call ``fill.landed(extent, landing)``.
+    def run(self, sink: Sink) -> None:
+        """Bring every extent of the sink, each to ``sink.landing(extent)``, and call ``sink.landed(extent, landing)``.
 
-        Blocks. Failures of one extent go through ``fill.failed``, which says when to try again or raises.
-        Returns early, leaving extents, where ``fill.stopped`` is set.
+        Blocks. Failures of one extent go through ``sink.failed``, which says when to try again or raises.
+        Returns early, leaving extents, where ``sink.stopped`` is set.
         """
 
     def close(self) -> None:
@@ -57,9 +55,14 @@ class Source(Protocol):
     """Destinations that its reader scatters one contiguous read over."""
     min_range: int
     """Shortest read, in bytes, that is worth making on its own."""
+    copies: bool
+    """Whether a local copy may answer in its place."""
 
-    def list(self) -> list[SourceFile]:
-        """All files below the URI. Raises CheckpointNotFound where there is nothing."""
+    def list(self, *, anew: bool = False) -> list[SourceFile]:
+        """All files below the URI. Raises CheckpointNotFound where there is nothing.
+
+        ``anew``: as the origin has them, where a local copy, which may be less than all, has answered before.
+        """
 
     def stat(self, name: str) -> SourceFile:
         """One file as it is now. Raises CheckpointNotFound."""

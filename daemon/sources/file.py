@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, InvalidCheckpoint
-from weightd.daemon.filling.fill import Fill, Landing
+from weightd.daemon.filling.sink import Landing, Sink
 from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.sources.base import Reader, SourceFile, changed
 from weightd.daemon.sources.uris import Allow
@@ -33,6 +33,7 @@ class FileSource:
     max_extent = 2 << 20  # what was read is still in the processor's cache when it is hashed
     max_runs = 1 << 20
     min_range = 64 << 10
+    copies = False
 
     def __init__(self, root: Path, allow: Allow) -> None:
         self._allow = allow
@@ -44,7 +45,7 @@ class FileSource:
         # Links are followed first: a link inside an allowed folder must not open what lies outside of it.
         self._allow.check("file://" + os.path.realpath(path))
 
-    def list(self) -> list[SourceFile]:
+    def list(self, *, anew: bool = False) -> list[SourceFile]:
         if self._single:
             return [self.stat(self._single)]
         if not self._root.is_dir():
@@ -115,7 +116,7 @@ def _source_file(name: str, status: os.stat_result) -> SourceFile:
 
 
 class FileReader:
-    """Threads that take extents from the fill and read them to where they belong."""
+    """Threads that take extents from the sink and read them to where they belong."""
 
     def __init__(self, source: FileSource, files: Sequence[SourceFile]) -> None:
         self._source = source
@@ -123,18 +124,18 @@ class FileReader:
         self._fds: dict[int, int] = {}
         self._lock = threading.Lock()
 
-    def run(self, fill: Fill) -> None:
+    def run(self, sink: Sink) -> None:
         errors: list[BaseException] = []
 
         def work() -> None:
             try:
-                while (extent := fill.next()) is not None:
-                    self._bring(fill, extent)
+                while (extent := sink.next()) is not None:
+                    self._bring(sink, extent)
             except BaseException as error:
                 errors.append(error)
-                fill.stop()
+                sink.stop()
 
-        threads = [threading.Thread(target=work, name=f"read-{i}") for i in range(fill.threads)]
+        threads = [threading.Thread(target=work, name=f"read-{i}") for i in range(sink.threads)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -142,20 +143,20 @@ class FileReader:
         if errors:
             raise errors[0]
 
-    def _bring(self, fill: Fill, extent: Extent) -> None:
-        landing = fill.landing(extent)
+    def _bring(self, sink: Sink, extent: Extent) -> None:
+        landing = sink.landing(extent)
         if landing is None:
             return
         while True:
-            if fill.stopped:
+            if sink.stopped:
                 return
             try:
-                with fill.phase("source"):
+                with sink.phase("source"):
                     self._read(extent, landing)
                 break
             except OSError as error:
-                fill.wait(fill.failed(extent, self._files[extent.file].name, error.strerror or str(error)))
-        fill.landed(extent, landing)
+                sink.wait(sink.failed(extent, self._files[extent.file].name, error.strerror or str(error)))
+        sink.landed(extent, landing)
 
     def _read(self, extent: Extent, landing: Landing) -> None:
         fd = self._fd(extent.file)

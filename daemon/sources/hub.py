@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from weightd.daemon.checkpoints.listing import INDEX_NAME, read_index
 from weightd.daemon.errors import CheckpointNotFound, CredentialsRefused, DaemonError, InvalidRequest, SourceFailed
 from weightd.daemon.sources.base import Reader, SourceFile
 from weightd.daemon.sources.file import FileSource
@@ -37,6 +36,7 @@ class HubSource:
     max_extent = FileSource.max_extent
     max_runs = FileSource.max_runs
     min_range = FileSource.min_range
+    copies = True
 
     def __init__(self, uri: str, repository: str, revision: str | None) -> None:
         self._uri = uri
@@ -46,18 +46,19 @@ class HubSource:
         self._was_cached = False
         self._files: dict[str, SourceFile] = {}
 
-    def list(self) -> _Files:
-        folder = self._cached()
+    def list(self, *, anew: bool = False) -> _Files:
+        folder = None if anew else self._cached()
         if folder is not None:
             found = [SourceFile(f.name, f.size, _blob(folder / f.name) or f.version) for f in _local(folder).list()]
             self._revision, self._was_cached = folder.name, True
         else:
+            self._revision, self._was_cached = self._asked, False
             found = self._ask_hub()
         self._files = {file.name: file for file in found}
         return found
 
     def _cached(self) -> Path | None:
-        """The revision's folder in the cache, where its weights are all there: interrupted downloads leave some out."""
+        """The revision's folder in the cache, where it has weights: interrupted downloads leave some out."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -67,13 +68,7 @@ class HubSource:
             return None
         except HFValidationError as error:
             raise InvalidRequest(f"model: {self._uri}: {error}") from None
-        index = folder / INDEX_NAME
-        if index.is_file():
-            shards = set(read_index(INDEX_NAME, index.read_bytes()).values())
-            complete = all((folder / shard).is_file() for shard in shards)
-        else:
-            complete = any(folder.glob("*.safetensors"))
-        return folder if complete and (folder / "config.json").exists() else None
+        return folder if any(folder.glob("*.safetensors")) and (folder / "config.json").exists() else None
 
     def _ask_hub(self) -> _Files:
         from huggingface_hub import HfApi

@@ -86,6 +86,7 @@ class ObjectStoreSource:
     # One request brings one contiguous range; scattering it is the bounce buffer's work.
     max_runs = 1
     min_range = 1 << 20
+    copies = False
 
     def __init__(self, uri: str) -> None:
         from obstore.exceptions import BaseError
@@ -106,7 +107,7 @@ class ObjectStoreSource:
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name
 
-    def list(self) -> list[SourceFile]:
+    def list(self, *, anew: bool = False) -> list[SourceFile]:
         if self._single:
             return [self.stat(self._single)]
         found: list[SourceFile] = []

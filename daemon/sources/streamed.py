@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from weightd.daemon.devices import libstreamer
 from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, SourceFailed
-from weightd.daemon.filling.fill import Fill, Landing
+from weightd.daemon.filling.sink import Landing, Sink
 from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.sources.base import Source, SourceFile, changed
 from weightd.daemon.sources.window import Window
@@ -34,7 +34,7 @@ class StreamerReader:
     """Keeps a bounded number of bytes in flight in one native streamer, and takes ranges as they land.
 
     ``uris`` are the files', as the library takes them: an object's, or a path. Bytes go to host memory, or straight to
-    a GPU where the fill's landing says so.
+    a GPU where the sink's landing says so.
 
     A streamer serves one stage, and so one set of credentials, however many files there are: closing it is the
     library's only way to say that nothing writes to this stage's memory any more.
@@ -51,46 +51,46 @@ class StreamerReader:
         except (libstreamer.StreamerUnavailable, OSError) as error:
             raise SourceFailed(f"{uris[0]}: {error}") from None
 
-    def run(self, fill: Fill) -> None:
+    def run(self, sink: Sink) -> None:
         in_flight: dict[int, tuple[Extent, Landing]] = {}
         waiting: list[_Due] = []
         nbytes = 0
-        window = Window(fill.in_flight_bytes, fill.extent_bytes)
+        window = Window(sink.in_flight_bytes, sink.extent_bytes)
         last_progress = time.monotonic()
-        while not fill.stopped:
+        while not sink.stopped:
             if not in_flight:
                 last_progress = time.monotonic()
             deferred: list[_Due] = []  # due, but with no bounce buffer to be had
             while nbytes < window.nbytes and len(deferred) <= len(in_flight):
-                extent = self._next(fill, waiting)
+                extent = self._next(sink, waiting)
                 if extent is None:
                     break
-                landing = fill.landing(extent, wait=False)
+                landing = sink.landing(extent, wait=False)
                 if landing is None:
                     deferred.append(_Due(time.monotonic(), extent.file, extent.offset, extent))
                     continue
-                in_flight[self._submit(fill, extent, landing)] = (extent, landing)
+                in_flight[self._submit(sink, extent, landing)] = (extent, landing)
                 nbytes += extent.nbytes
             for due in deferred:
                 heapq.heappush(waiting, due)
             if not in_flight:
                 if not waiting:
                     return
-                fill.wait(max(0.001, waiting[0].at - time.monotonic()), "buffers" if deferred else "source")
+                sink.wait(max(0.001, waiting[0].at - time.monotonic()), "buffers" if deferred else "source")
                 continue
-            with fill.phase("source"):
+            with sink.phase("source"):
                 response = self._streamer.response(0.1)
             if response is None:
-                fill.check_stall(last_progress, [self._uris[extent.file] for extent, _ in in_flight.values()])
+                sink.check_stall(last_progress, [self._uris[extent.file] for extent, _ in in_flight.values()])
                 continue
             last_progress = time.monotonic()
             extent, landing = in_flight.pop(response.submission)
             nbytes -= extent.nbytes
             if response.code == libstreamer.SUCCESS:
                 window.landed(extent.nbytes, last_progress)
-                fill.landed(extent, landing)
+                sink.landed(extent, landing)
                 continue
-            at = time.monotonic() + self._failed(fill, extent, response.code)
+            at = time.monotonic() + self._failed(sink, extent, response.code)
             again = [(extent, landing)]
             if response.code == libstreamer.UNKNOWN:
                 # All that is in flight is asked for anew, once nothing of the old streamer can still write.
@@ -100,16 +100,16 @@ class StreamerReader:
                 in_flight.clear()
                 nbytes = 0
             for other, place in again:
-                fill.abandon(place)
+                sink.abandon(place)
                 heapq.heappush(waiting, _Due(at, other.file, other.offset, other))
 
-    def _next(self, fill: Fill, waiting: list[_Due]) -> Extent | None:
+    def _next(self, sink: Sink, waiting: list[_Due]) -> Extent | None:
         """What to ask for next: what failed and is due again before what is new."""
         if waiting and waiting[0].at <= time.monotonic():
             return heapq.heappop(waiting).extent
-        return fill.next()
+        return sink.next()
 
-    def _failed(self, fill: Fill, extent: Extent, code: int) -> float:
+    def _failed(self, sink: Sink, extent: Extent, code: int) -> float:
         """Seconds until the next try; raises where there is no point in one. HEAD says why, the library does not."""
         uri, planned = self._uris[extent.file], self._files[extent.file]
         if code not in _RETRYABLE:
@@ -124,9 +124,9 @@ class StreamerReader:
             else:
                 if found != planned:
                     raise changed(planned, found)
-        return fill.failed(extent, uri, libstreamer.describe(code))
+        return sink.failed(extent, uri, libstreamer.describe(code))
 
-    def _submit(self, fill: Fill, extent: Extent, landing: Landing) -> int:
+    def _submit(self, sink: Sink, extent: Extent, landing: Landing) -> int:
         if landing.device is not None:
             self._gpu = landing.device
         while True:
@@ -135,7 +135,7 @@ class StreamerReader:
                     self._uris[extent.file], [extent.offset], [extent.nbytes], [landing.address], landing.device
                 )
             except OSError as error:
-                fill.wait(fill.failed(extent, self._uris[extent.file], str(error)))
+                sink.wait(sink.failed(extent, self._uris[extent.file], str(error)))
 
     def close(self) -> None:
         # The library lets go of what it had on a GPU in whatever context it finds.

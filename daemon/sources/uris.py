@@ -9,7 +9,7 @@ from importlib import import_module
 from urllib.parse import unquote
 
 from weightd.daemon.errors import InvalidRequest, NotAllowed
-from weightd.daemon.observing.logs import holds_secret
+from weightd.daemon.redaction import holds_secret
 from weightd.daemon.sources.base import Reader, Source, SourceFile
 
 __all__ = ["OPENERS", "Allow", "Reader", "Source", "SourceFile", "canonical", "open_source"]

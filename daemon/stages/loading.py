@@ -1,6 +1,6 @@
-"""The staging pipeline: URI → checkpoint → layout → extents → filled, verified, sealed segments.
+"""Loading a planned stage: extents → filled, verified, sealed segments.
 
-Plain blocking functions, run in threads; ``Node`` decides when.
+Blocks, in threads; the scheduler decides when.
 """
 
 from __future__ import annotations
@@ -9,86 +9,59 @@ import logging
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from weightd.daemon.checkpoints.cache import Cache
-from weightd.daemon.checkpoints.header import TensorInfo
-from weightd.daemon.checkpoints.listing import Checkpoint, Listing, open_checkpoint
 from weightd.daemon.devices.base import Device, Segment
 from weightd.daemon.errors import (
     Cancelled,
     CheckpointChanged,
     CheckpointNotFound,
     DigestMismatch,
-    InvalidRequest,
 )
 from weightd.daemon.filling.account import ledger_for
 from weightd.daemon.filling.fill import Fill
 from weightd.daemon.filling.ledger import Ledger, fingerprint
-from weightd.daemon.layouts.checkpoint import checkpoint_layout
 from weightd.daemon.layouts.digests import LEAF, Leaves, checkpoint_digest, tensor_digest
 from weightd.daemon.layouts.extents import Demands, Extent, plan_extents
 from weightd.daemon.layouts.recipe import Recipe
 from weightd.daemon.limits import FillLimits
 from weightd.daemon.observing.clock import Clock
-from weightd.daemon.peers.finding.fleet import Fleet
-from weightd.daemon.peers.pulling.groups import begin_parts_anew
-from weightd.daemon.peers.pulling.reader import PeerReader
 from weightd.daemon.sources.base import Reader, Source, changed
-from weightd.daemon.stages.request import Parallel, StageRequest
-from weightd.daemon.stages.stage import Plan
+from weightd.daemon.stages.planning import Plan, expected_sha256
+from weightd.daemon.stages.request import StageRequest
+from weightd.daemon.tensors import TensorInfo
 
 log = logging.getLogger(__name__)
 
 
-def make_plan(
-    source: Source, listing: Listing, request: StageRequest, cache: Cache, clock: Clock | None = None
-) -> Plan:
-    """Read the headers, compute the layout, fetch the configuration files. Allocates nothing. Tells ``clock``.
+class Peers(Protocol):
+    """Other nodes, as a stage loads from them."""
 
-    Raises InvalidCheckpoint, InvalidRequest, CheckpointNotFound, CheckpointChanged, SourceFailed.
-    """
-    clock = clock or Clock()
-    clock.enter("source")
-    source.fetch(listing.weights)
-    clock.enter("headers")
-    checkpoint = open_checkpoint(source, listing)
-    parallel = request.parallel or Parallel()
-    recipes = checkpoint_layout(
-        checkpoint.tensors,
-        include=request.tensors.include,
-        exclude=request.tensors.exclude,
-        tp_size=parallel.tp_size,
-        tp_ranks=parallel.ranks,
-        splits=parallel.map,
-    )
-    _expected_sha256(checkpoint, request)
-    folder = cache.metadata(source, listing)
-    return Plan(checkpoint, recipes, str(folder) if folder else None)
+    @property
+    def off(self) -> str:
+        """Why nothing can be read from them; empty while it can."""
 
+    def reader(
+        self,
+        key: str,
+        recipes: Sequence[Recipe],
+        segments: Sequence[Segment],
+        extents: Sequence[Extent],
+        fill: Fill,
+        origin: Callable[[], Reader] | None,
+    ) -> Reader:
+        """A reader for ``fill`` alone that has what peers can bring from them, by the stage's ``key``.
 
-def _expected_sha256(checkpoint: Checkpoint, request: StageRequest) -> dict[int, str]:
-    """File index → SHA-256 that the request expects of it. Raises InvalidRequest for files that are not there."""
-    expected = request.expect_digest
-    names = [file.name for file in checkpoint.listing.weights]
-    if isinstance(expected, str):
-        if expected.startswith("xxh3:"):
-            return {}
-        if len(names) != 1:
-            raise InvalidRequest(
-                f"expect_digest: one SHA-256 is given and the checkpoint has {len(names)} files: "
-                "map each file name to its own"
-            )
-        return {0: expected}
-    if unknown := sorted((expected or {}).keys() - set(names)):
-        raise InvalidRequest(f"expect_digest: {unknown[0]!r} is no file of the checkpoint, its files are {names[:10]}")
-    return {names.index(name): digest for name, digest in (expected or {}).items()}
+        What they do not bring comes from the reader that ``origin`` makes; None where all has to come from peers.
+        """
 
 
 @dataclass
 class Loading:
     """One load, from its plan to sealed segments: ``lay_out``, ``prepare``, ``run`` in a thread, and ``close``.
 
-    ``devices`` has each segment's. ``fleet`` is whom to load from besides the source what goes by ``key`` there;
+    ``devices`` has each segment's. ``peers`` are whom to load from besides the source what goes by ``key`` there;
     ``clock`` is told where the time goes.
     """
 
@@ -98,7 +71,7 @@ class Loading:
     devices: Sequence[Device]
     cache: Cache
     limits: FillLimits
-    fleet: Fleet | None = None
+    peers: Peers | None = None
     key: str = ""
     clock: Clock = field(default_factory=Clock)
 
@@ -110,7 +83,7 @@ class Loading:
     def lay_out(self) -> None:
         """Lay out all reads."""
         checkpoint, request = self.plan.checkpoint, self.request
-        self._sha256 = _expected_sha256(checkpoint, request)
+        self._sha256 = expected_sha256(checkpoint, request)
         digest = request.expect_digest if isinstance(request.expect_digest, str) else None
         self._digest = digest if digest and digest.startswith("xxh3:") else None
         on_host = all(device.uuid is None for device in self.devices)
@@ -179,14 +152,13 @@ class Loading:
         )
         files = checkpoint.listing.weights
         if self._asks_peers():
-            assert self.fleet is not None
+            assert self.peers is not None
 
             def origin() -> Reader:
                 return self.source.reader(files, native=self._native)
 
             wanted = origin if "origin" in self.request.sources else None
-            begin_parts_anew(self._extents, self.plan.recipes, self._fill.account)
-            self._reader = PeerReader(self.key, self.fleet, self.plan.recipes, segments, wanted)
+            self._reader = self.peers.reader(self.key, self.plan.recipes, segments, self._extents, self._fill, wanted)
         else:
             self._reader = self.source.reader(files, native=self._native)
         return self._fill
@@ -195,7 +167,7 @@ class Loading:
         """Whether there are peers that can bring it: not where what is expected is told by the origin's bytes only,
         SHA-256 of files, and the digest of a checkpoint of which there are but slices here."""
         tellable = not self._sha256 and (self._digest is None or self._is_whole())
-        return self.fleet is not None and bool(self.key) and tellable and "peer" in self.request.sources
+        return self.peers is not None and bool(self.key) and tellable and "peer" in self.request.sources
 
     @property
     def fill(self) -> Fill:
@@ -390,11 +362,3 @@ def _interleave(extents: Sequence[Extent]) -> list[Extent]:
         counts[extent.file] = counts.get(extent.file, 0) + 1
         order.append((counts[extent.file], extent.file))
     return [extent for _, extent in sorted(zip(order, extents, strict=True), key=lambda item: item[0])]
-
-
-def allocated(recipes: Sequence[Recipe], devices: Sequence[Device]) -> dict[str, int]:
-    """Bytes of capacity that the recipes' segments take of each device, by name; ``devices`` has each segment's."""
-    needed: dict[str, int] = {}
-    for recipe, device in zip(recipes, devices, strict=True):
-        needed[device.name] = needed.get(device.name, 0) + device.footprint(recipe.nbytes)
-    return needed

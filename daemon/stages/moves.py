@@ -12,8 +12,9 @@ from weightd.daemon.errors import DeviceFailed, DigestMismatch, InsufficientCapa
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.limits import FillLimits
 from weightd.daemon.stages import record
-from weightd.daemon.stages.manifests import SealedManifest, segment_leaves
+from weightd.daemon.stages.manifests import SealedManifest
 from weightd.daemon.stages.residency import Residency
+from weightd.daemon.stages.segments import segment_leaves
 from weightd.daemon.stages.stage import Stage
 from weightd.ipc.errors import CudaError
 
@@ -85,7 +86,7 @@ def _check_movable(residency: Residency, stage: Stage) -> None:
             else stage.state
         )
         raise NotMovable(f"stage {stage.id} is {what}: only a ready stage can be moved")
-    residency.check_unleased(stage)
+    residency.leases.check_none(stage)
 
 
 def _copy_all(

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 
 
-class Turns:
+class PrioritySemaphore:
     """A semaphore whose waiters go in the order of their priority, then of their coming."""
 
     def __init__(self, count: int) -> None:
@@ -19,14 +19,14 @@ class Turns:
     def free(self) -> bool:
         return self._left > 0 and not self._waiting
 
-    async def take(self, priority: Callable[[], int], given_up: Callable[[], bool]) -> None:
+    async def acquire(self, priority: Callable[[], int], given_up: Callable[[], bool]) -> None:
         """Wait for a turn; whoever has given up gets one at once, to find out that it does not want it."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((next(self._order), priority, given_up, future))
         self.changed()
         await future
 
-    def give(self) -> None:
+    def release(self) -> None:
         self._left += 1
         self.changed()
 

@@ -22,8 +22,9 @@ from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.observing.clock import Clock
 from weightd.daemon.sources.base import SourceFile
 from weightd.daemon.stages.manifests import SealedManifest
+from weightd.daemon.stages.planning import SegmentInfo
 from weightd.daemon.stages.request import StageRequest
-from weightd.daemon.stages.stage import SegmentInfo, Stage
+from weightd.daemon.stages.stage import Stage
 
 log = logging.getLogger(__name__)
 

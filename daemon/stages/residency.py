@@ -7,29 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import os
-import secrets
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 from weightd.daemon.devices.base import Device, Segment
 from weightd.daemon.errors import (
     InsufficientCapacity,
-    InvalidRequest,
-    LeaseLimit,
-    StageLeased,
-    StageRevoked,
     UnknownStage,
 )
 from weightd.daemon.keeper.deposits import Deposits
-from weightd.daemon.stages import record
-from weightd.daemon.stages.stage import Lease, PeerLease, Stage
-
-if TYPE_CHECKING:
-    from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.stages import eviction, record
+from weightd.daemon.stages.leases import Leases
+from weightd.daemon.stages.left_behind import LeftBehind
+from weightd.daemon.stages.stage import Stage
 
 log = logging.getLogger(__name__)
 
@@ -59,18 +52,18 @@ class Residency:
         self.stages: dict[str, Stage] = {}
         self._deposits = deposits
         self._metrics = metrics
-        self._lease_grace = lease_grace
-        self._max_leases_per_user = max_leases_per_user
         self._peer_grace = peer_grace
         self._changed = asyncio.Event()
+        self.leases = Leases(
+            self.stages, grace=lease_grace, most_per_user=max_leases_per_user, changed=self._changed.set
+        )
         self.on_release: Callable[[Stage], None] = lambda stage: None
         """Told of a stage whose memory is about to be freed."""
         self.unadopted: list[dict[str, Any]] = []
         """What the keeper holds and this version does not understand: name, nbytes, reason. Host memory."""
         self._made_room: dict[Hashable, float] = {}
         """What went to make room, and when."""
-        self._lent_away: dict[int, int] = {}
-        """Bytes of freed segments that were lent, by the inode of their memfd."""
+        self._left_behind = LeftBehind()
 
     def get(self, stage_id: str) -> Stage:
         """A stage by its id. Raises UnknownStage."""
@@ -120,7 +113,7 @@ class Residency:
             if missing <= 0:
                 continue
             left = [stage for stage in self.on(device) if stage not in chosen]
-            more = victims(left, missing, now(), device)
+            more = eviction.victims(left, missing, eviction.now(), device)
             if more is None:
                 return None
             chosen += more
@@ -142,9 +135,9 @@ class Residency:
         """The error that says what is missing of the first device that lacks it, and what is in the way."""
         # By now others may have let go of some: then it is the first one that is said.
         device = next((name for name in needed if self.victims({name: needed[name]}) is None), next(iter(needed)))
-        held, at = list(self.on(device)), now()
+        held, at = list(self.on(device)), eviction.now()
         used, capacity = self.used(device), self.devices[device].capacity
-        free = sum(stage.reserved[device] for stage in held if evictable(stage, at))
+        free = sum(stage.reserved[device] for stage in held if eviction.evictable(stage, at))
         missing = needed[device] - self.room(device) - free
         available = self.devices[device].available()
         others = ""
@@ -172,7 +165,7 @@ class Residency:
         self._metrics.evictions.labels(reason).inc()
         if reason == "capacity":
             self._made_room.pop(_what(stage), None)
-            self._made_room[_what(stage)] = now()
+            self._made_room[_what(stage)] = eviction.now()
             while len(self._made_room) > _REMEMBERED:
                 del self._made_room[next(iter(self._made_room))]
         self.release(stage)
@@ -181,7 +174,7 @@ class Residency:
     def made_room(self, stage: Stage) -> bool:
         """Whether what a new stage is of went to make room lately: it may be loaded again and again."""
         went = self._made_room.pop(_what(stage), None)
-        return went is not None and now() - went < _LATELY
+        return went is not None and eviction.now() - went < _LATELY
 
     def release(self, stage: Stage) -> None:
         """Let go of all memory that is held for a stage, here and at the keeper, and of its bytes of capacity."""
@@ -205,53 +198,37 @@ class Residency:
         stage.segments, stage.manifests, stage.ledger = [], [], None
 
     def left_behind(self, stage: Stage, segment: Segment) -> None:
-        """A segment is about to be closed: remember it where somebody may still map it."""
-        # Who maps a GPU's memory, the system does not say.
-        if stage.lent and segment.device.uuid is None:
-            self._lent_away[os.fstat(segment.fd).st_ino] = segment.footprint
+        """A segment is about to be closed: remember it where somebody may still map it. Callable from any thread."""
+        if stage.lent:
+            self._left_behind.note(segment)
 
     async def mapped_elsewhere(self) -> int:
         """Bytes of freed segments that other processes still map, as far as that can be seen from here."""
-        suspects = list(self._lent_away)
-        seen = await asyncio.to_thread(mapping_processes, suspects)
-        for inode in suspects:
-            if inode not in seen:
-                self._lent_away.pop(inode, None)
-        return sum(self._lent_away.values())
+        return await self._left_behind.mapped_bytes()
 
     async def notice_hangups(self) -> None:
         """Return once leases whose connections were closed before now have ended."""
         for _ in range(_TURNS):
             await asyncio.sleep(0)
 
-    def check_unleased(self, stage: Stage) -> None:
-        """Raises StageLeased where processes use it, or may come back to it after a restart of the daemon."""
-        if not self._in_use(stage):
-            return
-        waited_for = awaited(stage, now())
-        holders = ", ".join(_holder(lease) for lease in list(stage.leases.values())[:10])
-        if not holders:
-            left = stage.protected_until - now()
-            holders = f"processes that have {left:.0f} s left to come back after the daemon's restart"
-        raise StageLeased(
-            f"stage {stage.id} has {len(stage.leases) + waited_for} leases, held by {holders}: force=true takes it",
-            leases=[lease.__dict__ for lease in stage.leases.values()],
-        )
-
     def revoke(self, stage: Stage, grace: float) -> None:
         """Tell a ready stage's lessees to let go within ``grace`` seconds; ``revoked`` has to follow up.
 
         Once more for a shorter time; a longer one changes nothing.
         """
-        if stage.revoked_until is not None and now() + grace >= stage.revoke_deadline:
+        if stage.revoked_until is not None and eviction.now() + grace >= stage.revoke_deadline:
             return
-        stage.revoked_until, stage.revoke_deadline = time.time() + grace, now() + grace
+        stage.revoked_until, stage.revoke_deadline = time.time() + grace, eviction.now() + grace
         record.update(self._deposits, stage)
         stage.notify()
 
     async def revoked(self, stage: Stage) -> None:
         """Free a revoked stage once its lessees have let go, or their time is over."""
-        while stage.state == "ready" and self._in_use(stage) and (left := stage.revoke_deadline - now()) > 0:
+        while (
+            stage.state == "ready"
+            and self.leases.in_use(stage)
+            and (left := stage.revoke_deadline - eviction.now()) > 0
+        ):
             await stage.changed(left)
         await self.dismiss([stage])
         if stage.state == "ready":
@@ -259,12 +236,12 @@ class Residency:
 
     async def dismiss(self, stages: Sequence[Stage]) -> None:
         """Tell peers to read these no more, and wait until they have stopped, or their time is over."""
-        deadline = now() + self._peer_grace
+        deadline = eviction.now() + self._peer_grace
         for stage in stages:
             stage.dismissed = True
             stage.notify()
         for stage in stages:
-            while stage.peer_leases and (left := deadline - now()) > 0:
+            while stage.peer_leases and (left := deadline - eviction.now()) > 0:
                 await stage.changed(left)
         for stage in stages:  # who is still there after all may be read again
             stage.dismissed = False
@@ -274,10 +251,6 @@ class Residency:
         if read := [stage for stage in self.victims(needed) or () if stage.peer_leases]:
             await self.dismiss(read)
 
-    @staticmethod
-    def _in_use(stage: Stage) -> bool:
-        return bool(stage.leases or awaited(stage, now()))
-
     def changed(self) -> None:
         """Something that ``expire`` goes by has changed."""
         self._changed.set()
@@ -285,12 +258,12 @@ class Residency:
     async def expire(self) -> None:
         """Evict stages whose time to live without a lease is over, until cancelled."""
         while True:
-            at = now()
-            due = [(when, stage) for stage in self.stages.values() if (when := expires_at(stage)) is not None]
+            at = eviction.now()
+            due = [(when, stage) for stage in self.stages.values() if (when := eviction.expires_at(stage)) is not None]
             for when, stage in due:
                 if when <= at:
                     await self.dismiss([stage])
-                    if expires_at(stage) != when:
+                    if eviction.expires_at(stage) != when:
                         continue  # somebody has come for it meanwhile
                     log.info("%s %s goes, %g s without a lease", stage.id, stage.uri, stage.request.ttl_seconds)
                     self.evict(stage, "ttl")
@@ -299,89 +272,9 @@ class Residency:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), min(later, default=None))
 
-    # ------------------------------------------------------------------ leases
-
-    def lease(
-        self, stage: Stage, rank: int, *, uid: int | None, gid: int | None, pid: int | None, renews: str | None = None
-    ) -> Lease:
-        """Record a lease on one rank's segment; ``renews`` is the id that it had with the daemon before this one.
-
-        Raises InvalidRequest where the stage has no such rank, StageRevoked, LeaseLimit.
-        """
-        if rank not in stage.request.ranks:
-            raise InvalidRequest(f"stage {stage.id} has no tp_rank {rank}, it has {list(stage.request.ranks)}")
-        self.check_lendable(stage, uid)
-        lease_id = renews if renews and renews not in stage.leases else "le-" + secrets.token_hex(6)
-        if renews:
-            stage.awaited = max(0, stage.awaited - 1)
-        lease = Lease(lease_id, stage.id, rank, uid, gid, pid, time.time())
-        stage.leases[lease.id] = lease
-        stage.lent = True
-        self.used_now(stage)
-        return lease
-
-    def check_lendable(self, stage: Stage, uid: int | None) -> None:
-        """Raises StageRevoked, LeaseLimit."""
-        if stage.revoked_until is not None:
-            raise StageRevoked(f"stage {stage.id} is being taken away: stage {stage.uri} again once it has gone")
-        if sum(lease.uid == uid for lease in self.leases()) >= self._max_leases_per_user:
-            who = "TCP clients hold" if uid is None else f"uid {uid} holds"
-            raise LeaseLimit(
-                f"{who} {self._max_leases_per_user} leases, which is all that WEIGHTD_MAX_LEASES_PER_USER allows"
-            )
-
-    def end_lease(self, lease: Lease) -> None:
-        """Its connection is closed."""
-        if stage := self.stages.get(lease.stage):
-            stage.leases.pop(lease.id, None)
-            self.used_now(stage)
-            stage.notify()
-
-    def lend_to_peer(self, stage: Stage, by: str) -> PeerLease:
-        """Record that a peer reads a stage; it takes nothing of the leases that users may have."""
-        lease = PeerLease(stage, by)
-        stage.peer_leases.add(lease)
-        stage.lent = True
-        return lease
-
-    def end_peer_lease(self, lease: PeerLease) -> None:
-        """It has hung up."""
-        lease.stage.peer_leases.discard(lease)
-        lease.stage.notify()
-
-    def used_now(self, stage: Stage) -> None:
-        """A lease began or ended, or it became ready: note it where the next daemon finds it."""
-        stage.last_used = now()
-        if stage.ledger is not None:
-            leases = len(stage.leases) + awaited(stage, stage.last_used)
-            stage.ledger.note(leases, stage.last_used, lent=stage.lent)
-        self._changed.set()
-
-    def await_lessees(self, stage: Stage) -> None:
-        """After a restart: give those who leased it until then time to come back."""
-        assert stage.ledger is not None
-        stage.lent, stage.awaited = stage.ledger.lent, stage.ledger.leases
-        stage.last_used = stage.ledger.last_used or now()
-        if stage.awaited:
-            stage.protected_until = now() + self._lease_grace
-
-    def lessees(self) -> list[str]:
-        """Who leases anything, or may come back to what it leased before a restart of the daemon, in words."""
-        found = sorted({_holder(lease) for lease in self.leases()})
-        missing = sum(awaited(stage, now()) for stage in self.stages.values())
-        return found + ([f"{missing} that have not come back yet"] if missing else [])
-
-    def leases(self) -> Iterable[Lease]:
-        """All leases there are."""
-        return itertools.chain.from_iterable(stage.leases.values() for stage in self.stages.values())
-
 
 def _what(stage: Stage) -> Hashable:
     return stage.uri, stage.devices, stage.request.layout_key()
-
-
-def _holder(lease: Lease) -> str:
-    return "a client over TCP" if lease.pid is None else f"pid {lease.pid} (uid {lease.uid})"
 
 
 def summary(stage: Stage) -> dict[str, object]:
@@ -395,74 +288,3 @@ def summary(stage: Stage) -> dict[str, object]:
         "pin": stage.pin,
         "priority": stage.priority,
     }
-
-
-def awaited(stage: Stage, at: float) -> int:
-    """Leases of before the daemon's restart whose holders may still come back, at a time in monotonic seconds."""
-    return stage.awaited if at < stage.protected_until else 0
-
-
-def evictable(stage: Stage, now: float) -> bool:
-    """Whether it may go without anybody's leave: ready, not pinned, not leased, and nobody is waited for.
-
-    ``now`` in monotonic seconds.
-    """
-    in_use = stage.pin or stage.leases or stage.moving or awaited(stage, now)
-    return stage.state == "ready" and not in_use
-
-
-def victims(stages: Iterable[Stage], missing: int, now: float, device: str) -> list[Stage] | None:
-    """The stages to evict for ``missing`` bytes of a device; None where all that may go is not enough.
-
-    Lowest priority first, then least recently leased; none that is not needed.
-    """
-    order = sorted(
-        (stage for stage in stages if evictable(stage, now)), key=lambda stage: (stage.priority, stage.last_used)
-    )
-    chosen: list[Stage] = []
-    freed = 0
-    for stage in order:
-        if freed >= missing:
-            break
-        chosen.append(stage)
-        freed += stage.reserved[device]
-    if freed < missing:
-        return None
-    for stage in list(chosen):  # what was chosen first may have become needless
-        if freed - stage.reserved[device] >= missing:
-            chosen.remove(stage)
-            freed -= stage.reserved[device]
-    return chosen
-
-
-def expires_at(stage: Stage) -> float | None:
-    """When its time to live without a lease is over, in monotonic seconds; None where it never is."""
-    if stage.request.ttl_seconds is None or stage.state != "ready" or stage.pin or stage.leases or stage.moving:
-        return None
-    waits_until = stage.protected_until if stage.awaited else 0.0
-    return max(stage.last_used + stage.request.ttl_seconds, waits_until)
-
-
-def mapping_processes(inodes: Iterable[int]) -> dict[int, set[int]]:
-    """Of memfds by inode, the processes that still map them, as far as this process may look into others.
-
-    Reads ``/proc/*/maps``: what is in another pid namespace, or another user's, is not seen.
-    """
-    wanted = {str(inode): inode for inode in inodes}
-    found: dict[int, set[int]] = {}
-    for name in os.listdir("/proc") if wanted else ():
-        if not name.isdigit():
-            continue
-        try:
-            with open(f"/proc/{name}/maps") as file:
-                for line in file:
-                    if "/memfd:weightd:" in line and (inode := wanted.get(line.split(None, 5)[4])) is not None:
-                        found.setdefault(inode, set()).add(int(name))
-        except OSError:
-            continue
-    return found
-
-
-def now() -> float:
-    """Seconds of the clock that residency goes by: it never jumps, and goes on across processes."""
-    return time.monotonic()

@@ -32,14 +32,14 @@ from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.limits import FillLimits, NodeLimits
 from weightd.daemon.observing.logs import about
 from weightd.daemon.observing.metrics import Metrics
-from weightd.daemon.peers.finding.fleet import Fleet
-from weightd.daemon.peers.serving.server import key_of
 from weightd.daemon.sources.base import Source
 from weightd.daemon.stages import record
-from weightd.daemon.stages.loading import Loading, allocated, make_plan
-from weightd.daemon.stages.manifests import SealedManifest, entry_files, segment_manifest
-from weightd.daemon.stages.priority_semaphore import Turns
+from weightd.daemon.stages.loading import Loading, Peers
+from weightd.daemon.stages.manifests import SealedManifest
+from weightd.daemon.stages.planning import allocated, make_plan
+from weightd.daemon.stages.priority_semaphore import PrioritySemaphore
 from weightd.daemon.stages.residency import Residency
+from weightd.daemon.stages.segments import entry_files, key_of, segment_manifest
 from weightd.daemon.stages.stage import Stage
 from weightd.ipc.errors import CudaError
 
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Loader:
+class Scheduler:
     """Runs stages: ``start`` new ones, ``resume`` those of the daemon before, ``cancel`` either."""
 
     def __init__(
@@ -60,9 +60,9 @@ class Loader:
         metrics: Metrics,
         fill_limits: FillLimits,
         limits: NodeLimits,
-        fleet: Fleet | None,
+        peers: Peers | None,
     ) -> None:
-        self._fleet = fleet
+        self._peers = peers
         self._devices = devices
         self._residency = residency
         self._deposits = deposits
@@ -73,7 +73,7 @@ class Loader:
         self._loop = asyncio.get_running_loop()
         # Threads, not a bound on work: planning blocks on storage, loading on its own readers.
         self._threads = ThreadPoolExecutor(64, thread_name_prefix="stage")
-        self._turns: dict[tuple[str, str], Turns] = {}
+        self._turns: dict[tuple[str, str], PrioritySemaphore] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loading: dict[str, Loading] = {}
 
@@ -126,7 +126,7 @@ class Loader:
 
     async def _run(self, stage: Stage, source: Source) -> None:
         loading: Loading | None = None
-        turns: list[Turns] = []
+        turns: list[PrioritySemaphore] = []
         try:
             stage.enter("planning")
             assert stage.listing is not None
@@ -145,17 +145,19 @@ class Loader:
             if stage.finished:
                 return
             stage.plan, stage.infos, stage.metadata = plan, plan.infos, plan.metadata
-            if self._fleet is not None and not self._fleet.off:
+            if self._peers is not None and not self._peers.off:
                 await self.in_thread(self._cache.keep_headers, plan.checkpoint)
                 stage.key = await self.in_thread(key_of, stage)
             stage.clock.enter("queued")
             # One for each device, always in the same order, so that nobody waits for each other.
             for name in sorted(set(stage.devices)):
-                own = self._turns.setdefault((stage.source_kind, name), Turns(self._limits.concurrent_loads))
+                own = self._turns.setdefault(
+                    (stage.source_kind, name), PrioritySemaphore(self._limits.concurrent_loads)
+                )
                 if not own.free:
                     stage.planned.set()
                     stage.enter("queued")
-                await own.take(lambda: stage.priority, stage.cancelled.is_set)
+                await own.acquire(lambda: stage.priority, stage.cancelled.is_set)
                 turns.append(own)
             if stage.finished:
                 return
@@ -167,7 +169,7 @@ class Loader:
                 devices,
                 self._cache,
                 self._fill_limits,
-                self._fleet,
+                self._peers,
                 stage.key,
                 stage.clock,
             )
@@ -184,7 +186,7 @@ class Loader:
             stage.plan, stage.listing = None, replace(stage.listing, weight_map=None)
             stage.settle()
             self.end(stage, "ready", None)
-            self._residency.used_now(stage)
+            self._residency.leases.note(stage)
             record.deposit(self._deposits, stage)
         except Cancelled as error:
             self.end(stage, "cancelled", error)
@@ -199,7 +201,7 @@ class Loader:
             self._loading.pop(stage.id, None)
             stage.settle()
             for taken in turns:
-                taken.give()
+                taken.release()
             if loading is not None:
                 try:
                     await self.in_thread(loading.close)
@@ -308,12 +310,12 @@ class Loader:
             error = error.with_traceback(None)
             error.__cause__ = error.__context__ = None
         stage.enter(state, error)
-        self._metrics.ended(stage, refused=refused(stage))
+        self._metrics.ended(state, stage.source_kind, stage.clock, error, refused=refused(stage))
 
     # ------------------------------------------------------------------ threads
 
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
-        """Run what blocks in one of the loader's threads."""
+        """Run what blocks in one of the scheduler's threads."""
         context = contextvars.copy_context()  # so that what is logged there is known to be of the stage
         return await self._loop.run_in_executor(self._threads, partial(context.run, function, *arguments))
 

@@ -9,21 +9,19 @@ import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from weightd.daemon.checkpoints.listing import Checkpoint, Listing
+from weightd.daemon.checkpoints.listing import Listing
 from weightd.daemon.devices.base import Segment
 from weightd.daemon.errors import DaemonError
+from weightd.daemon.filling.account import PeerUse
 from weightd.daemon.filling.fill import Fill
 from weightd.daemon.filling.ledger import Ledger
-from weightd.daemon.layouts.recipe import Recipe
 from weightd.daemon.observing.clock import Clock
 from weightd.daemon.observing.logs import request_id
-from weightd.daemon.peers.finding.fleet import PeerUse
+from weightd.daemon.stages.manifests import SealedManifest
+from weightd.daemon.stages.planning import Plan, SegmentInfo
 from weightd.daemon.stages.request import StageRequest
-
-if TYPE_CHECKING:
-    from weightd.daemon.stages.manifests import SealedManifest
 
 log = logging.getLogger(__name__)
 
@@ -52,30 +50,6 @@ class PeerLease:
     stage: Stage
     by: str
     """HOST:PORT of its own port for peers; empty where it has none."""
-
-
-@dataclass(frozen=True)
-class SegmentInfo:
-    """What is to be known of a segment without its manifest. ``nbytes`` is what its layout takes."""
-
-    rank: int
-    nbytes: int
-    tensors: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that is known before a byte of weights is read."""
-
-    checkpoint: Checkpoint
-    recipes: Sequence[Recipe]
-    metadata: str | None
-    """Folder with its configuration files."""
-
-    @property
-    def infos(self) -> tuple[SegmentInfo, ...]:
-        """Its segments."""
-        return tuple(SegmentInfo(recipe.rank, recipe.nbytes, len(recipe.entries)) for recipe in self.recipes)
 
 
 class Stage:

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from tests.bench.measure import Sample, faulted_memfd, timed, warm_cache, warm_memory
 from weightd.daemon.checkpoints.cache import Cache
-from weightd.daemon.checkpoints.listing import list_checkpoint, open_checkpoint
+from weightd.daemon.checkpoints.contents import open_checkpoint
+from weightd.daemon.checkpoints.listing import list_checkpoint
 from weightd.daemon.devices.base import Device
 from weightd.daemon.devices.cpu import CpuDevice
 from weightd.daemon.layouts.checkpoint import checkpoint_layout
 from weightd.daemon.layouts.extents import Demands, plan_extents
 from weightd.daemon.settings import Settings
 from weightd.daemon.sources.uris import Allow, canonical, open_source
-from weightd.daemon.stages.loading import Loading, make_plan
+from weightd.daemon.stages.loading import Loading
+from weightd.daemon.stages.planning import make_plan
 from weightd.daemon.stages.request import StageRequest
 from weightd.ipc import Client
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.checkpoint_files import Tensor, header_of, raw_file, safetensors_bytes
-from weightd.daemon.checkpoints.listing import Checkpoint, Listing, list_checkpoint, open_checkpoint
+from weightd.daemon.checkpoints.contents import Checkpoint, open_checkpoint
+from weightd.daemon.checkpoints.listing import Listing, list_checkpoint
 from weightd.daemon.sources.file import FileSource
 from weightd.daemon.sources.uris import Allow
 

@@ -12,8 +12,9 @@ import pytest
 
 from tests.checkpoint_files import INDEX, Tensor, write_checkpoint
 from tests.checkpoints.lies import FILE, SHORT, TRUE, lie, listed, long, named, opened
-from weightd.daemon.checkpoints import listing as checkpoint
-from weightd.daemon.checkpoints.listing import open_checkpoint, read_index
+from weightd.daemon.checkpoints import contents
+from weightd.daemon.checkpoints.contents import open_checkpoint
+from weightd.daemon.checkpoints.listing import read_index
 from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, DaemonError, InvalidCheckpoint
 
 # ---------------------------------------------------------------------------- several files
@@ -50,10 +51,10 @@ def test_headers_too_long_together_are_refused_before_they_are_parsed(
     shards: dict[str, dict[str, Tensor]] = {f"{i}.safetensors": {f"t{i}": ("U8", (1,), b"x")} for i in range(5)}
     write_checkpoint(tmp_path, shards)
     longest = 5 * len(opened(tmp_path).prefixes[0])
-    monkeypatch.setattr(checkpoint, "_MAX_HEADERS_BYTES", longest - 1)
+    monkeypatch.setattr(contents, "_MAX_HEADERS_BYTES", longest - 1)
     with pytest.raises(InvalidCheckpoint, match=rf"headers take {longest} bytes.*allowed are {longest - 1}"):
         opened(tmp_path)
-    monkeypatch.setattr(checkpoint, "_MAX_HEADERS_BYTES", longest)
+    monkeypatch.setattr(contents, "_MAX_HEADERS_BYTES", longest)
     assert len(opened(tmp_path).tensors) == 5
 
 

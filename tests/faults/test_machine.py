@@ -26,8 +26,9 @@ from weightd.daemon.devices.cpu import CpuDevice
 from weightd.daemon.filling.ledger import Ledger
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.stages.eviction import evictable, expires_at
 from weightd.daemon.stages.request import StageRequest
-from weightd.daemon.stages.residency import Residency, evictable, expires_at
+from weightd.daemon.stages.residency import Residency
 from weightd.daemon.stages.stage import Stage
 from weightd.ipc import AttachTimeout, DaemonUnavailable, RequestRefused, Weights
 
@@ -231,7 +232,7 @@ def stage() -> Iterator[tuple[Residency, Stage]]:
     found.segments = [CpuDevice("cpu", GiB).allocate(mmap.PAGESIZE, found.id)]
     found.ledger = Ledger.new(0, 0, bytes(16))
     found.enter("ready")
-    residency.used_now(found)
+    residency.leases.note(found)
     yield residency, found
     residency.release(found)
 
@@ -241,14 +242,14 @@ def test_a_clock_that_jumps_ends_no_time_to_live_and_no_waiting_for_lessees(
     stage: tuple[Residency, Stage], jump: float
 ) -> None:
     residency, found = stage
-    lease = residency.lease(found, 0, uid=0, gid=0, pid=1)
+    lease = residency.leases.begin(found, 0, uid=0, gid=0, pid=1)
     before = time.monotonic()
     with mock.patch("time.time", return_value=time.time() + jump):
-        residency.await_lessees(found)
+        residency.leases.await_holders(found)
         assert found.awaited == 1
         assert found.protected_until >= before + 30
         assert not evictable(found, time.monotonic())
-        residency.end_lease(lease)
+        residency.leases.end(lease)
         due = expires_at(found)
         assert due is not None
         assert before + 3600 <= due <= time.monotonic() + 3600
@@ -270,7 +271,7 @@ def test_a_clock_that_jumps_gives_lessees_as_long_to_let_go_as_they_were_told(
     stage: tuple[Residency, Stage], jump: float
 ) -> None:
     residency, found = stage
-    residency.lease(found, 0, uid=0, gid=0, pid=1)
+    residency.leases.begin(found, 0, uid=0, gid=0, pid=1)
 
     async def revoke() -> None:
         started = time.monotonic()

@@ -20,9 +20,11 @@ import xxhash
 from numpy.lib.stride_tricks import as_strided
 
 from tests.checkpoint_files import BITS, Tensor, nbytes, write_checkpoint
-from weightd.daemon.checkpoints.listing import Checkpoint, list_checkpoint, open_checkpoint
+from weightd.daemon.checkpoints.contents import Checkpoint, open_checkpoint
+from weightd.daemon.checkpoints.listing import list_checkpoint
 from weightd.daemon.devices.cpu import CpuDevice, CpuSegment
-from weightd.daemon.filling.fill import Fill, Landing
+from weightd.daemon.filling.fill import Fill
+from weightd.daemon.filling.sink import Landing
 from weightd.daemon.layouts.checkpoint import Split
 from weightd.daemon.layouts.digests import tensor_digest
 from weightd.daemon.layouts.extents import Demands, Extent, plan_extents

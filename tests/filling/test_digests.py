@@ -16,7 +16,8 @@ import xxhash
 from tests.checkpoint_files import nbytes
 from tests.filling.fills import DEFAULTS, MiB, bring, in_time, land, leaves_of, noise, prepared, roomy, store, tensor
 from weightd.daemon.errors import DigestMismatch
-from weightd.daemon.filling.fill import Fill, Landing
+from weightd.daemon.filling.fill import Fill
+from weightd.daemon.filling.sink import Landing
 from weightd.daemon.layouts.checkpoint import Split, checkpoint_layout
 from weightd.daemon.layouts.digests import LEAF, checkpoint_digest, leaf_count, leaf_digest, tensor_digest
 from weightd.daemon.layouts.extents import Extent

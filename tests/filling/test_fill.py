@@ -39,7 +39,9 @@ from tests.filling.fills import (
 )
 from weightd.daemon.devices.cpu import CpuDevice
 from weightd.daemon.errors import DigestMismatch
-from weightd.daemon.filling.fill import PHASES, Fill, Landing
+from weightd.daemon.filling.fill import Fill
+from weightd.daemon.filling.phases import PHASES
+from weightd.daemon.filling.sink import Landing
 from weightd.daemon.layouts.checkpoint import Split, checkpoint_layout
 from weightd.daemon.layouts.extents import Demands, plan_extents
 from weightd.daemon.layouts.recipe import Box, Copy, Entry, Recipe, arrange, contiguous, validate

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.checkpoint_files import BITS, nbytes
-from weightd.daemon.checkpoints.header import TensorInfo
 from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.layouts.checkpoint import Split, checkpoint_layout
 from weightd.daemon.layouts.recipe import ALIGNMENT, Block, Box, Copy, Entry, Recipe, blocks, contiguous, uses, validate
+from weightd.daemon.tensors import TensorInfo
 
 Bits = NDArray[numpy.uint8]
 """A tensor as an array of single bits: its shape, and one dimension more for the bits of an element."""

@@ -16,8 +16,10 @@ import pytest
 
 from tests.checkpoint_files import write_checkpoint
 from tests.servers import Daemon, free_ports, until
+from weightd.daemon import redaction
 from weightd.daemon.errors import SourceFailed
 from weightd.daemon.observing import logs
+from weightd.daemon.redaction import redacted
 
 SIGNED = (
     "https://bucket.s3.amazonaws.com/model.safetensors?X-Amz-Algorithm=AWS4-HMAC-SHA256"
@@ -40,16 +42,16 @@ PLANTED = {
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/planted+KEY")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/secrets/token")
-    logs._secrets.cache_clear()
+    redaction._secrets.cache_clear()
     yield
-    logs._secrets.cache_clear()
+    redaction._secrets.cache_clear()
 
 
 @pytest.mark.parametrize("text", PLANTED)
 def test_secrets_and_signatures_are_taken_out_wherever_they_are(text: str) -> None:
-    for found in (logs.redacted(text), str(SourceFailed(text)), str(SourceFailed("x", where=[{"url": text}]).details)):
+    for found in (redacted(text), str(SourceFailed(text)), str(SourceFailed("x", where=[{"url": text}]).details)):
         assert not [secret for secret in PLANTED[text] if secret in found], found
-    assert "***" in logs.redacted(text)
+    assert "***" in redacted(text)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_secrets_and_signatures_are_taken_out_wherever_they_are(text: str) -> No
     ],
 )
 def test_all_else_stays_as_it_is(text: str) -> None:
-    assert logs.redacted(text) == text
+    assert redacted(text) == text
 
 
 def logged(form: str, log: Callable[[logging.Logger], object]) -> str:

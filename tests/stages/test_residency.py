@@ -23,12 +23,13 @@ from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.layouts.digests import leaf_digest
 from weightd.daemon.limits import FillLimits
 from weightd.daemon.observing.metrics import Metrics
-from weightd.daemon.stages import residency as residency_module
+from weightd.daemon.stages import eviction
 from weightd.daemon.stages.manifests import SealedManifest
 from weightd.daemon.stages.moves import move_segments
+from weightd.daemon.stages.planning import SegmentInfo
 from weightd.daemon.stages.request import StageRequest
 from weightd.daemon.stages.residency import Residency
-from weightd.daemon.stages.stage import Lease, SegmentInfo, Stage
+from weightd.daemon.stages.stage import Lease, Stage
 from weightd.ipc.manifest import Manifest
 
 PAGE = mmap.PAGESIZE
@@ -64,7 +65,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         super().__init__()
         self.fds = open_fds()
         self.clock = 1000.0
-        self.patch = mock.patch.object(residency_module, "now", self.now)
+        self.patch = mock.patch.object(eviction, "now", self.now)
         self.patch.start()
         self.loop = asyncio.new_event_loop()
         self.deposits = Deposits()
@@ -163,7 +164,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         stage.segments, stage.manifests = [segment], [SealedManifest.seal(manifest, [0])]
         stage.infos = (SegmentInfo(0, nbytes, 1),)
         stage.enter("ready")
-        self.residency.used_now(stage)
+        self.residency.leases.note(stage)
         self.alive.append(Seen(stage, device, nbytes, priority, pin, ttl, mark, self.clock))
 
     @rule(device=st.sampled_from(DEVICES), missing=st.sampled_from([0, 1, 1, 2, 5]))
@@ -179,18 +180,18 @@ class ResidencyMachine(RuleBasedStateMachine):
         held = sum(lease.uid == uid for other in self.alive for lease in other.leases)
         if held >= LEASES_PER_USER:
             with pytest.raises(LeaseLimit, match="WEIGHTD_MAX_LEASES_PER_USER"):
-                self.residency.lease(seen.stage, 0, uid=uid, gid=0, pid=1)
+                self.residency.leases.begin(seen.stage, 0, uid=uid, gid=0, pid=1)
             return
-        seen.leases.append(self.residency.lease(seen.stage, 0, uid=uid, gid=0, pid=1))
+        seen.leases.append(self.residency.leases.begin(seen.stage, 0, uid=uid, gid=0, pid=1))
         seen.used_at = self.clock
 
     @precondition(lambda self: self.alive)
     @rule(which=st.integers(0, 20))
     def touch(self, which: int) -> None:
         seen = self.pick(which)
-        lease = self.residency.lease(seen.stage, 0, uid=8, gid=0, pid=1)
+        lease = self.residency.leases.begin(seen.stage, 0, uid=8, gid=0, pid=1)
         self.clock += 0.001
-        self.residency.end_lease(lease)
+        self.residency.leases.end(lease)
         seen.used_at = self.clock
 
     @precondition(lambda self: any(seen.leases for seen in self.alive))
@@ -199,7 +200,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         leased = [seen for seen in self.alive if seen.leases]
         seen = leased[which % len(leased)]
         self.clock += 0.001
-        self.residency.end_lease(seen.leases.pop())
+        self.residency.leases.end(seen.leases.pop())
         seen.used_at = self.clock
 
     @precondition(lambda self: self.alive)
@@ -229,19 +230,19 @@ class ResidencyMachine(RuleBasedStateMachine):
         seen = leased[which % len(leased)]
         self.residency.revoke(seen.stage, 3600 if let_go else 0)
         with pytest.raises(StageRevoked):
-            self.residency.lease(seen.stage, 0, uid=9, gid=0, pid=1)
+            self.residency.leases.begin(seen.stage, 0, uid=9, gid=0, pid=1)
         task = self.loop.create_task(self.residency.revoked(seen.stage))
         if let_go:
             self.step()
             while seen.leases:
                 assert seen.stage.state == "ready"
-                self.residency.end_lease(seen.leases.pop())
+                self.residency.leases.end(seen.leases.pop())
                 self.step()
         self.loop.run_until_complete(task)
         assert seen.stage.state == "evicted"
         self.forget([seen])
         for lease in seen.leases:
-            self.residency.end_lease(lease)
+            self.residency.leases.end(lease)
 
     @precondition(lambda self: self.alive)
     @rule(which=st.integers(0, 20))
@@ -249,10 +250,10 @@ class ResidencyMachine(RuleBasedStateMachine):
         seen = self.pick(which)
         if seen.leases:
             with pytest.raises(StageLeased) as error:
-                self.residency.check_unleased(seen.stage)
+                self.residency.leases.check_none(seen.stage)
             assert len(error.value.details["leases"]) == len(seen.leases)
             return
-        self.residency.check_unleased(seen.stage)
+        self.residency.leases.check_none(seen.stage)
         self.residency.evict(seen.stage, "request")
         self.forget([seen])
 
@@ -268,9 +269,9 @@ class ResidencyMachine(RuleBasedStateMachine):
                 return function()  # opening the device
             others = [other.nbytes for other in self.on(target) if other.stage.state == "ready"]
             assert self.residency.used(target) == sum(others) + seen.nbytes
-            assert not residency_module.evictable(seen.stage, self.clock)
+            assert not eviction.evictable(seen.stage, self.clock)
             if lease_meanwhile:
-                lent.append(self.residency.lease(seen.stage, 0, uid=9, gid=0, pid=1))
+                lent.append(self.residency.leases.begin(seen.stage, 0, uid=9, gid=0, pid=1))
             return function(*arguments)
 
         def move() -> None:
@@ -290,7 +291,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         elif self.make_room(target, seen.nbytes, move) and not lent:
             seen.device = target
         for lease in lent:
-            self.residency.end_lease(lease)
+            self.residency.leases.end(lease)
             seen.used_at = self.clock
         assert seen.stage.moving is None
 
@@ -303,7 +304,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             assert os.pread(seen.stage.segments[0].fd, 1, seen.nbytes - 1) == bytes([seen.mark])
             assert seen.stage.ledger is not None
             assert seen.stage.ledger.leases == len(seen.leases)
-        assert len(list(self.residency.leases())) == sum(len(seen.leases) for seen in self.alive)
+        assert len(list(self.residency.leases)) == sum(len(seen.leases) for seen in self.alive)
 
 
 ResidencyMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)

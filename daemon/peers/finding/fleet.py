@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     import httpx
 
-DROPPED = ("stalled", "gone", "failed", "unreachable", "wrong_bytes", "nonsense", "version")
-"""Why peers are given up."""
 _REMEMBERED = 10_000
 """Peers whose traffic is remembered, and keys whose followers are."""
 
@@ -37,24 +35,6 @@ class Traffic:
     """Why it was given up last."""
     given_up_at: float | None = None
     """Seconds since the epoch."""
-
-
-@dataclass
-class PeerUse:
-    """What one stage has had from one peer."""
-
-    nbytes: int = 0
-    """Bytes that came from it, verified."""
-    seconds: float = 0.0
-    """While any were asked of it."""
-    transport: str = ""
-    """By what they came: rdma, cuda_ipc, shm, tcp; unknown where that cannot be told; empty where none have come."""
-    through_host: bool = False
-    """Whether a GPU is at either end, so that its bytes go through host memory there."""
-    slow_path: str = ""
-    """What better way there is here than the one that was taken, and how to take it."""
-    given_up: str = ""
-    """Why nothing more is had from it."""
 
 
 @dataclass
@@ -110,7 +90,7 @@ class Fleet:
         self.count_sent(peer, nbytes)
 
     def dropped(self, peer: str, why: str, words: str) -> None:
-        """A peer was given up; ``why`` is one of ``DROPPED``."""
+        """A peer was given up; ``why`` is one of ``families.DROPPED``."""
         found = self._of(peer)
         found.given_up, found.given_up_at = words, time.time()
         self.count_dropped(peer, why)

@@ -17,8 +17,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from weightd.daemon.filling.account import Account
-from weightd.daemon.peers.finding.fleet import Fleet, PeerUse
+from weightd.daemon.filling.account import Account, PeerUse
+from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.peers.finding.membership import READERS, Readers, degree, first_readers, neighbours
 from weightd.daemon.peers.pulling.groups import Part, Span
 
@@ -293,7 +293,7 @@ class Following:
         return self._strikes[peer.name] >= _STRIKES
 
     def give_up(self, peer: Peer, why: str, words: str, *, for_good: bool) -> None:
-        """Listen to it no more; ``why`` is one of ``fleet.DROPPED``."""
+        """Listen to it no more; ``why`` is one of ``families.DROPPED``."""
         log.warning("peer %s is given up: %s", peer.name, words)
         self._fleet.dropped(peer.name, why, words)
         peer.use.given_up = words

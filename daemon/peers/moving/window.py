@@ -16,7 +16,7 @@ import threading
 from collections.abc import Sequence
 
 from weightd.daemon.devices.base import Segment
-from weightd.daemon.filling.slots import address_of
+from weightd.daemon.devices.host_memory import address_of
 from weightd.daemon.peers.moving.mover import Mover, Offered
 from weightd.daemon.peers.pulling.groups import PART, Part
 

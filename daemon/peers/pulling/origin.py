@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 from weightd.daemon.errors import SourceFailed
 from weightd.daemon.filling.fill import Fill
-from weightd.daemon.layouts.extents import Extent
+from weightd.daemon.filling.sink import Share
 from weightd.daemon.peers.pulling.groups import Group, leaf_ranges
 from weightd.daemon.peers.pulling.pace import Pace
 from weightd.daemon.sources.base import Reader
@@ -40,7 +39,7 @@ class Origin:
     def begin(self, fill: Fill) -> None:
         """From now on it may be given what to read."""
         self._account = fill.account
-        self._share = _Share(fill)
+        self._share = Share(fill)
 
     @property
     def exists(self) -> bool:
@@ -101,7 +100,7 @@ class Origin:
             if self._reader is None:
                 assert self._make is not None
                 self._reader = self._make()
-            self._reader.run(cast(Fill, self._share))
+            self._reader.run(self._share)
         except BaseException as error:
             # What it has asked for may still be written, and only its end says that nothing is. Nor may what it has
             # failed of keep views of segments.
@@ -121,24 +120,3 @@ class Origin:
         """Return when nothing of it can write anywhere any more."""
         if self._reader is not None:
             self._reader.close()
-
-
-class _Share:
-    """The part of a fill that the origin brings: its reader stops when its own part is over, not all of the fill."""
-
-    def __init__(self, fill: Fill) -> None:
-        self._fill = fill
-        self._stop = threading.Event()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._fill, name)
-
-    @property
-    def stopped(self) -> bool:
-        return self._stop.is_set() or self._fill.stopped
-
-    def stop(self) -> None:
-        self._stop.set()
-
-    def next(self) -> Extent | None:
-        return None if self.stopped else self._fill.next()

@@ -15,6 +15,7 @@ from typing import Any
 from weightd.daemon.devices.base import Segment
 from weightd.daemon.errors import DigestMismatch, SourceFailed
 from weightd.daemon.filling.fill import Fill
+from weightd.daemon.filling.sink import Sink
 from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.layouts.recipe import Recipe
 from weightd.daemon.peers.finding.fleet import Fleet
@@ -22,15 +23,38 @@ from weightd.daemon.peers.finding.following import FORMAT, Following, Peer
 from weightd.daemon.peers.moving.mover import Arrival, MoverFailed
 from weightd.daemon.peers.moving.transfers import Transfers
 from weightd.daemon.peers.pulling.assignment import Assignment
-from weightd.daemon.peers.pulling.groups import PART, Group, Groups, Part, Span, parts_of
+from weightd.daemon.peers.pulling.groups import PART, Group, Groups, Part, Span, begin_parts_anew, parts_of
 from weightd.daemon.peers.pulling.origin import Origin
 from weightd.daemon.peers.pulling.pace import Pace
 from weightd.daemon.sources.base import Reader
 
 
+class Pulling:
+    """The fleet, as stages load from it."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    @property
+    def off(self) -> str:
+        return self._fleet.off
+
+    def reader(
+        self,
+        key: str,
+        recipes: Sequence[Recipe],
+        segments: Sequence[Segment],
+        extents: Sequence[Extent],
+        fill: Fill,
+        origin: Callable[[], Reader] | None,
+    ) -> Reader:
+        begin_parts_anew(extents, recipes, fill.account)
+        return PeerReader(key, self._fleet, recipes, segments, fill, origin)
+
+
 class PeerReader:
-    """A reader that has what peers can bring from them; ``origin`` makes the reader of the stage's source; None where
-    all has to come from peers."""
+    """A reader for one ``fill`` that has what peers can bring from them; ``origin`` makes the reader of the stage's
+    source; None where all has to come from peers."""
 
     def __init__(
         self,
@@ -38,8 +62,10 @@ class PeerReader:
         fleet: Fleet,
         recipes: Sequence[Recipe],
         segments: Sequence[Segment],
+        fill: Fill,
         origin: Callable[[], Reader] | None,
     ) -> None:
+        self._fill, self._account = fill, fill.account
         self._key = key
         self._fleet = fleet
         self._recipes = recipes
@@ -53,12 +79,12 @@ class PeerReader:
         self._from: dict[int, str] = {}
         """Group → the peer that brought it."""
 
-    def run(self, fill: Fill) -> None:
-        account = fill.account
+    def run(self, sink: Sink) -> None:
+        assert sink is self._fill
+        fill, account = self._fill, self._account
         missing = account.take_all()
         if not missing:
             return
-        self._fill, self._account = fill, account
         self._groups = Groups(missing, self._recipes, [account.leaf_starts(s) for s in range(len(self._recipes))])
         self._left = {group.index: len(group.extents) for group in self._groups.all}
         """Group → ``landed`` events that are to come: what is forgotten before its event was taken has two."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from weightd.daemon.errors import CheckpointNotFound, SourceFailed
+from weightd.daemon.filling.sink import Sink
 from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.sources.base import Reader, SourceFile
 from weightd.daemon.sources.object_store import MAX_OBJECTS
@@ -40,6 +41,7 @@ class PeerSource:
     max_extent = 1 << 30
     max_runs = 1
     min_range = 1 << 18
+    copies = False
 
     def __init__(self, uri: str, fleet: Fleet, peer: str) -> None:
         self.uri = uri
@@ -55,7 +57,7 @@ class PeerSource:
         except (ValueError, TypeError, KeyError) as error:
             raise SourceFailed(f"{uri}: peer {peer} answers with no listing: {error!r}"[:500]) from None
 
-    def list(self) -> list[SourceFile]:
+    def list(self, *, anew: bool = False) -> list[SourceFile]:
         return self._files
 
     def stat(self, name: str) -> SourceFile:
@@ -93,7 +95,7 @@ class _NoOrigin:
     def __init__(self, uri: str) -> None:
         self._uri = uri
 
-    def run(self, fill: Any) -> NoReturn:
+    def run(self, sink: Sink) -> NoReturn:
         raise SourceFailed(f"{self._uri}: its origin cannot be reached, and peers have not all of it")
 
     def close(self) -> None:

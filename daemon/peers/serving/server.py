@@ -17,18 +17,15 @@ from array import array
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
-import xxhash
-
 from weightd.daemon.errors import DeviceFailed, InvalidRequest, UnknownStage
 from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.peers.finding.following import FORMAT
 from weightd.daemon.peers.moving.mover import Mover, MoverFailed
 from weightd.daemon.peers.moving.window import Offer
-from weightd.daemon.stages.manifests import segment_leaves, segment_manifest
 from weightd.daemon.stages.residency import Residency
+from weightd.daemon.stages.segments import segment_leaves
 from weightd.daemon.stages.stage import Stage
 from weightd.ipc.errors import CudaError
-from weightd.ipc.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +80,7 @@ class Serving:
             raise UnknownStage(f"no stage has the key {key[:80]!r}")
         if by:
             self._fleet.gossip.followed(key, by)
-        lease = self._residency.lend_to_peer(stage, by)
+        lease = self._residency.leases.begin_for_peer(stage, by)
         offering = self._offered(stage)
         offering.listeners += 1
         reader = secrets.token_hex(16)
@@ -102,7 +99,7 @@ class Serving:
             # Nothing here waits: whoever hangs up cancels every wait.
             if (left := self._readers.pop(reader, None)) is not None:
                 left.give(reader)
-            self._residency.end_peer_lease(lease)
+            self._residency.leases.end_for_peer(lease)
             offering.listeners -= 1
             if not offering.listeners:
                 self._withdraw(stage, offering)
@@ -342,26 +339,3 @@ def _share(stage: Stage) -> float:
     if stage.state == "ready" or not stage.bytes_total:
         return 1.0 if stage.state == "ready" else 0.0
     return min(stage.bytes_done / stage.bytes_total, 0.99)
-
-
-def stage_key(identity: str, manifests: list[Manifest]) -> str:
-    """Equal for stages with the same bytes in the same places: the checkpoint's identity, and all segments' layouts."""
-    state = xxhash.xxh3_128(identity.encode())
-    for manifest in manifests:
-        for name, dtype, shape, offset in zip(
-            manifest.names, manifest.dtypes, manifest.shapes, manifest.offsets, strict=True
-        ):
-            state.update(f"\0{name}\0{dtype}{tuple(shape)}{offset}".encode())
-        state.update(b"\n")
-    return str(state.hexdigest())
-
-
-def key_of(stage: Stage) -> str:
-    """A planned or ready stage's key."""
-    assert stage.listing is not None
-    if stage.manifests:
-        manifests = [manifest.read()[0] for manifest in stage.manifests]
-    else:
-        assert stage.plan is not None
-        manifests = [segment_manifest(stage, stage.plan, index) for index in range(len(stage.plan.recipes))]
-    return stage_key(stage.listing.identity, manifests)

@@ -104,7 +104,7 @@ class MadeNode:
 
     def lease(self, stage: Stage, pid: int) -> Lease:
         """Let somebody lease it."""
-        found: Lease = self.call(lambda: self.node.residency.lease(stage, 0, uid=1000, gid=1000, pid=pid))
+        found: Lease = self.call(lambda: self.node.residency.leases.begin(stage, 0, uid=1000, gid=1000, pid=pid))
         return found
 
     def add(

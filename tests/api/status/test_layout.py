@@ -13,8 +13,8 @@ import pytest
 from tests.api.status.made import GiB, MadeNode
 from tests.api.status.view import LIVE, View, contrast
 from weightd.daemon.errors import DigestMismatch, InsufficientCapacity, SourceFailed
+from weightd.daemon.filling.account import PeerUse
 from weightd.daemon.node.preload import Wanted
-from weightd.daemon.peers.finding.fleet import PeerUse
 from weightd.daemon.stages.request import StageRequest
 
 PEERS = ("10.0.0.2:7401", "10.0.0.3:7401", "10.0.0.4:7401")

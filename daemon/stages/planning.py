@@ -1,0 +1,96 @@
+"""Planning a stage: headers, layout and configuration files. Nothing is allocated, no byte of weights is read.
+
+Plain blocking functions, run in threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from weightd.daemon.checkpoints.cache import Cache
+from weightd.daemon.checkpoints.contents import Checkpoint, open_checkpoint
+from weightd.daemon.checkpoints.listing import Listing
+from weightd.daemon.devices.base import Device
+from weightd.daemon.errors import InvalidRequest
+from weightd.daemon.layouts.checkpoint import checkpoint_layout
+from weightd.daemon.layouts.recipe import Recipe
+from weightd.daemon.observing.clock import Clock
+from weightd.daemon.sources.base import Source
+from weightd.daemon.stages.request import Parallel, StageRequest
+
+
+@dataclass(frozen=True)
+class SegmentInfo:
+    """What is to be known of a segment without its manifest. ``nbytes`` is what its layout takes."""
+
+    rank: int
+    nbytes: int
+    tensors: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before a byte of weights is read."""
+
+    checkpoint: Checkpoint
+    recipes: Sequence[Recipe]
+    metadata: str | None
+    """Folder with its configuration files."""
+
+    @property
+    def infos(self) -> tuple[SegmentInfo, ...]:
+        """Its segments."""
+        return tuple(SegmentInfo(recipe.rank, recipe.nbytes, len(recipe.entries)) for recipe in self.recipes)
+
+
+def make_plan(
+    source: Source, listing: Listing, request: StageRequest, cache: Cache, clock: Clock | None = None
+) -> Plan:
+    """Read the headers, compute the layout, fetch the configuration files. Allocates nothing. Tells ``clock``.
+
+    Raises InvalidCheckpoint, InvalidRequest, CheckpointNotFound, CheckpointChanged, SourceFailed.
+    """
+    clock = clock or Clock()
+    clock.enter("source")
+    source.fetch(listing.weights)
+    clock.enter("headers")
+    checkpoint = open_checkpoint(source, listing)
+    parallel = request.parallel or Parallel()
+    recipes = checkpoint_layout(
+        checkpoint.tensors,
+        include=request.tensors.include,
+        exclude=request.tensors.exclude,
+        tp_size=parallel.tp_size,
+        tp_ranks=parallel.ranks,
+        splits=parallel.map,
+    )
+    expected_sha256(checkpoint, request)
+    folder = cache.metadata(source, listing)
+    return Plan(checkpoint, recipes, str(folder) if folder else None)
+
+
+def expected_sha256(checkpoint: Checkpoint, request: StageRequest) -> dict[int, str]:
+    """File index → SHA-256 that the request expects of it. Raises InvalidRequest for files that are not there."""
+    expected = request.expect_digest
+    names = [file.name for file in checkpoint.listing.weights]
+    if isinstance(expected, str):
+        if expected.startswith("xxh3:"):
+            return {}
+        if len(names) != 1:
+            raise InvalidRequest(
+                f"expect_digest: one SHA-256 is given and the checkpoint has {len(names)} files: "
+                "map each file name to its own"
+            )
+        return {0: expected}
+    if unknown := sorted((expected or {}).keys() - set(names)):
+        raise InvalidRequest(f"expect_digest: {unknown[0]!r} is no file of the checkpoint, its files are {names[:10]}")
+    return {names.index(name): digest for name, digest in (expected or {}).items()}
+
+
+def allocated(recipes: Sequence[Recipe], devices: Sequence[Device]) -> dict[str, int]:
+    """Bytes of capacity that the recipes' segments take of each device, by name; ``devices`` has each segment's."""
+    needed: dict[str, int] = {}
+    for recipe, device in zip(recipes, devices, strict=True):
+        needed[device.name] = needed.get(device.name, 0) + device.footprint(recipe.nbytes)
+    return needed
