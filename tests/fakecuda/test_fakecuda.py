@@ -420,7 +420,7 @@ def test_libstreamer_reads_a_file_into_fake_device_memory(fake: FakeCuda, tmp_pa
     content = tmp_path / "content"
     content.write_bytes(os.urandom(40 * MiB + 12345))
     script = """
-from weightd.daemon.sources import libstreamer
+from weightd.daemon.devices import libstreamer
 path = os.environ["CONTENT"]
 expected = open(path, "rb").read()
 address = int(ok(driver.cuMemAlloc(len(expected))))
