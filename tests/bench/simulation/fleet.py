@@ -25,7 +25,6 @@ import heapq
 import json
 import math
 import random
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -863,7 +862,3 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="fleets that are simulated at once (default: 2)")
     parser.add_argument("--json", type=Path, default=Path("simulation.json"), help="the plot is written beside it")
     return parser.parse_args()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

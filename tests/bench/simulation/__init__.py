@@ -1,0 +1,1 @@
+"""Fleets that load at once, simulated; see ``fleet``."""
