@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import weightd.ipc
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -78,17 +76,3 @@ def test_in_an_empty_environment_without_torch_it_brings_httpx_and_imports(wheel
     command = subprocess.run([tmp_path / "venv" / "bin" / "weightd", "ls"], capture_output=True, text=True, check=False)
     assert command.returncode != 0
     assert "weightd[daemon]" in command.stderr
-
-
-def test_every_public_name_is_exported_from_one_place() -> None:
-    import inspect
-
-    from weightd.ipc import client, errors, manifest, runtime_dir, weights
-
-    for module in (client, errors, manifest, runtime_dir, weights):
-        for name, value in vars(module).items():
-            own = getattr(value, "__module__", "") == module.__name__ and not name.startswith("_")
-            if own and (inspect.isclass(value) or inspect.isfunction(value)):
-                assert getattr(weightd.ipc, name) is value
-                assert name in weightd.ipc.__all__
-                assert value.__doc__

@@ -7,7 +7,9 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
-from tests.bench.simulation import GBIT, Outcome, Scenario, plot, simulate
+from tests.bench.simulation.figures import plot
+from tests.bench.simulation.load import simulate
+from tests.bench.simulation.scenario import GBIT, Outcome, Scenario
 from weightd.daemon.peers.finding.membership import degree
 
 # Coarse, so that it takes seconds; so slow an origin that what is read twice costs time.

@@ -175,7 +175,7 @@ def test_an_aws_profile_in_the_home_is_used_and_roles_can_be_assumed(
     script = (
         "import boto3; s = boto3.Session(profile_name='fleet', region_name='us-east-1');"
         "print([s.client(name).meta.service_model.service_name for name in ('sts', 'sso', 'sso-oidc', 'signin')]);"
-        "from weightd.daemon.sources.object_store import open_source; from weightd.daemon.sources import Allow;"
+        "from weightd.daemon.sources.object_store import open_source; from weightd.daemon.sources.uris import Allow;"
         f"print([f.name for f in open_source({uri!r}, Allow()).list()])"
     )
     drop = ["env", "--unset=AWS_ACCESS_KEY_ID", "--unset=AWS_SECRET_ACCESS_KEY", "AWS_PROFILE=fleet"]

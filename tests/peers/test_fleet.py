@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from tests.conftest import command, lacking
 from tests.network import PEER_PORT as PORT
 from tests.network import Network, Node, at_once, daemons_on
-from tests.peers.finding.test_directories import Etcd
+from tests.peers.finding.etcd import Etcd
 from tests.peers.fleet import from_peers, same
 from tests.servers import Daemon, Missing, SeaweedFS, until
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import gc
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,68 +18,11 @@ from weightd.ipc import ModelMismatch, RequestRefused, Weights
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
+from tests.ipc.engines.conftest import Lend, leases_of  # noqa: E402
+from tests.ipc.engines.models import NORM, RESNET, SMALL, T5, TOKENS, drop, llama, logits, put, rewritten, saved  # noqa: E402
 from weightd.ipc.engines.transformers import load  # noqa: E402
-
-SMALL = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 64,
-}  # fmt: skip
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
-RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-NORM = "model.norm.weight"
-TOKENS = torch.arange(24).reshape(2, 12)
-
-
-def saved(folder: Path, architecture: str, *, dtype: Any = torch.float32, shard: str = "1GB", **options: Any) -> Path:
-    """A random model, saved as Transformers saves it."""
-    kind = getattr(transformers, architecture)
-    torch.manual_seed(0)
-    model = kind(kind.config_class(**options)).to(dtype)
-    with torch.no_grad():
-        for buffer in model.buffers():
-            if buffer.is_floating_point() and buffer.dim() == 1:
-                buffer.add_(0.5)  # so that what is lent and what the class would make differ
-    model.save_pretrained(folder, max_shard_size=shard)
-    return folder
-
-
-def llama(folder: Path, architecture: str = "LlamaForCausalLM", **options: Any) -> Path:
-    return saved(folder, architecture, **{**SMALL, **options})
-
-
-def rewritten(folder: Path, change: Callable[[dict[str, Any]], object], **config: Any) -> Path:
-    """The checkpoint with other tensors, and another configuration."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-    return folder
-
-
-def drop(name: str) -> Callable[[dict[str, Any]], object]:
-    return lambda tensors: tensors.pop(name)
-
-
-def put(name: str, tensor: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda tensors: tensors.update({name: tensor})
-
-
-def logits(model: Any) -> Any:
-    with torch.no_grad():
-        return model(TOKENS)[0]
-
-
-Lend = Callable[..., Weights]
-
-
-@pytest.fixture
-def lend(daemon: Daemon) -> Iterator[Lend]:
-    """Attach; the lease lasts as long as the test."""
-    with contextlib.ExitStack() as stack:
-        yield lambda *model, **options: stack.enter_context(daemon.attach(*model, **options))
 
 
 def same(weights: Weights, folder: Path, **options: Any) -> Any:
@@ -327,36 +266,6 @@ def test_a_loaded_model_is_copied_and_saved_as_any_other(daemon: Daemon, tmp_pat
     assert model.model.norm.weight.any()
 
 
-def leases_of(daemon: Daemon, folder: Path) -> list[dict[str, Any]]:
-    return [lease for lease in daemon.client.leases() if lease["pid"] == os.getpid() and str(folder) in lease["model"]]
-
-
-def test_the_lease_lasts_as_long_as_the_model(daemon: Daemon, tmp_path: Path) -> None:
-    folder = llama(tmp_path / "m")
-    model: Any = load(folder)
-    gc.collect()
-    assert len(leases_of(daemon, folder)) == 1
-    kept = model.model.norm.weight
-    del model
-    gc.collect()
-    until(lambda: leases_of(daemon, folder) == [], "the lease of a model that is garbage ends")
-    assert torch.equal(kept, load_file(folder / "model.safetensors")[NORM]), "its memory stays as long as it is held"
-
-
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-def test_a_lease_of_the_callers_own_is_kept_and_left_alone(daemon: Daemon, tmp_path: Path) -> None:
-    folder = llama(tmp_path / "m")
-    model: Any = load(daemon.attach(folder))
-    gc.collect()
-    assert len(leases_of(daemon, folder)) == 1, "weights that nobody else holds are held by the model"
-    del model
-    with daemon.attach(folder) as weights:
-        model = load(weights)
-        del model
-        gc.collect()
-        assert weights.lease in [lease["id"] for lease in leases_of(daemon, folder)]
-
-
 def test_options_are_attachs_and_say_nothing_of_what_is_attached(daemon: Daemon, lend: Lend, tmp_path: Path) -> None:
     folder = llama(tmp_path / "m")
     model = load(folder, socket=daemon.runtime_dir, timeout=60, tensors={"exclude": ["unknown.*"]})
@@ -366,86 +275,6 @@ def test_options_are_attachs_and_say_nothing_of_what_is_attached(daemon: Daemon,
         load(lend(folder), strict=True)
     with pytest.raises(RequestRefused, match="either a model or a stage"):
         load()
-
-
-CHILD = """
-import json, os, sys, torch
-from weightd.ipc.engines.transformers import load
-
-def private(model):
-    start = min(parameter.data_ptr() for parameter in model.parameters())
-    found, inside = {}, False
-    for line in open("/proc/self/smaps"):
-        key, *rest = line.split()
-        if not key.endswith(":"):
-            first, last = (int(part, 16) for part in key.split("-"))
-            inside = first <= start < last
-        elif inside and rest[-1] == "kB":
-            found[key[:-1]] = int(rest[0]) * 1024
-    return found
-
-model = load(sys.argv[1])
-with torch.no_grad():
-    outputs = model(torch.arange(2000).reshape(20, 100))[0]
-    total = sum(float(parameter.double().sum()) for parameter in model.parameters())
-    before = private(model)
-    model.embeddings.LayerNorm.weight.fill_(7)
-    changed = model(torch.arange(2000).reshape(20, 100))[0]
-print(json.dumps({
-    "outputs": outputs.double().sum().item(), "changed": changed.double().sum().item(), "total": total,
-    "before": before, "after": private(model),
-}))
-"""
-
-
-@pytest.fixture(scope="module")
-def second_process(daemon: Daemon, minilm: Path) -> tuple[Any, dict[str, Any]]:
-    """The model here, and what another process that loads it too, and then writes into it, has to tell."""
-    model = load(minilm)
-    with torch.no_grad():
-        outputs = model(torch.arange(2000).reshape(20, 100))[0].double().sum().item()
-        total = sum(float(parameter.double().sum()) for parameter in model.parameters())
-    env = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": "/nonexistent",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(minilm)], capture_output=True, text=True, timeout=120, env=env, check=False
-    )
-    assert child.returncode == 0, child.stderr
-    return model, {**json.loads(child.stdout), "expected": {"outputs": outputs, "total": total}}
-
-
-def test_a_second_process_computes_the_same_without_a_network(second_process: tuple[Any, dict[str, Any]]) -> None:
-    _, told = second_process
-    assert told["outputs"] == told["expected"]["outputs"]
-    assert told["total"] == told["expected"]["total"]
-
-
-def test_a_second_process_has_no_memory_of_its_own_for_the_weights(second_process: tuple[Any, dict[str, Any]]) -> None:
-    model, told = second_process
-    nbytes = sum(parameter.nbytes for parameter in model.parameters())
-    assert told["before"]["Rss"] > 0.9 * nbytes, "it has read all of them"
-    assert told["before"]["Private_Dirty"] + told["before"]["Private_Clean"] < 0.01 * nbytes
-    assert told["before"]["Anonymous"] == 0
-    assert 0 < told["after"]["Anonymous"] <= 4 * 2**20, "only the pages that it wrote to"
-
-
-def test_a_stray_write_stays_in_the_process_that_made_it(
-    daemon: Daemon, minilm: Path, second_process: tuple[Any, dict[str, Any]]
-) -> None:
-    model, told = second_process
-    assert told["changed"] != told["outputs"]
-    stored = load_file(minilm / "model.safetensors")
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, stored[name]), name
-    stray = load(minilm)
-    with torch.no_grad():
-        stray.embeddings.LayerNorm.weight.zero_()
-    with daemon.attach(minilm, strict=True) as weights:  # a mapping of its own
-        assert torch.equal(weights["embeddings.LayerNorm.weight"], stored["embeddings.LayerNorm.weight"])
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers() -> None:
