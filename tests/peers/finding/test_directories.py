@@ -282,7 +282,7 @@ def test_changes_wake_the_one_who_waits(etcd: Etcd) -> None:
 
 _A_DAEMON = """
 import asyncio, sys
-from weightd.daemon.peers.directories import etcd
+from weightd.daemon.peers.finding import etcd
 from weightd.daemon.peers.finding.directory import open_directory
 etcd.TTL, etcd.KEEPALIVE = 3, 1.0
 async def main():
