@@ -48,7 +48,7 @@ StageId = Annotated[str, Path(max_length=64, description="The stage's id.")]
 
 
 def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, listen_host: str = "127.0.0.1") -> FastAPI:
-    """The application. ``listen_host`` is the TCP address it is served on, beside the Unix socket."""
+    """The application. ``listen_host`` is where it is served by TCP, beside the Unix socket; empty: nowhere."""
     app = FastAPI(
         title="weightd",
         version=version("weightd") or "0",

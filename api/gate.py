@@ -33,7 +33,8 @@ MAX_BODY_BYTES = 16 << 20
 _OPEN = frozenset({"/livez", "/readyz", "/healthz"})
 _PAGE = "/"
 """Served to whoever asks, as a page that asks for the token: what it shows goes only to who is ``authorized``."""
-_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+_LOCAL_HOSTS = {"localhost": "localhost", "127.0.0.1": "127.0.0.1", "::1": "[::1]"}
+"""Hosts that only this machine reaches → what the Host header calls them."""
 
 
 class PeerProtocol(H11Protocol):
@@ -79,7 +80,7 @@ class Gate:
         self._peers = peers
         self._token = f"Bearer {token}".encode() if token else None
         # A page in a browser can reach loopback under a name of its own (DNS rebinding); the Host header tells.
-        self._hosts = {*_LOCAL_HOSTS, listen_host} if listen_host in _LOCAL_HOSTS else None
+        self._hosts = frozenset(_LOCAL_HOSTS.values()) if listen_host in _LOCAL_HOSTS else None
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

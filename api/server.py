@@ -13,6 +13,7 @@ from weightd.api.gate import PeerProtocol
 from weightd.api.peering import Peering, open_fleet
 from weightd.api.probes import Port, health_routes, metrics_routes
 from weightd.api.uvicorn_server import Server
+from weightd.daemon.addresses import parse_listen
 from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.devices.discovery import open_devices
 from weightd.daemon.errors import InvalidRequest
@@ -108,7 +109,7 @@ def serve(settings: Settings) -> int:
             node,
             peers=peers,
             token=settings.token.get_secret_value() if settings.token else None,
-            listen_host=settings.listen.rpartition(":")[0],
+            listen_host=parse_listen(settings.listen)[0] if settings.listen else "",
         )
         server = Server(
             app,

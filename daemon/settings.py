@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, FilePath, SecretStr, TypeAdapter, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from weightd.daemon.addresses import is_loopback, join_address, parse_address, parse_listen
 from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.layouts.digests import LEAF
 from weightd.daemon.limits import CudaLimits, FillLimits, NodeLimits
-from weightd.daemon.peers.finding.directory import host_port, is_address, joined
 from weightd.daemon.peers.finding.directory import parse as parse_directory
 from weightd.daemon.sources.uris import Allow
 from weightd.ipc.runtime_dir import runtime_dir
@@ -24,11 +22,6 @@ _SIZE: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
 
 def _cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weightd"
-
-
-def _is_loopback(listen: str) -> bool:
-    host = listen.rpartition(":")[0].strip("[]")
-    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def _own_gids() -> list[int]:
@@ -187,17 +180,17 @@ class Settings(BaseSettings):
         parse_directory(value)
         return value
 
-    @field_validator("listen", "peer_listen", "peer_address", "health_listen", "metrics_listen")
+    @field_validator("listen", "peer_listen", "health_listen", "metrics_listen")
     @classmethod
-    def _address(cls, value: str) -> str:
-        if value and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):\d{1,5}", value):
-            raise ValueError(f"expected HOST:PORT, as in 127.0.0.1:7400, found {value!r}")
+    def _as_written(cls, value: str) -> str:
+        if value:
+            parse_listen(value)
         return value
 
     @field_validator("peer_address")
     @classmethod
     def _one_spelling(cls, value: str) -> str:
-        return joined(*host_port(value)) if value else value
+        return join_address(*parse_address(value)) if value else value
 
     @model_validator(mode="after")
     def _ports_of_their_own(self) -> Settings:
@@ -218,7 +211,7 @@ class Settings(BaseSettings):
         if missing := [f"WEIGHTD_PEER_TLS_{name.upper()}" for name, file in files.items() if file is None]:
             if len(missing) < len(files):
                 raise ValueError(f"mutual TLS takes a certificate, its key and the authority: {missing[0]} is missing")
-            if self.peer_listen and self.peer_token is None and not _is_loopback(self.peer_listen):
+            if self.peer_listen and self.peer_token is None and not is_loopback(parse_listen(self.peer_listen)[0]):
                 raise ValueError(
                     f"peer_listen {self.peer_listen!r} is open to the network: set WEIGHTD_PEER_TOKEN, or "
                     "WEIGHTD_PEER_TLS_CERT, _KEY and _CA"

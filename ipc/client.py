@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightd.ipc.absence import Absence
 from weightd.ipc.errors import DaemonUnavailable, RequestRefused
-from weightd.ipc.runtime_dir import API_SOCKET, RESTART_SECONDS, runtime_dir
+from weightd.ipc.runtime_dir import API_SOCKET, runtime_dir
 
 if TYPE_CHECKING:
     import httpx
@@ -99,7 +99,7 @@ class Client:
         """
         import httpx
 
-        retry = _Retry()
+        absence = Absence(met=True)
         while True:
             try:
                 with self._http.stream("GET", f"/v1/stage/{stage}/events") as response:
@@ -108,11 +108,11 @@ class Client:
                         self._refuse(response)
                     for line in response.iter_lines():
                         if line.startswith("data:"):
-                            retry = _Retry()
+                            absence.answered()
                             yield json.loads(line.removeprefix("data:"))
                     return
             except httpx.TransportError as error:
-                if not retry.worth_it(error):
+                if not _broke(error) or not absence.may_end(error):
                     raise self._unavailable(error) from None
 
     def _call(
@@ -120,14 +120,14 @@ class Client:
     ) -> dict[str, Any]:
         import httpx
 
-        retry = _Retry()
+        absence = Absence(met=True)
         while True:
             try:
                 response = self._http.request(method, path, json=json, params=dict(params or {}))
                 break
             except httpx.TransportError as error:
                 # Asking for a stage twice is asking once; dropping one twice is an error.
-                if method == "DELETE" or not retry.worth_it(error):
+                if method == "DELETE" or not _broke(error) or not absence.may_end(error):
                     raise self._unavailable(error) from None
         if response.is_error:
             self._refuse(response)
@@ -159,18 +159,8 @@ class Client:
         self.close()
 
 
-class _Retry:
-    """Whether to ask again after a connection broke: the daemon may be on its way back, its socket kept for it."""
+def _broke(error: httpx.TransportError) -> bool:
+    """Whether there was a connection, and it broke."""
+    import httpx
 
-    def __init__(self) -> None:
-        self._end = time.monotonic() + RESTART_SECONDS
-
-    def worth_it(self, error: Exception) -> bool:
-        """After a moment, True where the connection broke; at once False where there was none, or for too long."""
-        import httpx
-
-        broke = isinstance(error, httpx.ReadError | httpx.WriteError | httpx.RemoteProtocolError)
-        if not broke or time.monotonic() > self._end:
-            return False
-        time.sleep(0.02)
-        return True
+    return isinstance(error, httpx.ReadError | httpx.WriteError | httpx.RemoteProtocolError)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from weightd.ipc import wire
+from weightd.ipc.absence import Absence
 from weightd.ipc.errors import (
     AttachTimeout,
     DaemonUnavailable,
@@ -21,7 +22,7 @@ from weightd.ipc.errors import (
     StageFailed,
     WeightdError,
 )
-from weightd.ipc.runtime_dir import LEASE_SOCKET, RESTART_SECONDS, runtime_dir
+from weightd.ipc.runtime_dir import LEASE_SOCKET, runtime_dir
 
 log = logging.getLogger(__name__)
 
@@ -59,31 +60,27 @@ class LeaseConnection:
         DigestMismatch, AttachTimeout.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        gone_at: float | None = None
+        absence = Absence(met=False)
         while True:
             try:
                 self._connect(deadline)
-                if gone_at is None:
-                    gone_at = time.monotonic() + RESTART_SECONDS
+                absence.connected()
                 while True:
                     reply, fds = self.receive(deadline)
                     if reply["type"] == "lease":
                         return reply, fds
                     wire.close_all(fds)
-                    gone_at = time.monotonic() + RESTART_SECONDS  # it is alive
+                    absence.answered()
             except TimeoutError:
                 self.close()
                 raise AttachTimeout(f"the stage was not ready within {timeout} s; it goes on loading") from None
             except OSError as error:
-                # One that answered and is gone may be on its way back, with its socket and its weights kept for it; one
-                # that was stopped has removed its socket.
-                if gone_at is None or time.monotonic() > gone_at or isinstance(error, FileNotFoundError):
+                if not absence.may_end(error):
                     self.close()
                     raise self._unavailable(error) from None
                 if deadline is not None and time.monotonic() > deadline:
                     self.close()
                     raise AttachTimeout(f"the stage was not ready within {timeout} s; the daemon is away") from None
-                time.sleep(0.02)
             except BaseException:
                 self.close()
                 raise
@@ -147,24 +144,23 @@ class LeaseConnection:
 
     def _renew(self) -> bool:
         """Lease the same again once a daemon is back; whether that worked."""
-        end = time.monotonic() + RESTART_SECONDS
+        absence = Absence(met=True)
         while not self._closed:
             try:
-                self._connect(end)
-                reply, fds = self.receive(end)
+                self._connect(absence.end)
+                reply, fds = self.receive(absence.end)
                 while reply["type"] != "lease":
                     wire.close_all(fds)
-                    reply, fds = self.receive(end)
+                    reply, fds = self.receive(absence.end)
                 wire.close_all(fds)
                 return True
             except WeightdError as error:
                 log.warning("weightd: the lease is lost, what is mapped stays: %s", error)
                 return False
             except OSError as error:
-                if time.monotonic() > end or isinstance(error, FileNotFoundError):
+                if not absence.may_end(error):
                     log.warning("weightd: the lease is lost, no daemon is back, what is mapped stays: %s", error)
                     return False
-                time.sleep(0.05)
         return False
 
     def close(self) -> None:

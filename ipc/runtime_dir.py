@@ -8,9 +8,6 @@ from pathlib import Path
 API_SOCKET = "api.sock"
 LEASE_SOCKET = "lease.sock"
 
-RESTART_SECONDS = 30.0
-"""How long a daemon that was there may be away before it counts as gone."""
-
 
 def runtime_dir() -> Path:
     """``WEIGHTD_RUNTIME_DIR``, else ``/run/weightd`` for root, else weightd's folder in ``XDG_RUNTIME_DIR`` or /tmp."""

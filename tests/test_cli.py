@@ -154,6 +154,7 @@ def test_the_readme_lists_every_setting() -> None:
     ("arguments", "words"),
     [
         (("--listen", "nonsense"), "HOST:PORT"),
+        (("--listen", "127.0.0.1:65536"), "HOST:PORT"),
         (("--listen", "192.0.2.1:80"), "cannot listen on 192.0.2.1:80"),
         (("--no-listen", "--listen", "127.0.0.1:80"), "--no-listen"),
         (("--no-listen", "--capacity", "cpu"), "DEVICE=SIZE"),

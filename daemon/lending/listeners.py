@@ -6,6 +6,7 @@ import os
 import socket
 from pathlib import Path
 
+from weightd.daemon.addresses import parse_listen
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.keeper.supervisor import LISTEN
 
@@ -30,7 +31,7 @@ class Listeners:
         return self._adopted(name) or self._deposited(name, _bind_unix(path))
 
     def tcp(self, address: str) -> socket.socket:
-        """A listening TCP socket at HOST:PORT. Raises OSError."""
+        """A listening TCP socket at HOST:PORT. Raises OSError, and ValueError where it is no such thing."""
         listener = self._adopted(address) or self._deposited(address, _bind_tcp(address))
         # Inherited by its connections, on which asyncio does not set it: an event would wait 40 ms for the one before.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -73,11 +74,9 @@ def _bind_unix(path: Path) -> socket.socket:
 
 
 def _bind_tcp(address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
+    host, port = parse_listen(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server(
-            (host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024
-        )
+        return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise OSError(error.errno, f"cannot listen on {address}: {error.strerror}") from None

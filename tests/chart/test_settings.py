@@ -14,8 +14,8 @@ from charts.schema import ELSEWHERE
 from tests.chart.cases import CASES, MAP, PEERS, rendered
 from tests.chart.helm import Manifest, manifests
 from tests.chart.manifests import container, daemon_of, env_of, pod_spec, workloads
+from weightd.daemon.addresses import parse_address
 from weightd.daemon.node import preload
-from weightd.daemon.peers.finding.directory import host_port
 from weightd.daemon.settings import Settings
 from weightd.daemon.stages.request import parse_request
 
@@ -129,7 +129,7 @@ def test_text_that_looks_like_a_variable_of_kubernetes_stays_text(parsed: Parsed
 @pytest.mark.parametrize("family", ["IPv4", "IPv6"])
 def test_peers_reach_the_pods_own_address(family: str, parsed: Parsed) -> None:
     settings, env = parsed(manifests({"peers": PEERS, "ipFamily": family}), family)
-    assert host_port(settings.peer_address) == (ADDRESSES[family], 7401)
+    assert parse_address(settings.peer_address) == (ADDRESSES[family], 7401)
     assert settings.peer_listen == {"IPv4": "0.0.0.0:7401", "IPv6": "[::]:7401"}[family]
     assert env["WEIGHTD_HEALTH_LISTEN"] == {"IPv4": "0.0.0.0:7402", "IPv6": "[::]:7402"}[family]
     assert settings.peers == "dns:llama-weightd-peers.models.svc.cluster.local:7401"

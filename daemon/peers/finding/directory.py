@@ -8,17 +8,15 @@ dropped then, and come back with it; ``status()`` says what is wrong.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import random
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
 
-from weightd.daemon.peers.moving.paths import is_local
+from weightd.daemon.addresses import is_address, is_local, is_loopback
 
 DIRECTORIES = {
     "none": "weightd.daemon.peers.finding.static",
@@ -106,37 +104,6 @@ def open_directory(text: str, *, node: str, address: str) -> Directory:
     Raises ValueError where one of the three is not what it should be.
     """
     return parse(text)(node=node, address=address)
-
-
-def host_port(text: str) -> tuple[str, int]:
-    """Split HOST:PORT; the host comes without brackets, in one spelling. ValueError where one cannot connect to it."""
-    found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]{2,45})\]|([A-Za-z0-9_.-]{1,253})):([0-9]{1,5})", text)
-    if found is None or not 1 <= int(found[3]) <= 65535:
-        raise ValueError(f"expected HOST:PORT, as in 10.0.0.1:7401 or [::1]:7401, found {text[:300]!r}")
-    host = (found[1] or found[2]).lower()
-    try:
-        ip = ipaddress.ip_address(host)
-    except ValueError:
-        if found[1]:
-            raise ValueError(f"{text[:300]!r}: no IPv6 address stands in the brackets") from None
-        return host, int(found[3])
-    if ip.is_unspecified or ip.is_multicast:
-        raise ValueError(f"{text[:300]!r} is no address that one can connect to")
-    return str(ip), int(found[3])
-
-
-def is_address(host: str) -> bool:
-    """Whether a host is an address, and no name."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def joined(host: str, port: int) -> str:
-    """HOST:PORT, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def checked_node(node: object) -> str:
@@ -236,7 +203,7 @@ class BaseDirectory:
             return False
         if host == self.own_host:
             return True
-        return is_address(host) and not ipaddress.ip_address(host).is_loopback and is_local(host)
+        return is_address(host) and not is_loopback(host) and is_local(host)
 
     def put(self, key: str, member: Member | None) -> None:
         """What is known under a key is this now, or nothing."""

@@ -16,16 +16,8 @@ import dns.exception
 import dns.rdatatype
 import dns.resolver
 
-from weightd.daemon.peers.finding.directory import (
-    MAX_MEMBERS,
-    Backoff,
-    BaseDirectory,
-    Member,
-    Opener,
-    host_port,
-    is_address,
-    joined,
-)
+from weightd.daemon.addresses import is_address, join_address, parse_address
+from weightd.daemon.peers.finding.directory import MAX_MEMBERS, Backoff, BaseDirectory, Member, Opener
 
 LIFETIME = 5.0  # seconds of one look-up, with all servers and tries
 SOONEST, LATEST = 1.0, 30.0
@@ -45,7 +37,7 @@ def parse(kind: str, place: str) -> Opener:
     if place.startswith("_") and ":" not in place:
         place += ":1"
     try:
-        name, port = host_port(place)
+        name, port = parse_address(place)
         if is_address(name):
             raise ValueError(f"{name} is an address, no name; static: takes those")
     except ValueError as error:
@@ -63,7 +55,7 @@ class DnsDirectory(BaseDirectory):
     ) -> None:  # fmt: skip
         super().__init__()
         self.name = f"dns {host}"
-        self.own_host, self.own_port = host_port(address)
+        self.own_host, self.own_port = parse_address(address)
         self._host = host
         self._port = port
         self._open_resolver = resolver
@@ -98,7 +90,7 @@ class DnsDirectory(BaseDirectory):
             found, ttl = await self._services(resolver)
         else:
             addresses, ttl = await self._addresses(resolver, self._host, search=True)
-            found = [(joined(address, self._port), address, self._port) for address in addresses]
+            found = [(join_address(address, self._port), address, self._port) for address in addresses]
         self.put_all(self._peers(found))
         self.well("" if found else "the name does not exist, or has no such records")
         return min(max(ttl, SOONEST), LATEST)
@@ -106,12 +98,12 @@ class DnsDirectory(BaseDirectory):
     def _peers(self, found: Iterable[tuple[str, str, int]]) -> Iterable[tuple[str, Member]]:
         for node, host, port in found:
             try:
-                host, port = host_port(joined(host, port))
+                host, port = parse_address(join_address(host, port))
             except ValueError as error:
-                self.skip(joined(host, port), error)
+                self.skip(join_address(host, port), error)
                 continue
             if not self.is_own(host, port):
-                yield joined(host, port), Member(node, joined(host, port), None)
+                yield join_address(host, port), Member(node, join_address(host, port), None)
 
     async def _addresses(
         self, resolver: dns.asyncresolver.Resolver, host: str, search: bool

@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from weightd.daemon.addresses import join_address, parse_address
 from weightd.daemon.peers.finding.directory import (
     MAX_MEMBERS,
     MAX_STAGES,
@@ -42,9 +43,7 @@ from weightd.daemon.peers.finding.directory import (
     Opener,
     checked_node,
     checked_stages,
-    host_port,
     is_stage_key,
-    joined,
 )
 
 log = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ def _endpoint(text: str) -> tuple[str, str]:
     """An URL's endpoint and prefix, which is empty where it has none."""
     try:
         url = urlsplit(text)
-        host, port = host_port(joined(url.hostname or "", url.port or 2379))
+        host, port = parse_address(join_address(url.hostname or "", url.port or 2379))
     except ValueError:
         url = urlsplit("")
     if url.scheme not in ("http", "https") or "@" in url.netloc or url.query or url.fragment or not text.isprintable():
@@ -96,7 +95,7 @@ def _endpoint(text: str) -> tuple[str, str]:
             f"Found {text.rpartition('@')[2][:300]!r}"  # what is before it may be a password
         )
     prefix = url.path.strip("/")
-    return f"{url.scheme}://{joined(host, port)}", prefix and f"/{prefix}"
+    return f"{url.scheme}://{join_address(host, port)}", prefix and f"/{prefix}"
 
 
 class EtcdDirectory(BaseDirectory):
@@ -105,10 +104,10 @@ class EtcdDirectory(BaseDirectory):
     def __init__(self, endpoints: list[str], prefix: str, *, node: str, address: str) -> None:
         super().__init__()
         self.name = "etcd"
-        self.own_host, self.own_port = host_port(address)
+        self.own_host, self.own_port = parse_address(address)
         self._prefix = f"{prefix}/peers/"
         self._node = checked_node(node)
-        self._address = joined(self.own_host, self.own_port)
+        self._address = join_address(self.own_host, self.own_port)
         self._endpoints = endpoints
         self._value = _entry(self._node, self._address, {})
         self._unpublished = asyncio.Event()
@@ -245,12 +244,12 @@ class EtcdDirectory(BaseDirectory):
             found = json.loads(value)
             if not isinstance(found, dict) or not isinstance(found.get("address"), str):
                 raise ValueError("it is no map with node, address and stages")
-            node, (host, port) = checked_node(found.get("node")), host_port(found["address"])
-            if key.decode() != f"{self._prefix}{node}/{joined(host, port)}":
+            node, (host, port) = checked_node(found.get("node")), parse_address(found["address"])
+            if key.decode() != f"{self._prefix}{node}/{join_address(host, port)}":
                 raise ValueError("its key is not its node and address")
             if (host, port) == (self.own_host, self.own_port):
                 return None
-            return Member(node, joined(host, port), checked_stages(found.get("stages")))
+            return Member(node, join_address(host, port), checked_stages(found.get("stages")))
         except (ValueError, RecursionError) as error:
             self.skip(key[:1000].decode(errors="replace"), str(error)[:300])
             return None

@@ -14,7 +14,6 @@ import ctypes
 import functools
 import os
 import re
-import socket
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,17 +159,6 @@ class Missed(NamedTuple):
     """rdma, shm or cuda_ipc"""
     reason: str
     """Why it may not have been taken, and what to do about it."""
-
-
-def is_local(address: str) -> bool:
-    """Whether an IP address is one of this machine's, as seen from this network namespace."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((address, 0))
-    except OSError:
-        return False
-    return True
 
 
 def better_path(

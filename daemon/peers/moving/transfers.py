@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
+from weightd.daemon.addresses import is_local, parse_address
 from weightd.daemon.devices.base import Segment
 from weightd.daemon.filling.fill import Fill
 from weightd.daemon.layouts.digests import leaf_digest
 from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.peers.finding.following import Peer
 from weightd.daemon.peers.moving.mover import Arrival, Mover, MoverFailed
-from weightd.daemon.peers.moving.paths import better_path, is_local
+from weightd.daemon.peers.moving.paths import better_path
 from weightd.daemon.peers.moving.window import Inlet, packed
 from weightd.daemon.peers.pulling.groups import Part, Span, leaf_ranges
 
@@ -112,7 +113,7 @@ class Transfers:
         if peer.use.transport == transport:
             return
         peer.use.transport = transport
-        same_host = is_local(peer.name.rpartition(":")[0].strip("[]"))
+        same_host = is_local(parse_address(peer.name)[0])
         if missed := better_path(transport, same_host=same_host):
             peer.use.slow_path = f"{missed.path}: {missed.reason}"
             log.warning("peer %s is read by %s, not by %s", peer.name, transport, peer.use.slow_path)

@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from tests.peers.finding.directories import addresses, opened
-from weightd.daemon.peers.finding.directory import Member, host_port, open_directory, parse
+from weightd.daemon.peers.finding.directory import Member, open_directory, parse
 
 
 def test_a_static_list_knows_all_its_peers_but_ourselves() -> None:
@@ -87,4 +87,3 @@ def test_we_are_no_peer_that_others_would_leave_out(node: str, address: str) -> 
 def test_a_setting_is_read_without_starting_anything() -> None:
     for text in ["static:h:1", "dns:weightd.default.svc:7401", "dns:_peers._tcp.weightd", "etcd:https://a,https://b/x"]:
         parse(text)
-    assert host_port("[2001:DB8:0::1]:7401") == ("2001:db8::1", 7401)

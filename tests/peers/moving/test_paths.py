@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from weightd.daemon.peers.moving import paths
-from weightd.daemon.peers.moving.paths import better_path, is_local, transport_of
+from weightd.daemon.peers.moving.paths import better_path, transport_of
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,3 @@ def test_tcp_within_one_machine(tmp_path: Path) -> None:
         assert missed is not None
         assert missed.reason == "UCX_TLS=tcp leaves it out: unset it"
     assert better_path("tcp", same_host=True, gpus=1, environment={}, root=tmp_path) is None
-
-
-def test_addresses_of_this_machine() -> None:
-    assert is_local("127.0.0.1")
-    assert not is_local("192.0.2.77")  # of no network, by RFC 5737
-    assert not is_local("2001:db8::1")
-    assert not is_local("not an address")
