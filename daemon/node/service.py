@@ -1,4 +1,4 @@
-"""The node: which stages there are, which of them a request means, and who may load when.
+"""The node: all that this daemon does for whoever asks, over HTTP or a lease connection.
 
 Everything here runs on the event loop; what blocks runs in threads.
 """
@@ -14,26 +14,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from weightd.daemon.checkpoints.cache import Cache
-from weightd.daemon.checkpoints.listing import Listing, list_checkpoint
 from weightd.daemon.devices.base import Device
-from weightd.daemon.errors import (
-    DaemonError,
-    InvalidRequest,
-    NotMovable,
-    SourceFailed,
-    UnknownStage,
-)
+from weightd.daemon.errors import NotMovable
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.limits import FillLimits, NodeLimits
 from weightd.daemon.node.preload import Preload
+from weightd.daemon.node.resolving import Joined, Resolver, Unlisted
 from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.observing.refusals import Refusals
 from weightd.daemon.peers.finding.directory import Directory
 from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.peers.pulling.reader import Pulling
-from weightd.daemon.peers.pulling.source import open_source as open_peer_source
-from weightd.daemon.sources.base import Source
-from weightd.daemon.sources.uris import Allow, canonical, open_source
+from weightd.daemon.sources.uris import Allow
 from weightd.daemon.stages import record
 from weightd.daemon.stages.moves import move_segments
 from weightd.daemon.stages.planning import allocated, make_plan
@@ -45,8 +37,6 @@ from weightd.daemon.stages.stage import Stage
 
 log = logging.getLogger(__name__)
 
-_RELIST_DEADLINE = 5.0
-"""Seconds that a source may take to say whether what is resident is still what it holds."""
 _PLAN_DEADLINE = 30.0
 """Seconds that a request waits for its plan; then it is answered with the stage as it is."""
 
@@ -93,14 +83,21 @@ class Node:
         self.preload = Preload()
         """What is to be staged by itself."""
         self._deposits = deposits
-        self._allow = allow
         self.cache = cache
         self._fill_limits = fill_limits
         self._limits = limits
         self._scheduler = Scheduler(
             devices, residency, deposits, cache, metrics, fill_limits, limits, Pulling(fleet) if fleet else None
         )
-        self._listings: dict[str, asyncio.Task[tuple[Source, Listing]]] = {}
+        self._resolver = Resolver(
+            residency.stages,
+            devices,
+            self.default_device,
+            allow=allow,
+            fleet=fleet,
+            trust_peers=limits.trust_peers,
+            in_thread=self._scheduler.in_thread,
+        )
 
     # ------------------------------------------------------------------ asking for stages
 
@@ -114,114 +111,41 @@ class Node:
         Raises InvalidRequest, NotAllowed, InsufficientCapacity, QueueFull. All else is in the stage's record.
         """
         asked = time.monotonic()
-        try:
-            found, source, listing = await self._resolve(request)
-        except _Unlisted as unlisted:
-            return self._failed(unlisted, asked), False
-        if found is not None:
+        meant = await self._resolver.resolve(request)
+        if isinstance(meant, Unlisted):
+            return self._failed(request, meant, asked), False
+        if isinstance(meant, Joined):
+            found = meant.stage
             self.change(found, priority=max(found.priority, request.priority), pin=found.pin or request.pin)
-            created = False
         else:
-            assert source is not None
-            found = Stage(canonical(request.model), self.placed(request), request, listing, asked)
-            self._scheduler.start(found, source)
-            created = True
+            found = Stage(meant.uri, meant.devices, request, meant.listing, asked)
+            self._scheduler.start(found, meant.source)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(found.planned.wait(), _PLAN_DEADLINE)
         if refused(found):
             assert found.error is not None
             raise found.error
         found.announced = True
-        return found, not created
+        return found, isinstance(meant, Joined)
 
     async def would_fit(self, request: StageRequest) -> Fit:
         """What ``stage`` would do, changing nothing. Raises what planning raises."""
-        try:
-            found, source, listing = await self._resolve(request)
-        except _Unlisted as unlisted:
-            raise unlisted.error from None
-        if found is not None:
-            return Fit(found, found.footprint, True, [])
-        assert source is not None
-        plan = await self._scheduler.in_thread(make_plan, source, listing, request, self.cache)
-        devices = [self.devices[name] for name in self.placed(request)]
+        meant = await self._resolver.resolve(request)
+        if isinstance(meant, Unlisted):
+            raise meant.error from None
+        if isinstance(meant, Joined):
+            return Fit(meant.stage, meant.stage.footprint, True, [])
+        plan = await self._scheduler.in_thread(make_plan, meant.source, meant.listing, request, self.cache)
+        devices = [self.devices[name] for name in meant.devices]
         for device in set(devices):
             await self._scheduler.in_thread(device.open)
         needed = allocated(plan.recipes, devices)
         evicts = self.residency.victims(needed)
         return Fit(None, sum(needed.values()), evicts is not None, evicts or [])
 
-    async def _resolve(self, request: StageRequest) -> tuple[Stage | None, Source | None, Listing]:
-        """The stage that a request means, or else what is at its URI.
-
-        Raises InvalidRequest, NotAllowed, and _Unlisted where the URI cannot be listed.
-        """
-        uri = canonical(request.model)
-        if not uri.startswith("file:"):
-            self._allow.check(uri)  # a file is checked with its links resolved, by its source
-        devices = self.placed(request)
-        resident = self._find(request, uri, devices, None)
-        if resident is not None and resident.state != "ready":
-            resident = None
-        try:
-            source, listing = await asyncio.wait_for(self._list(uri), _RELIST_DEADLINE if resident else None)
-        except InvalidRequest:
-            raise
-        except (TimeoutError, SourceFailed) as error:
-            if resident is None and self._trusts_peers(uri, request):
-                assert self.fleet is not None
-                log.warning("%s: its origin cannot be asked (%s), peers are", uri, error)
-                try:
-                    source = await self._scheduler.in_thread(open_peer_source, uri, self.fleet)
-                    listing = await self._scheduler.in_thread(list_checkpoint, uri, source)
-                except DaemonError as failure:
-                    raise _Unlisted(uri, devices, request, SourceFailed(f"{error}; {failure}")) from None
-                return self._find(request, uri, devices, listing), source, listing
-            if resident is None:  # no deadline then, so that the source has failed
-                raise _Unlisted(uri, devices, request, SourceFailed(str(error))) from None
-            assert resident.listing is not None
-            log.warning("%s: serving what is resident, its source cannot be asked: %s", uri, error or "no answer")
-            return resident, None, resident.listing
-        except DaemonError as error:
-            if error.code == "not_allowed" and "setting" in error.details:
-                raise
-            raise _Unlisted(uri, devices, request, error) from None
-        return self._find(request, uri, devices, listing), source, listing
-
-    def _trusts_peers(self, uri: str, request: StageRequest) -> bool:
-        """Whether peers may say what a checkpoint is: where they were declared trusted, or its digest tells."""
-        told = self._limits.trust_peers or str(request.expect_digest).startswith("xxh3:")
-        return self.fleet is not None and "peer" in request.sources and told and not uri.startswith("file:")
-
     def find_rank(self, request: StageRequest, rank: int) -> Stage:
-        """The live stage of a model that has a segment for a tensor-parallel rank, for callers who know no more.
-
-        Where they say a device, it is that segment's.
-
-        Raises UnknownStage where there is none, InvalidRequest where there are several.
-        """
-        uri = canonical(request.model)
-        where = self.device(request.device).name if isinstance(request.device, str) else None
-        found = [
-            stage
-            for stage in self.stages()
-            if (stage.uri, stage.request.handle) == (uri, request.handle)
-            and _live(stage)
-            and stage.request.parallel is not None
-            and rank in stage.request.ranks
-            and where in (None, stage.devices[stage.request.ranks.index(rank)])
-        ]
-        if not found:
-            place = f" on {where}" if where else ""
-            raise UnknownStage(
-                f"no stage of {uri} has a segment for tp_rank {rank}{place}: stage it, or say tp_size and map"
-            )
-        if len(found) > 1:
-            raise InvalidRequest(
-                f"{len(found)} stages of {uri} have a segment for tp_rank {rank}: name one of "
-                f"{', '.join(stage.id for stage in found)}"
-            )
-        return found[0]
+        """As ``Resolver.find_rank``."""
+        return self._resolver.find_rank(request, rank)
 
     def stages(self) -> Iterable[Stage]:
         """All stages, oldest first, with those that ended lately."""
@@ -231,74 +155,8 @@ class Node:
         """A stage by its id. Raises UnknownStage."""
         return self.residency.get(stage_id)
 
-    def placed(self, request: StageRequest) -> tuple[str, ...]:
-        """Name of each segment's device. Raises InvalidRequest."""
-        wanted = request.device or self.default_device
-        names = wanted if isinstance(wanted, list) else [wanted] * len(request.ranks)
-        devices = [self.device(name) for name in names]
-        if len({device.uuid is None for device in devices}) > 1:
-            raise InvalidRequest("device: one stage is in host memory or on GPUs, not in both")
-        for device in devices:
-            if request.handle not in device.handles:
-                raise InvalidRequest(
-                    f"handle: {device.name} has no segments with handle {request.handle!r}, it has "
-                    f"{', '.join(device.handles)}"
-                )
-        return tuple(device.name for device in devices)
-
-    def device(self, name: str) -> Device:
-        """A device by its name here, or by its UUID, which all processes agree on. Raises InvalidRequest."""
-        if found := self.devices.get(name):
-            return found
-        for device in self.devices.values():
-            if device.uuid and device.uuid.lower() == name.lower():
-                return device
-        here = ", ".join(f"{d.name} ({d.uuid})" if d.uuid else d.name for d in self.devices.values())
-        raise InvalidRequest(f"device {name!r} is not on this node, it has {here}")
-
-    def _find(self, request: StageRequest, uri: str, devices: tuple[str, ...], listing: Listing | None) -> Stage | None:
-        """A stage whose bytes are, or will be, those that the request wants; ready ones first. None: any identity."""
-        key = request.layout_key()
-        joinable = [
-            stage
-            for stage in self.stages()
-            if stage.uri == uri  # what costs least, first: there may be very many
-            and stage.devices == devices
-            and stage.request.layout_key() == key
-            and _live(stage)
-            and stage.listing is not None
-            and (listing is None or stage.listing.identity == listing.identity)
-            and self._meets(stage, request)
-        ]
-        return max(joinable, key=lambda stage: (stage.state == "ready", stage.created_at), default=None)
-
-    def _meets(self, stage: Stage, request: StageRequest) -> bool:
-        expected = request.expect_digest
-        if expected is None or expected == stage.request.expect_digest:
-            return True
-        if isinstance(expected, dict):
-            wanted = {f"{name}={digest}" for name, digest in expected.items()}
-        else:
-            assert stage.listing is not None
-            wanted = {expected if expected.startswith("xxh3:") else f"{stage.listing.weights[0].name}={expected}"}
-        return wanted <= stage.satisfied
-
-    async def _list(self, uri: str) -> tuple[Source, Listing]:
-        """List a URI; requests that come while it is being listed share the answer."""
-        task = self._listings.get(uri)
-        if task is None:
-
-            def listed() -> tuple[Source, Listing]:
-                source = open_source(uri, self._allow)
-                return source, list_checkpoint(uri, source)
-
-            task = asyncio.ensure_future(self._scheduler.in_thread(listed))
-            self._listings[uri] = task
-            task.add_done_callback(lambda _: self._listings.pop(uri, None))
-        return await asyncio.shield(task)
-
-    def _failed(self, unlisted: _Unlisted, asked: float) -> Stage:
-        stage = Stage(unlisted.uri, unlisted.devices, unlisted.request, None, asked)
+    def _failed(self, request: StageRequest, unlisted: Unlisted, asked: float) -> Stage:
+        stage = Stage(unlisted.uri, unlisted.devices, request, None, asked)
         stage.source_kind = stage.clock.origin = unlisted.uri.partition(":")[0]
         self.residency.keep(stage)
         self._scheduler.end(stage, "failed", unlisted.error)
@@ -341,7 +199,7 @@ class Node:
         if stage.state == "ready" and self.fleet is not None:
             stage.key = key_of(stage)
         if stage.state != "ready":
-            self._scheduler.spawn(self._scheduler.resume(stage, self._list(stage.uri)), stage.id)
+            self._scheduler.spawn(self._scheduler.resume(stage, self._resolver.list(stage.uri)), stage.id)
         elif stage.revoked_until is not None:
             self._scheduler.spawn(self.residency.revoked(stage), stage.id)
 
@@ -391,7 +249,12 @@ class Node:
         stage = self.get(stage_id)
         await self.residency.notice_hangups()
         await move_segments(
-            self.residency, self._deposits, stage, self.device(device), self._fill_limits, self._scheduler.in_thread
+            self.residency,
+            self._deposits,
+            stage,
+            self._resolver.device(device),
+            self._fill_limits,
+            self._scheduler.in_thread,
         )
         return stage
 
@@ -404,15 +267,3 @@ class Node:
             self.residency.release(stage)
         for device in self.devices.values():
             device.close()
-
-
-class _Unlisted(Exception):
-    """What is at a URI cannot be told: the request becomes the record of a stage that failed."""
-
-    def __init__(self, uri: str, devices: tuple[str, ...], request: StageRequest, error: DaemonError) -> None:
-        self.uri, self.devices, self.request, self.error = uri, devices, request, error
-
-
-def _live(stage: Stage) -> bool:
-    """Whether a request may join it."""
-    return stage.state not in ("failed", "cancelled", "evicted") and stage.revoked_until is None

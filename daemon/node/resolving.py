@@ -1,0 +1,226 @@
+"""What a request means: a stage that is there or on its way, or else what is at its URI."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from weightd.daemon.checkpoints.listing import Listing, list_checkpoint
+from weightd.daemon.devices.base import Device
+from weightd.daemon.errors import DaemonError, InvalidRequest, SourceFailed, UnknownStage
+from weightd.daemon.peers.finding.fleet import Fleet
+from weightd.daemon.peers.pulling.source import open_source as open_peer_source
+from weightd.daemon.sources.base import Source
+from weightd.daemon.sources.uris import Allow, canonical, open_source
+from weightd.daemon.stages.request import StageRequest
+from weightd.daemon.stages.stage import Stage
+
+log = logging.getLogger(__name__)
+
+_RELIST_DEADLINE = 5.0
+"""Seconds that a source may take to say whether what is resident is still what it holds."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """There is a stage of what the request wants, ready or on its way."""
+
+    stage: Stage
+
+
+@dataclass(frozen=True)
+class Listed:
+    """There is none, and this is at the URI."""
+
+    uri: str
+    devices: tuple[str, ...]
+    """Name of each segment's device."""
+    source: Source
+    listing: Listing
+
+
+@dataclass(frozen=True)
+class Unlisted:
+    """There is none, and what is at the URI cannot be told."""
+
+    uri: str
+    devices: tuple[str, ...]
+    error: DaemonError
+
+
+class Resolver:
+    """Finds what requests mean among ``stages``, by id, and at their URIs. On the event loop only.
+
+    ``in_thread`` runs what blocks. ``fleet`` is asked what a checkpoint is where its origin does not answer:
+    ``trust_peers`` for every request, else for those whose digest tells.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[str, Stage],
+        devices: Mapping[str, Device],
+        default_device: str,
+        *,
+        allow: Allow,
+        fleet: Fleet | None,
+        trust_peers: bool,
+        in_thread: Callable[..., Awaitable[Any]],
+    ) -> None:
+        self._stages = stages
+        self._devices = devices
+        self._default_device = default_device
+        self._allow = allow
+        self._fleet = fleet
+        self._trust_peers = trust_peers
+        self._in_thread = in_thread
+        self._listings: dict[str, asyncio.Task[tuple[Source, Listing]]] = {}
+
+    async def resolve(self, request: StageRequest) -> Joined | Listed | Unlisted:
+        """What the request means. Raises InvalidRequest, NotAllowed.
+
+        What is at the URI is listed anew every time, so that a replaced checkpoint is never taken for the one that is
+        resident; where its source cannot be asked, what is resident counts.
+        """
+        uri = canonical(request.model)
+        if not uri.startswith("file:"):
+            self._allow.check(uri)  # a file is checked with its links resolved, by its source
+        devices = self.placed(request)
+        resident = self._find(request, uri, devices, None)
+        if resident is not None and resident.state != "ready":
+            resident = None
+        try:
+            source, listing = await asyncio.wait_for(self.list(uri), _RELIST_DEADLINE if resident else None)
+        except InvalidRequest:
+            raise
+        except (TimeoutError, SourceFailed) as error:
+            if resident is not None:
+                log.warning("%s: serving what is resident, its source cannot be asked: %s", uri, error or "no answer")
+                return Joined(resident)
+            if not self._may_ask_peers(uri, request):
+                return Unlisted(uri, devices, SourceFailed(str(error)))
+            log.warning("%s: its origin cannot be asked (%s), peers are", uri, error)
+            try:
+                source, listing = await self._in_thread(self._list_at_peers, uri)
+            except DaemonError as failure:
+                return Unlisted(uri, devices, SourceFailed(f"{error}; {failure}"))
+        except DaemonError as error:
+            if error.code == "not_allowed" and "setting" in error.details:
+                raise
+            return Unlisted(uri, devices, error)
+        found = self._find(request, uri, devices, listing)
+        return Joined(found) if found else Listed(uri, devices, source, listing)
+
+    async def list(self, uri: str) -> tuple[Source, Listing]:
+        """List a canonical URI; requests that come while it is being listed share the answer."""
+        task = self._listings.get(uri)
+        if task is None:
+
+            def listed() -> tuple[Source, Listing]:
+                source = open_source(uri, self._allow)
+                return source, list_checkpoint(uri, source)
+
+            task = asyncio.ensure_future(self._in_thread(listed))
+            self._listings[uri] = task
+            task.add_done_callback(lambda _: self._listings.pop(uri, None))
+        return await asyncio.shield(task)
+
+    def _may_ask_peers(self, uri: str, request: StageRequest) -> bool:
+        """Whether peers may say what a checkpoint is: where they were declared trusted, or its digest tells."""
+        told = self._trust_peers or str(request.expect_digest).startswith("xxh3:")
+        return self._fleet is not None and "peer" in request.sources and told and not uri.startswith("file:")
+
+    def _list_at_peers(self, uri: str) -> tuple[Source, Listing]:
+        assert self._fleet is not None
+        source = open_peer_source(uri, self._fleet)
+        return source, list_checkpoint(uri, source)
+
+    def _find(self, request: StageRequest, uri: str, devices: tuple[str, ...], listing: Listing | None) -> Stage | None:
+        """A stage whose bytes are, or will be, those that the request wants; ready ones first. None: any identity."""
+        key = request.layout_key()
+        joinable = [
+            stage
+            for stage in self._stages.values()
+            if stage.uri == uri  # what costs least, first: there may be very many
+            and stage.devices == devices
+            and stage.request.layout_key() == key
+            and _live(stage)
+            and stage.listing is not None
+            and (listing is None or stage.listing.identity == listing.identity)
+            and self._meets(stage, request)
+        ]
+        return max(joinable, key=lambda stage: (stage.state == "ready", stage.created_at), default=None)
+
+    @staticmethod
+    def _meets(stage: Stage, request: StageRequest) -> bool:
+        expected = request.expect_digest
+        if expected is None or expected == stage.request.expect_digest:
+            return True
+        if isinstance(expected, dict):
+            wanted = {f"{name}={digest}" for name, digest in expected.items()}
+        else:
+            assert stage.listing is not None
+            wanted = {expected if expected.startswith("xxh3:") else f"{stage.listing.weights[0].name}={expected}"}
+        return wanted <= stage.satisfied
+
+    def find_rank(self, request: StageRequest, rank: int) -> Stage:
+        """The live stage of a model that has a segment for a tensor-parallel rank, for callers who know no more.
+
+        Where they say a device, it is that segment's.
+
+        Raises UnknownStage where there is none, InvalidRequest where there are several.
+        """
+        uri = canonical(request.model)
+        where = self.device(request.device).name if isinstance(request.device, str) else None
+        found = [
+            stage
+            for stage in self._stages.values()
+            if (stage.uri, stage.request.handle) == (uri, request.handle)
+            and _live(stage)
+            and stage.request.parallel is not None
+            and rank in stage.request.ranks
+            and where in (None, stage.devices[stage.request.ranks.index(rank)])
+        ]
+        if not found:
+            place = f" on {where}" if where else ""
+            raise UnknownStage(
+                f"no stage of {uri} has a segment for tp_rank {rank}{place}: stage it, or say tp_size and map"
+            )
+        if len(found) > 1:
+            raise InvalidRequest(
+                f"{len(found)} stages of {uri} have a segment for tp_rank {rank}: name one of "
+                f"{', '.join(stage.id for stage in found)}"
+            )
+        return found[0]
+
+    def placed(self, request: StageRequest) -> tuple[str, ...]:
+        """Name of each segment's device. Raises InvalidRequest."""
+        wanted = request.device or self._default_device
+        names = wanted if isinstance(wanted, list) else [wanted] * len(request.ranks)
+        devices = [self.device(name) for name in names]
+        if len({device.uuid is None for device in devices}) > 1:
+            raise InvalidRequest("device: one stage is in host memory or on GPUs, not in both")
+        for device in devices:
+            if request.handle not in device.handles:
+                raise InvalidRequest(
+                    f"handle: {device.name} has no segments with handle {request.handle!r}, it has "
+                    f"{', '.join(device.handles)}"
+                )
+        return tuple(device.name for device in devices)
+
+    def device(self, name: str) -> Device:
+        """A device by its name here, or by its UUID, which all processes agree on. Raises InvalidRequest."""
+        if found := self._devices.get(name):
+            return found
+        for device in self._devices.values():
+            if device.uuid and device.uuid.lower() == name.lower():
+                return device
+        here = ", ".join(f"{d.name} ({d.uuid})" if d.uuid else d.name for d in self._devices.values())
+        raise InvalidRequest(f"device {name!r} is not on this node, it has {here}")
+
+
+def _live(stage: Stage) -> bool:
+    """Whether a request may join it."""
+    return stage.state not in ("failed", "cancelled", "evicted") and stage.revoked_until is None
