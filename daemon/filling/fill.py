@@ -165,7 +165,7 @@ class Fill(Sink):
             return Landing(views, self._segments[first.segment].address + first.offset)
         ordered = self.sha256.get(extent.file)
         with self.phase("buffers"):
-            slot = self._slots.take(wait, self._stop, lambda: ordered is None or ordered.position == extent.offset)
+            slot = self._slots.acquire(wait, self._stop, lambda: ordered is None or ordered.position == extent.offset)
         if slot is None:
             return None
         return Landing([memoryview(slot)[: extent.nbytes]], address_of(slot), slot)
@@ -174,7 +174,7 @@ class Fill(Sink):
         """Give a landing back that nothing writes to any more."""
         landing.views.clear()
         if landing.slot is not None:
-            self._slots.give(landing.slot)
+            self._slots.release(landing.slot)
 
     def _let_go(self, landing: Landing) -> None:
         with self._lock:
