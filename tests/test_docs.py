@@ -18,7 +18,7 @@ from tests.servers import Missing, SeaweedFS, free_ports
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-LANGUAGES = {"sh", "python", "yaml", "promql", "dockerfile", "text", ""}
+LANGUAGES = {"sh", "python", "yaml", "promql", "dockerfile", "mermaid", "text", ""}
 DEADLINE = 300
 
 BLOCK = re.compile(
