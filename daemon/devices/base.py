@@ -1,4 +1,4 @@
-"""What a device kind offers. A new kind of device is one new file that offers this, and a line in KINDS."""
+"""What a device kind offers. A new kind of device is one new file that offers this, and a line in ``open_devices``."""
 
 from __future__ import annotations
 
