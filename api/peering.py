@@ -15,7 +15,7 @@ from weightd.daemon.node.service import Node
 from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.peers.finding.directory import Directory, open_directory
 from weightd.daemon.peers.finding.fleet import Fleet
-from weightd.daemon.peers.moving.mover import MoverFailed, unavailable
+from weightd.daemon.peers.moving.movers import MoverFailed, unavailable
 from weightd.daemon.peers.serving.server import Serving
 from weightd.daemon.settings import Settings
 

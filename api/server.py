@@ -29,7 +29,7 @@ from weightd.daemon.node.preloading import Preloading
 from weightd.daemon.node.service import Node
 from weightd.daemon.observing import logs
 from weightd.daemon.observing.metrics import Metrics
-from weightd.daemon.peers.moving.mover import unavailable
+from weightd.daemon.peers.moving.movers import unavailable
 from weightd.daemon.redaction import redacted
 from weightd.daemon.settings import Settings
 from weightd.daemon.sources.uris import Allow

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from weightd.daemon.peers.moving.mover import Movers
+from weightd.daemon.peers.moving.movers import Movers
 
 if TYPE_CHECKING:
     import ssl

@@ -16,7 +16,7 @@ from weightd.daemon.filling.fill import Fill
 from weightd.daemon.layouts.digests import leaf_digest
 from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.peers.finding.following import Peer
-from weightd.daemon.peers.moving.mover import Arrival, Mover, MoverFailed
+from weightd.daemon.peers.moving.movers import Arrival, Mover, MoverFailed
 from weightd.daemon.peers.moving.paths import better_path
 from weightd.daemon.peers.moving.window import Inlet, packed
 from weightd.daemon.peers.pulling.groups import Part, Span, leaf_ranges

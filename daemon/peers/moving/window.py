@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from weightd.daemon.devices.base import Segment
 from weightd.daemon.devices.host_memory import address_of
-from weightd.daemon.peers.moving.mover import Mover, Offered
+from weightd.daemon.peers.moving.movers import Mover, Offered
 from weightd.daemon.peers.pulling.groups import PART, Part
 
 SLOT = PART + (64 << 10)

@@ -20,7 +20,7 @@ from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.layouts.recipe import Recipe
 from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.peers.finding.following import FORMAT, Following, Peer
-from weightd.daemon.peers.moving.mover import Arrival, MoverFailed
+from weightd.daemon.peers.moving.movers import Arrival, MoverFailed
 from weightd.daemon.peers.moving.transfers import Transfers
 from weightd.daemon.peers.pulling.assignment import Assignment
 from weightd.daemon.peers.pulling.groups import PART, Group, Groups, Part, Span, begin_parts_anew, parts_of

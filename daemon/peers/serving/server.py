@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from weightd.daemon.errors import DeviceFailed, InvalidRequest, UnknownStage
 from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.peers.finding.following import FORMAT
-from weightd.daemon.peers.moving.mover import Mover, MoverFailed
+from weightd.daemon.peers.moving.movers import Mover, MoverFailed
 from weightd.daemon.peers.moving.window import Offer
 from weightd.daemon.stages.residency import Residency
 from weightd.daemon.stages.segments import segment_leaves

@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import lacking
 from tests.servers import until
 from weightd.daemon.devices.cpu import CpuDevice
-from weightd.daemon.peers.moving.mover import Arrival, Mover, MoverFailed, Movers
+from weightd.daemon.peers.moving.movers import Arrival, Mover, MoverFailed, Movers
 from weightd.daemon.peers.moving.window import Inlet
 from weightd.daemon.peers.pulling.groups import Part, Span
 
@@ -141,7 +141,7 @@ def test_after_it_was_killed_nothing_writes_to_the_memory_any_more(movers: Calla
 def test_it_ends_with_its_daemon(movers: Callable[[], Mover], tmp_path: Path) -> None:
     script = (
         "import os, sys, time\n"
-        "from weightd.daemon.peers.moving.mover import Mover\n"
+        "from weightd.daemon.peers.moving.movers import Mover\n"
         "mover = Mover()\n"
         "mover.offer(int(sys.argv[1]), 4096)\n"
         "print(mover._process.pid, flush=True)\n"

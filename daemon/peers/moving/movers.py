@@ -1,6 +1,6 @@
 """A process of its own that moves bytes between nodes: it holds NIXL's agent, which can end the process that has it.
 
-``Mover`` is the daemon's side; ``python -m weightd.daemon.peers.moving.mover FD`` is the process, at the other end of a
+``Mover`` is the daemon's side; ``python -m weightd.daemon.peers.moving.movers FD`` is the process, at the other end of a
 socket pair. It is given memory by descriptor, which it maps: to be read by peers, read-only, or to be read into.
 Killing it is what ends transfers for certain: its mappings go with it, and nothing writes to the memory any more.
 
@@ -99,7 +99,7 @@ class Mover:
         self._socket = ours
         try:
             self._process = subprocess.Popen(  # noqa: S603 - ourselves
-                [sys.executable, "-m", "weightd.daemon.peers.moving.mover", str(theirs.fileno())],
+                [sys.executable, "-m", "weightd.daemon.peers.moving.movers", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=_environment(),
             )  # fmt: skip
         except OSError as error:
