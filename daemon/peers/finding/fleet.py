@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from weightd.daemon.peers.moving.movers import Movers
-
 if TYPE_CHECKING:
     import ssl
 
@@ -57,7 +55,6 @@ class Fleet:
     count_slow: Callable[[str], None] = lambda better: None
     count_dropped: Callable[[str, str], None] = lambda peer, why: None
     gossip: Gossip = field(default_factory=lambda: Gossip())
-    movers: Movers = field(default_factory=Movers)
     traffic: dict[str, Traffic] = field(default_factory=dict)
     """Peer → what went to and fro."""
 

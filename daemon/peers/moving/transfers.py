@@ -16,10 +16,10 @@ from weightd.daemon.filling.fill import Fill
 from weightd.daemon.layouts.digests import leaf_digest
 from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.peers.finding.following import Peer
-from weightd.daemon.peers.moving.movers import Arrival, Mover, MoverFailed
+from weightd.daemon.peers.moving.inlet import Inlet
+from weightd.daemon.peers.moving.movers import Arrival, Mover, MoverFailed, Movers
+from weightd.daemon.peers.moving.parts import Part, Span, leaf_ranges, packed
 from weightd.daemon.peers.moving.paths import better_path
-from weightd.daemon.peers.moving.window import Inlet, packed
-from weightd.daemon.peers.pulling.groups import Part, Span, leaf_ranges
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +31,12 @@ class Transfers:
     of reads that have ended ``("arrived", arrival)``.
     """
 
-    def __init__(self, fleet: Fleet, segments: Sequence[Segment], events: queue.SimpleQueue[tuple[str, Any]]) -> None:
+    def __init__(
+        self, fleet: Fleet, movers: Movers, segments: Sequence[Segment], events: queue.SimpleQueue[tuple[str, Any]]
+    ) -> None:
         """Raises OSError."""
         self._fleet = fleet
+        self._movers = movers
         self._events = events
         self._mover: Mover | None = None
         self._lost = False
@@ -156,7 +159,7 @@ class Transfers:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._landing.shutdown(cancel_futures=True)
         with contextlib.suppress(MoverFailed):  # then the next stage starts its own
-            self._fleet.movers.prepare()
+            self._movers.prepare()
 
     def close(self) -> None:
         """Let go of where parts land. After ``stop``."""
@@ -165,7 +168,7 @@ class Transfers:
     def _connected(self) -> Mover:
         if self._mover is None or not self._mover.alive:
             self._lost = self._lost or self._mover is not None
-            mover = self._fleet.movers.take()
+            mover = self._movers.take()
             mover.tell = self._tell
             try:
                 self._inlet.connect(mover)

@@ -9,26 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from weightd.daemon.filling.account import Account
 from weightd.daemon.layouts.digests import LEAF, leaf_count
 from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.layouts.recipe import Recipe
+from weightd.daemon.peers.moving.parts import PART, Part, Span
 
 _STRIPE = 8 << 20
-PART = 8 << 20
 _MAX_SPANS = 256
-
-
-class Span(NamedTuple):
-    """Whole leaves of one entry: where they lie in the segment, and the number of the first."""
-
-    segment: int
-    entry: int
-    offset: int
-    nbytes: int
-    leaf: int
 
 
 @dataclass(slots=True)
@@ -44,22 +33,6 @@ class Group:
         """By what nodes agree on who reads it first, however large each one's extents are."""
         first = self.extents[0]
         return f"{first.file}:{first.offset // _STRIPE}"
-
-
-@dataclass(eq=False, slots=True)
-class Part:
-    """What is asked of a peer at once: whole leaves of a group, ``PART`` bytes at most, from one segment."""
-
-    group: int
-    spans: list[Span]
-    slot: int | None = None
-    """Where it waits on the way to a GPU."""
-    at: int | None = None
-    """Where the peer has put it, on its way from a GPU."""
-
-    @property
-    def nbytes(self) -> int:
-        return sum(span.nbytes for span in self.spans)
 
 
 def parts_of(group: Group) -> list[Part]:
@@ -155,14 +128,6 @@ def _spans(extents: Sequence[Extent], recipes: Sequence[Recipe]) -> list[Span]:
                 span = Span(piece.segment, piece.entry, entry.offset, entry.nbytes, 0)
             spans[span.segment, span.entry, span.leaf] = span
     return sorted(spans.values())
-
-
-def leaf_ranges(span: Span) -> list[tuple[int, int, int]]:
-    """Each leaf of a span: its number, and where it lies in the segment: offset, bytes."""
-    return [
-        (span.leaf + i, span.offset + i * LEAF, min(LEAF, span.nbytes - i * LEAF))
-        for i in range(leaf_count(span.nbytes))
-    ]
 
 
 class _Joined:

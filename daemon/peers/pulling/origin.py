@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from weightd.daemon.errors import SourceFailed
 from weightd.daemon.filling.fill import Fill
 from weightd.daemon.filling.sink import Share
-from weightd.daemon.peers.pulling.groups import Group, leaf_ranges
+from weightd.daemon.peers.moving.parts import leaf_ranges
+from weightd.daemon.peers.pulling.groups import Group
 from weightd.daemon.peers.pulling.pace import Pace
 from weightd.daemon.sources.base import Reader
 

@@ -20,10 +20,11 @@ from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.layouts.recipe import Recipe
 from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.peers.finding.following import FORMAT, Following, Peer
-from weightd.daemon.peers.moving.movers import Arrival, MoverFailed
+from weightd.daemon.peers.moving.movers import Arrival, MoverFailed, Movers
+from weightd.daemon.peers.moving.parts import PART, Part, Span
 from weightd.daemon.peers.moving.transfers import Transfers
 from weightd.daemon.peers.pulling.assignment import Assignment
-from weightd.daemon.peers.pulling.groups import PART, Group, Groups, Part, Span, begin_parts_anew, parts_of
+from weightd.daemon.peers.pulling.groups import Group, Groups, begin_parts_anew, parts_of
 from weightd.daemon.peers.pulling.origin import Origin
 from weightd.daemon.peers.pulling.pace import Pace
 from weightd.daemon.sources.base import Reader
@@ -32,8 +33,9 @@ from weightd.daemon.sources.base import Reader
 class Pulling:
     """The fleet, as stages load from it."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, movers: Movers) -> None:
         self._fleet = fleet
+        self._movers = movers
 
     @property
     def off(self) -> str:
@@ -49,7 +51,7 @@ class Pulling:
         origin: Callable[[], Reader] | None,
     ) -> Reader:
         begin_parts_anew(extents, recipes, fill.account)
-        return PeerReader(key, self._fleet, recipes, segments, fill, origin)
+        return PeerReader(key, self._fleet, self._movers, recipes, segments, fill, origin)
 
 
 class PeerReader:
@@ -60,6 +62,7 @@ class PeerReader:
         self,
         key: str,
         fleet: Fleet,
+        movers: Movers,
         recipes: Sequence[Recipe],
         segments: Sequence[Segment],
         fill: Fill,
@@ -72,7 +75,7 @@ class PeerReader:
         self._segments = segments
         self._origin = Origin(origin)
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._transfers = Transfers(fleet, segments, self._events)
+        self._transfers = Transfers(fleet, movers, segments, self._events)
         self._pace = Pace(2.0, most=256)
         self._parts_left: dict[int, int] = {}
         """Group → parts that are still to come of it, while a peer brings it."""

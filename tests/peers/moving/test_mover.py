@@ -20,9 +20,9 @@ import pytest
 from tests.conftest import lacking
 from tests.servers import until
 from weightd.daemon.devices.cpu import CpuDevice
+from weightd.daemon.peers.moving.inlet import Inlet
 from weightd.daemon.peers.moving.movers import Arrival, Mover, MoverFailed, Movers
-from weightd.daemon.peers.moving.window import Inlet
-from weightd.daemon.peers.pulling.groups import Part, Span
+from weightd.daemon.peers.moving.parts import Part, Span
 
 MiB = 1 << 20
 DEADLINE = 60.0

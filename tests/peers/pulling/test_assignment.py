@@ -16,8 +16,9 @@ from weightd.daemon.layouts.checkpoint import checkpoint_layout
 from weightd.daemon.layouts.digests import LEAF
 from weightd.daemon.layouts.extents import Demands, plan_extents
 from weightd.daemon.peers.finding.membership import READERS, Readers, weight
+from weightd.daemon.peers.moving.parts import leaf_ranges
 from weightd.daemon.peers.pulling.assignment import Assignment
-from weightd.daemon.peers.pulling.groups import begin_parts_anew, leaf_ranges, plan_groups
+from weightd.daemon.peers.pulling.groups import begin_parts_anew, plan_groups
 
 SHARDS = (
     {"embed": tensor("BF16", (3000, 512), 1), "norm": tensor("F32", (7,), 2), "empty": tensor("F16", (0, 4), 3)},
