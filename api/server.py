@@ -30,7 +30,7 @@ from weightd.daemon.node.service import Node
 from weightd.daemon.observing import logs
 from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.peers.moving.movers import Movers, unavailable
-from weightd.daemon.peers.pulling.reader import Pulling
+from weightd.daemon.peers.pulling.pulling import Pulling
 from weightd.daemon.redaction import redacted
 from weightd.daemon.settings import Settings
 from weightd.daemon.sources.uris import Allow

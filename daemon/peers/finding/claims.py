@@ -22,8 +22,8 @@ class Claims:
             raise ValueError("leaves that there are not")
         return segment, first
 
-    def take(self, said: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Take in a ``leaves`` event: the segment, and the first and the number of its leaves. Raises ValueError."""
+    def add(self, said: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Add a ``leaves`` event: the segment, and the first and the number of its leaves. Raises ValueError."""
         digests = array("Q", bytes.fromhex(said["digests"]))
         if sys.byteorder == "little":
             digests.byteswap()

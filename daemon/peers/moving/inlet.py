@@ -32,16 +32,16 @@ class Inlet:
         else:
             self._regions = [mover.into(segment.fd, segment.footprint) for segment in self._segments]
 
-    def take(self, part: Part) -> bool:
+    def acquire(self, part: Part) -> bool:
         """Find the part a place; False where there is none now."""
         if self.window is not None and part.slot is None:
-            part.slot = self.window.take()
+            part.slot = self.window.acquire()
         return self.window is None or part.slot is not None
 
-    def give(self, part: Part) -> None:
+    def release(self, part: Part) -> None:
         """Nothing is read from its place, or to it, any more."""
         if self.window is not None and part.slot is not None:
-            self.window.give(part.slot)
+            self.window.release(part.slot)
         part.slot = None
 
     def places(self, part: Part) -> list[tuple[int, int]]:
@@ -57,7 +57,7 @@ class Inlet:
             return
         for span, view in zip(part.spans, self._slot_views(part), strict=True):
             self._segments[span.segment].write(span.offset, view)
-        self.give(part)
+        self.release(part)
 
     def views(self, part: Part) -> list[memoryview]:
         """The bytes of each span of a part that has settled; in its slot where they are on the way to a GPU."""

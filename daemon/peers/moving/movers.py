@@ -71,7 +71,7 @@ class Mover:
 
     def __init__(self) -> None:
         """Start it; that it works shows with the first answer, half a second later. Raises MoverFailed."""
-        self.tell: Callable[[Arrival | None], object] = lambda _: None
+        self.on_arrival: Callable[[Arrival | None], object] = lambda _: None
         """Called from a thread with every read that has ended, and with None once the process is gone."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket = ours
@@ -121,7 +121,7 @@ class Mover:
         return number
 
     def read(self, peer: int, region: int, pairs: Sequence[tuple[int, int, int]]) -> int:
-        """Start reading (offset in the region, address at the peer, bytes); returns the ticket, as ``tell`` is told."""
+        """Start reading (offset in the region, address at the peer, bytes); returns the ticket that its Arrival has."""
         ticket = next(self._numbers)
         self._send({"op": "read", "ticket": ticket, "peer": peer, "region": region, "pairs": pairs})
         return ticket
@@ -170,7 +170,7 @@ class Mover:
                 wire.close_all(fds)
                 self._failed = answer.get("failed", "")
                 if "ticket" in answer:
-                    self.tell(Arrival(answer["ticket"], answer["error"], answer.get("transport", "unknown")))
+                    self.on_arrival(Arrival(answer["ticket"], answer["error"], answer.get("transport", "unknown")))
                     continue
                 key = ("region", answer["region"]) if "region" in answer else ("peer", answer.get("peer", 0))
                 with self._lock:
@@ -187,7 +187,7 @@ class Mover:
             self._socket.close()
         for answers in waiting_for.values():
             answers.put({"error": self._gone})
-        self.tell(None)
+        self.on_arrival(None)
 
 
 class Movers:

@@ -39,13 +39,13 @@ class Window:
         self._free = list(range(slots))
         self._changed = threading.Condition()
 
-    def take(self, timeout: float = 0.0) -> int | None:
+    def acquire(self, timeout: float = 0.0) -> int | None:
         """A slot's offset; None where none is free for so many seconds."""
         with self._changed:
             self._changed.wait_for(lambda: self._free, timeout)
             return self._free.pop() * SLOT if self._free else None
 
-    def give(self, offset: int) -> None:
+    def release(self, offset: int) -> None:
         """Nothing uses the slot any more."""
         with self._changed:
             self._free.append(offset // SLOT)

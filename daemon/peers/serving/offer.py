@@ -54,20 +54,20 @@ class Offer:
         for (number, offset, nbytes), at in zip(pieces, offsets, strict=True):
             if number >= len(self._segments) or offset + nbytes > self._segments[number].nbytes or at + nbytes > SLOT:
                 raise ValueError(f"{nbytes} bytes at {offset} of segment {number} are not there, or too many at once")
-        slot = self.window.take(timeout)
+        slot = self.window.acquire(timeout)
         if slot is None:
             return None
         try:
             for (number, offset, nbytes), at in zip(pieces, offsets, strict=True):
                 self._segments[number].read_into(offset, self.window.view[slot + at : slot + at + nbytes])
         except BaseException:
-            self.window.give(slot)
+            self.window.release(slot)
             raise
         with self._lock:
             self._taken.setdefault(reader, set()).add(slot)
         return self.offered[0].address + slot
 
-    def give(self, reader: str, addresses: Sequence[int] | None = None) -> None:
+    def release(self, reader: str, addresses: Sequence[int] | None = None) -> None:
         """A reader has read these slots; None: it is gone, and with it all that it had."""
         if self.window is None:
             return
@@ -78,7 +78,7 @@ class Offer:
             if addresses is None:
                 self._taken.pop(reader, None)
         for slot in given:
-            self.window.give(slot)
+            self.window.release(slot)
 
     def close(self) -> None:
         """Unmap it all at the mover. Blocks; raises MoverFailed, with everything closed here."""

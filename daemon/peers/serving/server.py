@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from weightd.daemon.errors import DeviceFailed, InvalidRequest, UnknownStage
 from weightd.daemon.peers.finding.fleet import Fleet
-from weightd.daemon.peers.finding.following import FORMAT
+from weightd.daemon.peers.finding.listening import FORMAT
 from weightd.daemon.peers.moving.movers import Mover, MoverFailed, Movers
 from weightd.daemon.peers.serving.news import News
 from weightd.daemon.peers.serving.offer import Offer
@@ -83,7 +83,7 @@ class Serving:
         reader = secrets.token_hex(16)
         try:
             yield {"type": "hello", "format": FORMAT, "epoch": offering.epoch, "ready": stage.state == "ready"}
-            async for event in self._tell(stage, offering, reader):
+            async for event in self._events(stage, offering, reader):
                 yield event
             yield {"type": "gone"}
             # It hangs up once nothing of its reads is under way; unmapping what it reads would end our process.
@@ -95,13 +95,13 @@ class Serving:
         finally:
             # Nothing here waits: whoever hangs up cancels every wait.
             if (left := self._readers.pop(reader, None)) is not None:
-                left.give(reader)
+                left.release(reader)
             self._residency.leases.end_for_peer(lease)
             offering.listeners -= 1
             if not offering.listeners:
                 self._withdraw(stage, offering)
 
-    async def _tell(self, stage: Stage, offering: _Offering, reader: str) -> AsyncIterator[dict[str, Any]]:
+    async def _events(self, stage: Stage, offering: _Offering, reader: str) -> AsyncIterator[dict[str, Any]]:
         """What there is to say of a stage, as long as it can be read. Raises MoverFailed, OSError."""
         news = News(offering.epoch)
         mapped = False
@@ -137,7 +137,7 @@ class Serving:
         """Who reads the origin: as long as this node has it all, nobody has to take its place."""
         if stage.state == "ready":
             return {self._fleet.me: time.time_ns() // 1_000_000} if self._fleet.me else {}
-        return self._fleet.gossip.told(stage.key)
+        return self._fleet.gossip.published(stage.key)
 
     def _offered(self, stage: Stage) -> _Offering:
         found = self._offers.get(stage.id)
@@ -169,7 +169,7 @@ class Serving:
         offer = self._readers.get(reader)
         if offer is None or offer.window is None:
             raise UnknownStage("nobody listens by that name, or not to what is on a GPU")
-        offer.give(reader, given)
+        offer.release(reader, given)
         if not pieces:
             return None
         try:
