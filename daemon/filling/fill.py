@@ -151,7 +151,7 @@ class Fill(Sink):
 
     def next(self) -> Extent | None:
         """The next extent to read, in order; None when there is no more, or the fill is stopped."""
-        return None if self.stopped else self.account.take()
+        return None if self.stopped else self.account.next()
 
     def landing(self, extent: Extent, *, wait: bool = True) -> Landing | None:
         """Where the extent's bytes go; None where no bounce buffer is free and waiting is not wanted (any more)."""
@@ -238,7 +238,7 @@ class Fill(Sink):
                 self._hash(leaves, 0, self._segments[segment].view, entry.offset, entry.nbytes)
         self.account.mark(extent, late)
         self._let_go(landing)
-        self.account.tell(complete)
+        self.account.announce(complete)
 
     # ------------------------------------------------------------------ device memory
 
@@ -306,7 +306,7 @@ class Fill(Sink):
         for extent in extents:
             self.account.mark(extent, late_of[extent.index], from_peer=extent.index in self._by_peers)
         self._by_peers.difference_update(extent.index for extent in extents)
-        self.account.tell(complete)
+        self.account.announce(complete)
 
     def _compare_sent(self, segment: int, entry: int, first: int, count: int) -> None:
         """What a peer has brought was verified on the host: what lies on the device has to be the same."""
