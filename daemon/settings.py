@@ -138,9 +138,9 @@ class Settings(BaseSettings):
         description="What an ordered stop (SIGTERM, Ctrl-C) does: drop the weights, or refuse while any are leased.",
     )
     restart_limit: int = Field(
-        10, ge=0, description="Crashes of the daemon within restart_window after which it stays down; 0: never."
+        10, ge=0, description="Deaths of the daemon within restart_window after which it stays down; 0: never."
     )
-    restart_window: float = Field(60.0, gt=0, description="Seconds over which crashes of the daemon are counted.")
+    restart_window: float = Field(60.0, gt=0, description="Seconds over which deaths of the daemon are counted.")
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="Of the log on stderr: json, text, or auto, which is text on a terminal and JSON elsewhere."
     )

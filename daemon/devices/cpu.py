@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from weightd.daemon import control_groups
 from weightd.daemon.errors import InsufficientCapacity
 
 _SEALS_AT_BIRTH = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -31,6 +32,7 @@ class CpuDevice:
     """The host's memory, as far as ``capacity`` bytes of it."""
 
     uuid = None
+    quarantined = ""
     handles = ("fd",)
 
     def __init__(self, name: str, capacity: int | None) -> None:
@@ -234,18 +236,9 @@ def huge_pages() -> bool:
 
 
 def available_memory() -> int:
-    """Bytes that new allocations can take: what the kernel has, and what this control group may still use."""
+    """Bytes that new allocations can take: what the kernel has, and what this process's control groups leave."""
     with open("/proc/meminfo") as file:
         lines = dict(line.split(":", 1) for line in file)
     available = int(lines["MemAvailable"].split()[0]) * 1024
-    try:
-        with open("/proc/self/cgroup") as file:
-            path = next(line.split("::", 1)[1].strip() for line in file if line.startswith("0::"))
-        folder = f"/sys/fs/cgroup{path}".rstrip("/")
-        with open(f"{folder}/memory.max") as limit, open(f"{folder}/memory.current") as used:
-            text = limit.read().strip()
-            if text != "max":
-                available = min(available, int(text) - int(used.read()))
-    except (OSError, StopIteration, ValueError):
-        pass  # no control group of version 2, or the root one: no limit to respect
-    return max(0, available)
+    left = control_groups.memory_left()
+    return available if left is None else min(available, left)
