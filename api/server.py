@@ -54,7 +54,8 @@ def serve(settings: Settings) -> int:
     held = deposits.collect()
     quarantine = Quarantine(deposits, held)
     cuda.on_sticky(lambda error: _crash(deposits, quarantine, error))
-    devices = open_devices({name: int(size) for name, size in settings.capacity.items()}, settings.cuda_limits)
+    capacity = {name: int(size) for name, size in settings.capacity.items()}
+    devices = open_devices(capacity, settings.cuda_limits, settings.host_fill)
     for device in devices.values():
         device.quarantined = quarantine.reason(device.uuid)
     allow = Allow(settings.allow)

@@ -117,6 +117,11 @@ class Settings(BaseSettings):
         description="How GPUs are filled: auto takes libstreamer's own CUDA backend where it passes its self-test, "
         "ring always our pinned bounce buffers.",
     )
+    host_fill: Literal["auto", "buffered", "direct"] = Field(
+        "auto",
+        description="How host memory is filled: direct reads files to where their bytes belong, buffered by way of "
+        "bounce buffers; auto takes direct where shared memory may use huge pages.",
+    )
     bounce_buffers: int = Field(16, ge=2, le=1024, description="Bounce buffers at most, for each stage that loads.")
     retry_deadline: float = Field(
         120.0,

@@ -35,8 +35,10 @@ class CpuDevice:
     quarantined = ""
     handles = ("fd",)
 
-    def __init__(self, name: str, capacity: int | None) -> None:
+    def __init__(self, name: str, capacity: int | None, fill: str = "auto") -> None:
+        """``fill``: ``direct`` or ``buffered``, or ``auto``, which looks whether pages are huge."""
         self.name = name
+        self._fill = fill
         self.capacity = int(available_memory() * DEFAULT_SHARE) if capacity is None else capacity
 
     def open(self) -> None:
@@ -62,6 +64,13 @@ class CpuDevice:
 
     def footprint(self, nbytes: int) -> int:
         return max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
+
+    @property
+    def buffered(self) -> bool:
+        """Whether its segments are filled by way of buffers."""
+        # Reading to a page of its own zeroes it and faults it in first, which costs several times the copy; write(2)
+        # does neither. Where pages are huge, faults are few, and the way through a buffer is the longer one.
+        return not huge_pages() if self._fill == "auto" else self._fill == "buffered"
 
     def allocate(self, nbytes: int, label: str, handle: str = "fd") -> CpuSegment:
         assert handle in self.handles
@@ -121,9 +130,7 @@ class CpuSegment:
         self.device = device
         self.fd = fd
         self.nbytes = nbytes
-        # Reading to a page of its own zeroes it and faults it in first, which costs several times the copy; write(2)
-        # does neither. Where pages are huge, faults are few, and the way through a buffer is the longer one.
-        self.buffered = not huge_pages()
+        self.buffered = device.buffered
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
         self._address = 0
@@ -220,10 +227,10 @@ class CpuSegment:
                 self.fd = -1
 
 
-def discover(capacity: Mapping[str, int]) -> list[CpuDevice]:
+def discover(capacity: Mapping[str, int], fill: str = "auto") -> list[CpuDevice]:
     """``cpu``, and ``cpu:0`` and so on, there where ``capacity`` says how large they are."""
     further = [name for name in capacity if re.fullmatch(r"cpu:\d{1,4}", name)]
-    return [CpuDevice(name, capacity.get(name)) for name in ("cpu", *sorted(further))]
+    return [CpuDevice(name, capacity.get(name), fill) for name in ("cpu", *sorted(further))]
 
 
 def huge_pages() -> bool:

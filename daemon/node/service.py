@@ -102,6 +102,7 @@ class Node:
             fleet=fleet,
             trust_peers=limits.trust_peers,
             in_thread=self._scheduler.in_thread,
+            listing=self._scheduler.listing,
         )
 
     # ------------------------------------------------------------------ asking for stages
@@ -140,7 +141,9 @@ class Node:
             raise meant.error from None
         if isinstance(meant, Joined):
             return Fit(meant.stage, meant.stage.footprint, True, [])
-        plan = await self._scheduler.in_thread(make_plan, meant.source, meant.listing, request, self.cache)
+        plan = await self._scheduler.planning.run(
+            meant.uri, make_plan, meant.source, meant.listing, request, self.cache
+        )
         devices = [self.devices[name] for name in meant.devices]
         for device in set(devices):
             await self._scheduler.in_thread(device.open)

@@ -77,11 +77,11 @@ def test_a_gpu_whose_errors_end_daemon_after_daemon_that_serves_is_left_alone_to
     gpus = machine(devices=2, clean=False)
     daemon = gpus.daemon()
     kept = daemon.stage(model, device="cpu")
-    for _ in range(3):
+    for name in ("wide", "q", "o"):
         assert devices(daemon)["cuda:1"]["quarantined"] is None
         before = daemon.status["daemon_pid"]
         gpus.fake.set(sticky_at=1)
-        daemon.client.stage(str(model), device="cuda:1", tensors={"include": ["wide"]})
+        daemon.client.stage(str(model), device="cuda:1", tensors={"include": [name]})
         settled(daemon, before)
     assert "3 daemons" in devices(daemon)["cuda:1"]["quarantined"]
     assert daemon.client.show(kept["id"])["state"] == "ready"
