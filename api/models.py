@@ -250,6 +250,9 @@ class DeviceRecord(BaseModel):
     capacity_bytes: int = Field(description="Bytes that segments may take.")
     used_bytes: int = Field(description="Bytes that segments take or are promised.")
     free_bytes: int = Field(description="What is left of it, for segments: of a GPU never more than others leave.")
+    quarantined: str | None = Field(
+        None, description="Why it is left alone, with what it holds, until weightd reload; null where it is not."
+    )
     uuid: str | None = Field(None, description="The GPU's UUID.")
     total_bytes: int | None = Field(None, description="Bytes that the GPU has.")
     reserve_bytes: int | None = Field(
@@ -392,6 +395,7 @@ def device_record(device: Device, residency: Residency) -> DeviceRecord:
             "capacity_bytes": device.capacity,
             "used_bytes": used,
             "free_bytes": max(0, residency.room(device.name)),
+            "quarantined": device.quarantined or None,
             "used_share": used / total if isinstance(total, int) and total else None,
             **more,
         }

@@ -34,6 +34,7 @@ STATUS = {
     "stage_revoked": 409,
     "needs_socket": 409,
     "lost": 409,
+    "interrupted": 409,
     "device_failed": 500,
     "lease_limit": 429,
     "queue_full": 429,

@@ -16,6 +16,7 @@ from weightd.api.uvicorn_server import Server
 from weightd.daemon.addresses import parse_listen
 from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.devices.discovery import open_devices
+from weightd.daemon.devices.quarantine import Quarantine
 from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.keeper import supervisor
 from weightd.daemon.keeper.deposits import Deposits
@@ -51,10 +52,14 @@ def serve(settings: Settings) -> int:
     logs.configure(settings.log_level, settings.log_format)
     _raise_file_limit()
     deposits = Deposits.inherited()
-    cuda.on_sticky(lambda error: _crash(deposits, error))
-    devices = open_devices({name: int(size) for name, size in settings.capacity.items()}, settings.cuda_limits)
-    allow = Allow(settings.allow)
     held = deposits.collect()
+    quarantine = Quarantine(deposits, held)
+    cuda.on_sticky(lambda error: _crash(deposits, quarantine, error))
+    capacity = {name: int(size) for name, size in settings.capacity.items()}
+    devices = open_devices(capacity, settings.cuda_limits, settings.host_fill)
+    for device in devices.values():
+        device.quarantined = quarantine.reason(device.uuid)
+    allow = Allow(settings.allow)
     # Without a keeper, which has locked it, the directory is this process's own to lock.
     lock = held.pop(LOCK, None) or supervisor.lock(str(settings.runtime_dir))
     sockets = {name: held.pop(name) for name in list(held) if name.startswith(LISTEN)}
@@ -104,7 +109,7 @@ def serve(settings: Settings) -> int:
         )
         metrics.watch(NodeGauges(node, metrics.wall_seconds))
         metrics.watch(KeeperGauges(settings.runtime_dir if deposits.kept else None))
-        node.adopt(held)
+        node.adopt(held, quarantine)
         node.preload = _preload(settings.preload)
         expiry = asyncio.create_task(residency.expire())
         leases = LeaseServer(node, lease_listener, peers, settings.max_leases)
@@ -146,6 +151,8 @@ def serve(settings: Settings) -> int:
             await peering.close()
         if not stop.drops:
             log.info("making room for the next daemon")
+            node.hand_over()
+            quarantine.lift()
             logging.shutdown()
             os._exit(0)  # whatever threads still write, the keeper holds
         expiry.cancel()
@@ -202,6 +209,7 @@ class _Stop:
             self._deposits.refuse_stop()
             return
         self.drops = True
+        self._deposits.agree_to_stop()
         self._server.end()
 
 
@@ -214,9 +222,10 @@ def _preload(setting: str) -> Preload:
         return Preload([], str(error))
 
 
-def _crash(deposits: Deposits, error: CudaError) -> None:
+def _crash(deposits: Deposits, quarantine: Quarantine, error: CudaError) -> None:
     """End at once: nothing that this process does with that GPU can work any more, and the next one adopts it all."""
     log.critical("the GPU has failed, and with it this process: %s", error)
+    quarantine.failed(error.uuid, redacted(str(error)))
     deposits.dying(redacted(str(error)))
     logging.shutdown()
     os._exit(_GPU_FAILED)

@@ -112,6 +112,7 @@ def serve(**options: Any) -> None:
     for name, value in given.items():
         os.environ[f"WEIGHTD_{name.upper()}"] = ",".join(value) if isinstance(value, list) else value
     os.environ["WEIGHTD_RUNTIME_DIR"] = str(settings.runtime_dir)
+    os.environ["WEIGHTD_ON_STOP"] = settings.on_stop  # however it was spelled: the keeper goes by it as well
     # The process becomes the keeper: the command's own packages are not for it to carry.
     daemon = [sys.executable, "-m", "weightd.api"]
     os.execv(sys.executable, [sys.executable, "-m", "weightd.daemon.keeper", *daemon])

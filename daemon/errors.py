@@ -107,6 +107,13 @@ class Lost(DaemonError):
     remedy = "stage it again; with handle fd its memory outlives the daemon"
 
 
+class Interrupted(DaemonError):
+    """Daemons died while the stage was on its way, one after another: mend what killed them, then stage it again."""
+
+    code = "interrupted"
+    remedy = "mend what killed the daemon (weightd doctor names the last exit, its log says more), then stage it again"
+
+
 class Cancelled(DaemonError):
     """Somebody cancelled the stage, or the daemon is going down."""
 

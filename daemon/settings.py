@@ -117,6 +117,11 @@ class Settings(BaseSettings):
         description="How GPUs are filled: auto takes libstreamer's own CUDA backend where it passes its self-test, "
         "ring always our pinned bounce buffers.",
     )
+    host_fill: Literal["auto", "buffered", "direct"] = Field(
+        "auto",
+        description="How host memory is filled: direct reads files to where their bytes belong, buffered by way of "
+        "bounce buffers; auto takes direct where shared memory may use huge pages.",
+    )
     bounce_buffers: int = Field(16, ge=2, le=1024, description="Bounce buffers at most, for each stage that loads.")
     retry_deadline: float = Field(
         120.0,
@@ -138,9 +143,9 @@ class Settings(BaseSettings):
         description="What an ordered stop (SIGTERM, Ctrl-C) does: drop the weights, or refuse while any are leased.",
     )
     restart_limit: int = Field(
-        10, ge=0, description="Crashes of the daemon within restart_window after which it stays down; 0: never."
+        10, ge=0, description="Deaths of the daemon within restart_window after which it stays down; 0: never."
     )
-    restart_window: float = Field(60.0, gt=0, description="Seconds over which crashes of the daemon are counted.")
+    restart_window: float = Field(60.0, gt=0, description="Seconds over which deaths of the daemon are counted.")
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="Of the log on stderr: json, text, or auto, which is text on a terminal and JSON elsewhere."
     )

@@ -16,6 +16,8 @@ from typing import Any
 
 from weightd.ipc.errors import CudaError, DeviceUnavailable
 
+_entered = threading.local()
+"""``gpu``: the GPU whose context this thread is in."""
 _on_sticky: list[Callable[[CudaError], None]] = []
 
 
@@ -26,6 +28,8 @@ def on_sticky(callback: Callable[[CudaError], None]) -> None:
 
 def report(error: CudaError) -> CudaError:
     """Every error of the GPU passes here, whichever library met it. Returns it, to be raised."""
+    if (gpu := getattr(_entered, "gpu", None)) is not None:
+        error.uuid = gpu.uuid
     if error.sticky:
         for callback in _on_sticky:
             callback(error)
@@ -120,18 +124,22 @@ class Gpu:
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
         """Make its primary context this thread's current one; the first use makes it, which takes a while."""
-        if self._context is None:
-            with self._lock:
-                if self._context is None:
-                    self._context = call("cuDevicePrimaryCtxRetain", self.device)
-        call("cuCtxPushCurrent", self._context)
+        outer, _entered.gpu = getattr(_entered, "gpu", None), self
         try:
-            yield
-        except BaseException:
-            with contextlib.suppress(CudaError):  # what failed inside says more
-                call("cuCtxPopCurrent")
-            raise
-        call("cuCtxPopCurrent")
+            if self._context is None:
+                with self._lock:
+                    if self._context is None:
+                        self._context = call("cuDevicePrimaryCtxRetain", self.device)
+            call("cuCtxPushCurrent", self._context)
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(CudaError):  # what failed inside says more
+                    call("cuCtxPopCurrent")
+                raise
+            call("cuCtxPopCurrent")
+        finally:
+            _entered.gpu = outer
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes, whoever uses them."""

@@ -28,6 +28,8 @@ class CudaError(WeightdError):
     def __init__(self, message: str, result: int) -> None:
         super().__init__(message, code="cuda_error", details={"result": result})
         self.result = result
+        self.uuid: str | None = None
+        """Of the GPU whose context the thread was in, where it was in one."""
 
     @property
     def out_of_memory(self) -> bool:

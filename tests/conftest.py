@@ -102,3 +102,10 @@ def start_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     yield start
     for server in started:
         server.stop()
+
+
+@pytest.fixture(params=["buffered", "direct"])
+def host_fill(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Daemons that are started fill host memory as they do without huge pages, and as they do with them."""
+    monkeypatch.setenv("WEIGHTD_HOST_FILL", request.param)
+    return str(request.param)

@@ -107,6 +107,8 @@ class Device(Protocol):
 
     name: str
     capacity: int
+    quarantined: str
+    """Why it is not to be touched, nor what it holds; empty where nothing is wrong with it."""
 
     @property
     def uuid(self) -> str | None:

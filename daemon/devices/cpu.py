@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from weightd.daemon import control_groups
 from weightd.daemon.errors import InsufficientCapacity
 
 _SEALS_AT_BIRTH = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -31,10 +32,13 @@ class CpuDevice:
     """The host's memory, as far as ``capacity`` bytes of it."""
 
     uuid = None
+    quarantined = ""
     handles = ("fd",)
 
-    def __init__(self, name: str, capacity: int | None) -> None:
+    def __init__(self, name: str, capacity: int | None, fill: str = "auto") -> None:
+        """``fill``: ``direct`` or ``buffered``, or ``auto``, which looks whether pages are huge."""
         self.name = name
+        self._fill = fill
         self.capacity = int(available_memory() * DEFAULT_SHARE) if capacity is None else capacity
 
     def open(self) -> None:
@@ -60,6 +64,13 @@ class CpuDevice:
 
     def footprint(self, nbytes: int) -> int:
         return max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
+
+    @property
+    def buffered(self) -> bool:
+        """Whether its segments are filled by way of buffers."""
+        # Reading to a page of its own zeroes it and faults it in first, which costs several times the copy; write(2)
+        # does neither. Where pages are huge, faults are few, and the way through a buffer is the longer one.
+        return not huge_pages() if self._fill == "auto" else self._fill == "buffered"
 
     def allocate(self, nbytes: int, label: str, handle: str = "fd") -> CpuSegment:
         assert handle in self.handles
@@ -119,9 +130,7 @@ class CpuSegment:
         self.device = device
         self.fd = fd
         self.nbytes = nbytes
-        # Reading to a page of its own zeroes it and faults it in first, which costs several times the copy; write(2)
-        # does neither. Where pages are huge, faults are few, and the way through a buffer is the longer one.
-        self.buffered = not huge_pages()
+        self.buffered = device.buffered
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
         self._address = 0
@@ -218,10 +227,10 @@ class CpuSegment:
                 self.fd = -1
 
 
-def discover(capacity: Mapping[str, int]) -> list[CpuDevice]:
+def discover(capacity: Mapping[str, int], fill: str = "auto") -> list[CpuDevice]:
     """``cpu``, and ``cpu:0`` and so on, there where ``capacity`` says how large they are."""
     further = [name for name in capacity if re.fullmatch(r"cpu:\d{1,4}", name)]
-    return [CpuDevice(name, capacity.get(name)) for name in ("cpu", *sorted(further))]
+    return [CpuDevice(name, capacity.get(name), fill) for name in ("cpu", *sorted(further))]
 
 
 def huge_pages() -> bool:
@@ -234,18 +243,9 @@ def huge_pages() -> bool:
 
 
 def available_memory() -> int:
-    """Bytes that new allocations can take: what the kernel has, and what this control group may still use."""
+    """Bytes that new allocations can take: what the kernel has, and what this process's control groups leave."""
     with open("/proc/meminfo") as file:
         lines = dict(line.split(":", 1) for line in file)
     available = int(lines["MemAvailable"].split()[0]) * 1024
-    try:
-        with open("/proc/self/cgroup") as file:
-            path = next(line.split("::", 1)[1].strip() for line in file if line.startswith("0::"))
-        folder = f"/sys/fs/cgroup{path}".rstrip("/")
-        with open(f"{folder}/memory.max") as limit, open(f"{folder}/memory.current") as used:
-            text = limit.read().strip()
-            if text != "max":
-                available = min(available, int(text) - int(used.read()))
-    except (OSError, StopIteration, ValueError):
-        pass  # no control group of version 2, or the root one: no limit to respect
-    return max(0, available)
+    left = control_groups.memory_left()
+    return available if left is None else min(available, left)

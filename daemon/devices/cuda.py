@@ -67,6 +67,7 @@ class CudaDevice:
             "HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED"
         )
         self.handles: Sequence[str] = ("fd", "cuda_ipc") if by_descriptor else ("cuda_ipc",)
+        self.quarantined = ""
         self._fabric = bool(gpu.attribute("HANDLE_TYPE_FABRIC_SUPPORTED"))
         self._limits = limits
         self._lock = threading.Lock()
@@ -78,6 +79,12 @@ class CudaDevice:
         """When a segment was closed last, in monotonic seconds."""
 
     def open(self) -> None:
+        if self.quarantined:
+            raise DeviceFailed(
+                f"{self.name} ({self.uuid}) is in quarantine: {self.quarantined}: mend it, then 'weightd reload' tries "
+                "it again; or stage on another device",
+                device=self.name,
+            )
         with self._lock:
             if self._path is not None:
                 return

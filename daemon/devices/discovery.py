@@ -11,12 +11,14 @@ from weightd.daemon.limits import CudaLimits
 __all__ = ["Copier", "Device", "Segment", "open_devices"]
 
 
-def open_devices(capacity: Mapping[str, int], limits: CudaLimits) -> dict[str, Device]:
+def open_devices(capacity: Mapping[str, int], limits: CudaLimits, host_fill: str = "auto") -> dict[str, Device]:
     """All devices of this machine by name; ``capacity`` overrides their default, in bytes.
+
+    ``host_fill``: as ``CpuDevice`` has it.
 
     Raises ValueError where it names a device that is not here.
     """
-    found: list[Device] = [*cpu.discover(capacity), *cuda.discover(capacity, limits)]
+    found: list[Device] = [*cpu.discover(capacity, host_fill), *cuda.discover(capacity, limits)]
     devices = {device.name: device for device in found}
     if unknown := sorted(capacity.keys() - devices.keys()):
         raise ValueError(f"capacity names {unknown[0]}, this machine has {', '.join(devices)} (and cpu:N, made by it)")

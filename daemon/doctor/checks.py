@@ -78,6 +78,12 @@ def _daemon() -> Iterator[Finding]:
         yield Finding("preload", "warning", why, "wait where it loads; else mend what it says, or WEIGHTD_PRELOAD")
     yield from _peers(node["peers"], directory)
     for device in node["devices"]:
+        if device["quarantined"]:
+            yield Finding(
+                f"device {device['name']}", "error", f"in quarantine: {device['quarantined']}; what it holds is kept",
+                "look at the GPU (nvidia-smi, the kernel's log for Xid errors), then: weightd reload",
+            )  # fmt: skip
+            continue
         yield Finding(
             f"device {device['name']}",
             "ok" if device["free_bytes"] else "warning",

@@ -66,6 +66,10 @@ class Deposits:
         """Say why this process is about to end by itself: for those who look after it has."""
         self._send(f"dying {reason[:1000]}", [])
 
+    def agree_to_stop(self) -> None:
+        """Say yes to an order to stop: what is held goes with this daemon."""
+        self._send("stopping", [])
+
     def refuse_stop(self) -> None:
         """Say no to an order to stop: the keeper goes on as before."""
         self.stop_ordered = False

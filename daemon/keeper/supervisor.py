@@ -12,6 +12,7 @@ number is in ``WEIGHTD_KEEPER_FD``. A message is one packet, a descriptor goes w
                       list                      send everything that is held
                       up                        it serves
                       refuse                    the stop is off: weights are leased
+                      stopping                  the stop is on: it drops everything
                       dying REASON              why it is about to end by itself
     keeper → daemon   held NAME + descriptor    one for each, then:  end
                       stop                      an ordered stop: drop everything and end
@@ -19,6 +20,9 @@ number is in ``WEIGHTD_KEEPER_FD``. A message is one packet, a descriptor goes w
 SIGTERM and SIGINT are an ordered stop: the keeper ends when the daemon has, with its exit code. SIGHUP replaces the
 daemon by a new one, of the version that is installed now. A daemon that dies of anything else is started again, unless
 it is the first one and ends by itself before it has served: what keeps it from it is its settings.
+
+Whether weights are leased only a daemon can say. With ``WEIGHTD_ON_STOP=refuse`` an order to stop that finds none, or
+one that dies over it, is therefore for the next one to take; where no next one is to be, the order is refused.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ import time
 from collections import deque
 from typing import NoReturn
 
+from weightd.daemon import control_groups
+
 FD_VARIABLE = "WEIGHTD_KEEPER_FD"
 LOCK = "lock"
 """Name of the runtime directory's lock, among what is held, and of its file."""
@@ -43,6 +49,11 @@ STATUS = "keeper.json"
 """File in the runtime directory that says how the keeper fares."""
 MAX_MESSAGE = 4096
 MAX_DELAY = 5.0
+_AT_ONCE = 3
+"""Deaths within the window after which the next daemon is started at once: engines wait. Each further one doubles a
+delay."""
+_STATUS_PAUSE = 0.5
+"""Seconds at least between two writings of the status that only say how much is held."""
 _KILLED = 128
 """Exit codes from here on stand for signals, as in a shell."""
 _HAND_OVER_DEADLINE = 10.0
@@ -52,22 +63,23 @@ _HAND_OVER_DEADLINE = 10.0
 class Keeper:
     """Holds descriptors for the daemon that ``command`` starts, and keeps such a daemon running.
 
-    ``limit`` deaths within ``window`` seconds, other than by kill -9, are a crash loop: no further daemon is started
-    until SIGHUP, what is held stays held. 0: no limit.
+    ``limit`` deaths within ``window`` seconds, of whatever, are a crash loop: no further daemon is started until
+    SIGHUP, what is held stays held. 0: no limit. ``refuses``: an ordered stop does not drop weights that are leased.
     """
 
-    def __init__(self, command: list[str], folder: str, *, limit: int, window: float) -> None:
+    def __init__(self, command: list[str], folder: str, *, limit: int, window: float, refuses: bool = False) -> None:
         self._command = command
         self._folder = folder
         self._limit = limit
         self._window = window
+        self._refuses = refuses
         self._held: dict[str, int] = {LOCK: lock(folder)}
         self._pid = 0
         self._channel: socket.socket | None = None
         self._outbox: deque[tuple[bytes, int]] = deque()
         self._deaths: deque[float] = deque()
         self._restarts = 0
-        self._ends = {"crashed": 0, "killed": 0, "replaced": 0}
+        self._ends = {"crashed": 0, "killed": 0, "out_of_memory": 0, "replaced": 0}
         """Daemons by how they ended."""
         self._last_exit = ""
         self._reason = ""
@@ -76,6 +88,13 @@ class Keeper:
         """When to start the next daemon (monotonic seconds); None: one is running, or none is to be."""
         self._kill_at: float | None = None
         self._stopping = False
+        self._agreed = False
+        """Whether the daemon has said that it drops everything and ends."""
+        self._oom_kills: int | None = None
+        """What the control group had counted when the daemon was started."""
+        self._status_at: float | None = None
+        """When to write the status (monotonic seconds); None: it is true."""
+        self._status_written = 0.0
         self._replacing = False
         self._served = False
         """Whether any daemon ever did."""
@@ -99,15 +118,25 @@ class Keeper:
                 self._kill_at = None
                 log(f"the daemon, pid {self._pid}, does not make room: killing it")
                 os.kill(self._pid, signal.SIGKILL)
+            if self._status_at is not None and now >= self._status_at:
+                self._write_status()
             for number in self._wait():
                 self._signalled(number)
             code = self._reap()
-            if code is not None and (self._stopping or not (self._served or code >= _KILLED)):
+            if code is not None and (self._may_end() or not (self._served or code >= _KILLED)):
                 self._clean()
                 return code
-            if self._stopping and not self._pid:
+            if not self._pid and self._may_end():
                 self._clean()
                 return 0
+
+    def _may_end(self) -> bool:
+        """Whether an ordered stop is all that there is left to do, once no daemon runs."""
+        if not self._stopping:
+            return False
+        # Names with a colon at their front are of what the daemon itself works with, no weights.
+        weights = any(name != LOCK and ":" not in name.partition("/")[0] for name in self._held)
+        return self._agreed or not (self._refuses and weights)
 
     # ------------------------------------------------------------------ events
 
@@ -118,7 +147,7 @@ class Keeper:
         channel = self._channel
         if channel is not None:
             poll.register(channel, select.POLLIN | (select.POLLOUT if self._outbox else 0))
-        due = min((at for at in (self._start_at, self._kill_at) if at is not None), default=None)
+        due = min((at for at in (self._start_at, self._kill_at, self._status_at) if at is not None), default=None)
         timeout = None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1
         signals = b""
         for fd, events in poll.poll(timeout):
@@ -148,6 +177,7 @@ class Keeper:
             if name in self._held:
                 os.close(self._held[name])
             self._held[name] = fds.pop()
+            self._held_changed()
         elif verb == "drop" and name and name != LOCK:
             self._drop(name)
         elif verb == "up":
@@ -155,6 +185,8 @@ class Keeper:
             self._write_status()
         elif verb == "refuse":
             self._stopping = False
+        elif verb == "stopping":
+            self._agreed = self._stopping
         elif verb == "dying":
             self._reason = name
         elif verb == "list":
@@ -171,6 +203,11 @@ class Keeper:
     def _drop(self, name: str) -> None:
         for held in [held for held in self._held if held == name or held.startswith(name + "/")]:
             os.close(self._held.pop(held))
+            self._held_changed()
+
+    def _held_changed(self) -> None:
+        if self._status_at is None:
+            self._status_at = max(time.monotonic(), self._status_written + _STATUS_PAUSE)
 
     def _send(self, channel: socket.socket) -> None:
         try:
@@ -192,10 +229,15 @@ class Keeper:
     def _signalled(self, number: int) -> None:
         if number in (signal.SIGTERM, signal.SIGINT):
             self._stopping = True
-            self._start_at = None
             if self._channel is not None:
                 self._outbox.append((b"stop", -1))
                 self._send(self._channel)
+            elif self._may_end():
+                self._start_at = None
+            elif self._start_at is not None:
+                self._start_at = 0.0  # the next daemon is to decide, and now
+            else:
+                self._refuse_stop()
         elif number == signal.SIGHUP and not self._stopping:
             self._deaths.clear()
             if self._pid:
@@ -208,7 +250,8 @@ class Keeper:
     # ------------------------------------------------------------------ the daemon
 
     def _start(self) -> None:
-        self._start_at = None
+        self._start_at, self._agreed = None, False
+        self._oom_kills = control_groups.oom_kills()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         theirs.set_inheritable(True)
         environment = {**os.environ, FD_VARIABLE: str(theirs.fileno())}
@@ -228,6 +271,8 @@ class Keeper:
             self._died(f"cannot be started: {error}")
         finally:
             theirs.close()
+        if self._stopping and self._channel is not None:
+            self._outbox.append((b"stop", -1))
         self._write_status()
 
     def _reap(self) -> int | None:
@@ -248,32 +293,34 @@ class Keeper:
             pass  # what it said before it died counts
         self._hang_up()
         self._pid, self._kill_at = 0, None
-        if not self._stopping and (self._served or code < 0):
+        if not self._may_end() and (self._served or code < 0):
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            end = "killed" if code == -signal.SIGKILL else "crashed"
+            if end == "killed" and (control_groups.oom_kills() or 0) > (self._oom_kills or 0):
+                end, self._reason = "out_of_memory", "the kernel had no memory left for it (oom_kill of its cgroup)"
             if self._reason:
                 how, self._reason = f"{how}: {self._reason}", ""
-            self._died(how, killed=code == -signal.SIGKILL)
+            self._died(how, end)
         return code if code >= 0 else _KILLED - code
 
     def _receive_left(self, channel: socket.socket) -> bool:
         ready, _, _ = select.select([channel], [], [], 0)
         return bool(ready) and self._receive(channel)
 
-    def _died(self, how: str, *, killed: bool = False) -> None:
+    def _died(self, how: str, end: str = "crashed") -> None:
         now = time.monotonic()
         self._restarts += 1
         self._last_exit = how
         self._failed_starts = 0 if self._serving else self._failed_starts + 1
         self._serving = False
-        self._ends["replaced" if self._replacing else "killed" if killed else "crashed"] += 1
+        self._ends["replaced" if self._replacing else end] += 1
         if self._replacing:
             self._replacing = False
             log("the daemon has made room for its successor")
             self._start_at = now
             return
-        if not killed:  # a kill -9 comes from outside, and says nothing about the daemon
-            self._deaths.append(now)
-        while self._deaths and self._deaths[0] < now - self._window:
+        self._deaths.append(now)
+        while self._deaths[0] < now - self._window:
             self._deaths.popleft()
         count = len(self._deaths)
         if self._limit and count >= self._limit:
@@ -284,16 +331,28 @@ class Keeper:
             # Whoever connects is to be refused now, not to wait for ever.
             for name in [name for name in self._held if name.startswith(LISTEN)]:
                 self._drop(name)
+            if self._stopping:
+                self._refuse_stop()
         else:
-            # One that served is started again at once: engines wait.
-            delay = min(MAX_DELAY, 0.1 * 2.0 ** (self._failed_starts - 1)) if self._failed_starts else 0.0
+            # At once where it served and seldom dies: engines wait.
+            doublings = max(self._failed_starts, count - _AT_ONCE) - 1
+            delay = min(MAX_DELAY, 0.1 * 2.0 ** min(doublings, 10)) if doublings >= 0 else 0.0
             log(f"the daemon died ({how}): starting it again" + (f" in {delay:g} s" if delay else ""))
             self._start_at = now + delay
         self._write_status()
 
+    def _refuse_stop(self) -> None:
+        """No daemon is there to say whether weights are leased, nor is one to be."""
+        self._stopping = False
+        log(
+            f"not stopping: {len(self._held)} descriptors are held, and no daemon runs that knows whether they are "
+            f"leased (WEIGHTD_ON_STOP=refuse): 'weightd reload' starts one; kill -9 {os.getpid()} drops them all"
+        )
+
     # ------------------------------------------------------------------ the runtime directory
 
     def _write_status(self) -> None:
+        self._status_at, self._status_written = None, time.monotonic()
         state = "running" if self._pid else "stopping" if self._stopping else "restarting"
         if not self._pid and not self._stopping and self._start_at is None:
             state = "crash loop"
@@ -379,5 +438,6 @@ def main() -> int:
         environment["WEIGHTD_RUNTIME_DIR"],
         limit=int(environment.get("WEIGHTD_RESTART_LIMIT", "10")),
         window=float(environment.get("WEIGHTD_RESTART_WINDOW", "60")),
+        refuses=environment.get("WEIGHTD_ON_STOP") == "refuse",
     )
     return keeper.run()

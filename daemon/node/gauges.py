@@ -76,6 +76,10 @@ class NodeGauges(Collector):
             "weightd_resident_bytes",
             {(name, model): nbytes for name, of in held.items() for model, nbytes in _largest(of).items()},
         )
+        yield _gauge(
+            "weightd_device_quarantined",
+            {(name,): int(bool(device.quarantined)) for name, device in devices.items() if device.uuid},
+        )
         described = {name: device.describe() for name, device in devices.items()}
         yield _gauge(
             "weightd_device_paths_info",
@@ -175,8 +179,9 @@ class KeeperGauges(Collector):
         yield _gauge("weightd_keeper_up", {(): int(self._path is not None)})
         try:
             status = json.loads(self._path.read_bytes()) if self._path else {}
-            ends = {(how,): int(status["ends"][how]) for how in ENDS}
-        except (OSError, ValueError, KeyError, TypeError):
+            # A keeper of the version before knows fewer kinds.
+            ends = {(how,): int(status["ends"].get(how, 0)) for how in ENDS}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return  # none, or one of another version, which is replaced when its container is
         yield _counter("weightd_keeper_daemon_ends_total", ends)
 

@@ -10,18 +10,23 @@ from typing import Any
 
 from weightd.daemon.checkpoints.listing import Listing, list_checkpoint
 from weightd.daemon.devices.base import Device
-from weightd.daemon.errors import DaemonError, InvalidRequest, SourceFailed, UnknownStage
+from weightd.daemon.errors import DaemonError, InvalidRequest, QueueFull, SourceFailed, UnknownStage
 from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.peers.pulling.source import open_source as open_peer_source
 from weightd.daemon.sources.base import Source
 from weightd.daemon.sources.uris import Allow, canonical, open_source
 from weightd.daemon.stages.request import StageRequest
+from weightd.daemon.stages.source_threads import SourceThreads, place_of
 from weightd.daemon.stages.stage import Stage
 
 log = logging.getLogger(__name__)
 
 _RELIST_DEADLINE = 5.0
 """Seconds that a source may take to say whether what is resident is still what it holds."""
+_LISTINGS_AT_A_PLACE = 64
+"""Requests that may wait for one bucket, say, to be listed."""
+_LISTINGS_OF_A_KIND = 256
+"""Requests that may wait for one kind of source."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class Unlisted:
 class Resolver:
     """Finds what requests mean among ``stages``, by id, and at their URIs. On the event loop only.
 
-    ``in_thread`` runs what blocks. ``fleet`` is asked what a checkpoint is where its origin does not answer:
-    ``trust_peers`` for every request, else for those whose digest tells.
+    ``in_thread`` runs what blocks, ``listing`` what asks a source. ``fleet`` is asked what a checkpoint is where its
+    origin does not answer: ``trust_peers`` for every request, else for those whose digest tells.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Resolver:
         fleet: Fleet | None,
         trust_peers: bool,
         in_thread: Callable[..., Awaitable[Any]],
+        listing: SourceThreads,
     ) -> None:
         self._stages = stages
         self._devices = devices
@@ -76,10 +82,11 @@ class Resolver:
         self._fleet = fleet
         self._trust_peers = trust_peers
         self._in_thread = in_thread
+        self._listing = listing
         self._listings: dict[str, asyncio.Task[tuple[Source, Listing]]] = {}
 
     async def resolve(self, request: StageRequest) -> Joined | Listed | Unlisted:
-        """What the request means. Raises InvalidRequest, NotAllowed.
+        """What the request means. Raises InvalidRequest, NotAllowed, QueueFull.
 
         What is at the URI is listed anew every time, so that a replaced checkpoint is never taken for the one that is
         resident; where its source cannot be asked, what is resident counts.
@@ -91,6 +98,8 @@ class Resolver:
         resident = self._find(request, uri, devices, None)
         if resident is not None and resident.state != "ready":
             resident = None
+        if resident is None:
+            self._check_listings(uri)
         try:
             source, listing = await asyncio.wait_for(self.list(uri), _RELIST_DEADLINE if resident else None)
         except InvalidRequest:
@@ -113,6 +122,21 @@ class Resolver:
         found = self._find(request, uri, devices, listing)
         return Joined(found) if found else Listed(uri, devices, source, listing)
 
+    def _check_listings(self, uri: str) -> None:
+        """Raises QueueFull where so many wait for the same place, or kind of source, that it does not answer."""
+        if uri in self._listings:
+            return
+        for what, same, limit in (
+            (place_of(uri), place_of, _LISTINGS_AT_A_PLACE),
+            (uri.partition(":")[0], lambda other: other.partition(":")[0], _LISTINGS_OF_A_KIND),
+        ):
+            if (waiting := sum(same(other) == what for other in self._listings)) >= limit:
+                raise QueueFull(
+                    f"{waiting} requests wait for {what} to say what it holds, which is all that may: see whether it "
+                    "answers from this node (weightd doctor), and try again later",
+                    retry_after_seconds=10,
+                )
+
     async def list(self, uri: str) -> tuple[Source, Listing]:
         """List a canonical URI; requests that come while it is being listed share the answer."""
         task = self._listings.get(uri)
@@ -122,7 +146,7 @@ class Resolver:
                 source = open_source(uri, self._allow)
                 return source, list_checkpoint(uri, source)
 
-            task = asyncio.ensure_future(self._in_thread(listed))
+            task = asyncio.ensure_future(self._listing.run(uri, listed))
             self._listings[uri] = task
             task.add_done_callback(lambda _: self._listings.pop(uri, None))
         return await asyncio.shield(task)

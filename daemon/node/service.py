@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.devices.base import Device
-from weightd.daemon.errors import NotMovable
+from weightd.daemon.devices.quarantine import Quarantine
+from weightd.daemon.errors import Interrupted, NotMovable
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.limits import FillLimits, NodeLimits
 from weightd.daemon.node.preload import Preload
@@ -37,6 +38,8 @@ from weightd.daemon.stages.stage import Stage
 
 log = logging.getLogger(__name__)
 
+_DEATHS = 2
+"""Daemons that may die under a stage before it is taken for the cause."""
 _PLAN_DEADLINE = 30.0
 """Seconds that a request waits for its plan; then it is answered with the stage as it is."""
 
@@ -77,7 +80,9 @@ class Node:
         self.directory = directory
         """Where peers are found; None where there are to be none."""
         self.devices = devices
-        self.default_device = next((name for name, device in devices.items() if device.uuid), "cpu")
+        # One in quarantine is asked for and refused, rather than host memory taken for it.
+        gpus = [device for device in devices.values() if device.uuid]
+        self.default_device = min(gpus, key=lambda gpu: bool(gpu.quarantined)).name if gpus else "cpu"
         self.residency = residency
         self.metrics = metrics
         self.refusals = Refusals()
@@ -97,6 +102,7 @@ class Node:
             fleet=fleet,
             trust_peers=limits.trust_peers,
             in_thread=self._scheduler.in_thread,
+            listing=self._scheduler.listing,
         )
 
     # ------------------------------------------------------------------ asking for stages
@@ -135,7 +141,9 @@ class Node:
             raise meant.error from None
         if isinstance(meant, Joined):
             return Fit(meant.stage, meant.stage.footprint, True, [])
-        plan = await self._scheduler.in_thread(make_plan, meant.source, meant.listing, request, self.cache)
+        plan = await self._scheduler.planning.run(
+            meant.uri, make_plan, meant.source, meant.listing, request, self.cache
+        )
         devices = [self.devices[name] for name in meant.devices]
         for device in set(devices):
             await self._scheduler.in_thread(device.open)
@@ -164,8 +172,8 @@ class Node:
 
     # ------------------------------------------------------------------ adopting
 
-    def adopt(self, held: dict[str, int]) -> None:
-        """Take over what the daemon before this one has deposited; owns the descriptors.
+    def adopt(self, held: dict[str, int], quarantine: Quarantine) -> None:
+        """Take over what the daemon before this one has deposited; owns the descriptors. Tells ``quarantine``.
 
         Ready stages are ready at once; others go on loading. What cannot be understood stays with the keeper as it is.
         """
@@ -178,8 +186,9 @@ class Node:
                 self._deposits.drop(stage_id)  # its daemon died before it was complete
             else:
                 try:
-                    self._adopted(record.restore(parts, self.devices))
-                except (ValueError, OSError) as error:
+                    self._adopted(record.restore(parts, self.devices, quarantine))
+                except Exception as error:
+                    # Whatever is wrong with one, the others are adopted.
                     nbytes = sum(os.fstat(fd).st_size for part, fd in parts.items() if part.startswith("segment/"))
                     log.error("%s: its %d bytes of host memory, and what it has on GPUs, are left alone: %s",
                               stage_id, nbytes, error)  # fmt: skip
@@ -199,9 +208,24 @@ class Node:
         if stage.state == "ready" and self.fleet is not None:
             stage.key = key_of(stage)
         if stage.state != "ready":
+            record.update(self._deposits, stage)  # before anything that may kill this daemon too
+            if stage.deaths >= _DEATHS:
+                self._scheduler.end(stage, "failed", Interrupted(
+                    f"{stage.deaths} daemons died while {stage.id} was on its way: it is not taken up again, lest it "
+                    "was what killed them"
+                ))  # fmt: skip
+                self.residency.release(stage)
+                return
             self._scheduler.spawn(self._scheduler.resume(stage, self._resolver.list(stage.uri)), stage.id)
         elif stage.revoked_until is not None:
             self._scheduler.spawn(self.residency.revoked(stage), stage.id)
+
+    def hand_over(self) -> None:
+        """Make room for the next daemon: what is on its way is to go on there, and did not end this one."""
+        for stage in self.stages():
+            if not stage.finished:
+                stage.handed_over = True
+                record.update(self._deposits, stage)
 
     # ------------------------------------------------------------------ ending and moving stages
 

@@ -12,7 +12,7 @@ EVICTED = ("capacity", "ttl", "request", "revoked")
 TRANSPORTS = ("rdma", "cuda_ipc", "shm", "tcp", "unknown")
 BETTER_PATHS = ("rdma", "shm", "cuda_ipc")
 DROPPED = ("stalled", "gone", "failed", "unreachable", "wrong_bytes", "nonsense", "version")
-ENDS = ("crashed", "killed", "replaced")
+ENDS = ("crashed", "killed", "out_of_memory", "replaced")
 ADOPTED = ("ready", "interrupted", "failed")
 AGES = {"<1m": 60.0, "<1h": 3600.0, "<1d": 86400.0, ">=1d": float("inf")}
 """Age → seconds below which a lease has it, the first one that fits."""
@@ -109,6 +109,8 @@ SECTIONS: dict[str, tuple[Family, ...]] = {
                "understand."),
         Family("weightd_keeper_orphaned_bytes", "gauge", "Bytes of host memory that those stages take which the keeper "
                "holds and this version of weightd does not understand."),
+        Family("weightd_device_quarantined", "gauge", "1 where a GPU ended daemons and is left alone, with what it "
+               "holds, until weightd reload; else 0.", ("device",)),
         Family("weightd_start_duration_seconds", "gauge", "Seconds from the start of this daemon's process until it "
                "served, with everything adopted."),
         Family("weightd_stages_adopted_total", "counter", "Stages taken over from the daemon before, by what they "
@@ -173,8 +175,8 @@ LABELS = {
     "fill": "`streamer`, `ring`",
     "digests": "`gpu`, `host`",
     "age": _of(tuple(AGES)),
-    "how": "`crashed`: by itself; `killed`: by SIGKILL, which the kernel sends where memory is short; `replaced`: by "
-    "`weightd reload`",
+    "how": "`crashed`: by itself; `killed`: by SIGKILL; `out_of_memory`: by the kernel's SIGKILL, where its control "
+    "group counted an `oom_kill`; `replaced`: by `weightd reload`",
     "weightd_stages_adopted_total.state": _of(ADOPTED),
     "peer": f"HOST:PORT; the first {MAX_PEERS} that were met have series of their own, all others are `other`",
     "transport": _of(TRANSPORTS),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import stat as modes
 import threading
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, InvalidCheckpoint
@@ -18,6 +22,7 @@ MAX_FILES = 100_000
 """Files in one folder, over which it is taken for no checkpoint."""
 MAX_DEPTH = 4
 """Folders below the checkpoint's own that are looked into."""
+_IOV_MAX = 1024  # linux/uio.h: more views than these in one call are EINVAL
 
 
 def open_source(uri: str, allow: Allow) -> FileSource:
@@ -121,8 +126,7 @@ class FileReader:
     def __init__(self, source: FileSource, files: Sequence[SourceFile]) -> None:
         self._source = source
         self._files = files
-        self._fds: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._fds = _Descriptors(self._open)
 
     def run(self, sink: Sink) -> None:
         errors: list[BaseException] = []
@@ -151,49 +155,89 @@ class FileReader:
             if sink.stopped:
                 return
             try:
-                with sink.phase("source"):
-                    self._read(extent, landing)
+                with sink.phase("source"), self._fds.of(extent.file) as fd:
+                    self._read(fd, extent, landing)
                 break
             except OSError as error:
                 sink.wait(sink.failed(extent, self._files[extent.file].name, error.strerror or str(error)))
         sink.landed(extent, landing)
 
-    def _read(self, extent: Extent, landing: Landing) -> None:
-        fd = self._fd(extent.file)
-        views = landing.views
+    def _read(self, fd: int, extent: Extent, landing: Landing) -> None:
+        views, first = landing.views, 0
         position, end = extent.offset, extent.offset + extent.nbytes
         while True:
-            count = os.preadv(fd, views, position)
+            count = os.preadv(fd, views[first : first + _IOV_MAX], position)
             position += count
             if position == end:
                 return
             if count == 0:
                 name = self._files[extent.file].name
                 raise CheckpointChanged(f"{name}: ends at byte {position}, had {self._files[extent.file].size} bytes")
-            while count:  # a short read: go on where it stopped
-                taken = min(count, len(views[0]))
-                views = [views[0][taken:], *views[1:]] if taken < len(views[0]) else views[1:]
-                count -= taken
+            while count >= len(views[first]):  # go on where it stopped
+                count -= len(views[first])
+                first += 1
+            if count:
+                views = [views[first][count:], *views[first + 1 :]]
+                first = 0
 
-    def _fd(self, index: int) -> int:
-        fd = self._fds.get(index)
-        if fd is not None:
-            return fd
-        with self._lock:
-            if index not in self._fds:
-                planned = self._files[index]
-                try:
-                    fd = self._source.open(planned.name)
-                except CheckpointNotFound as error:
-                    raise CheckpointChanged(f"{planned.name} was there when planning: {error}") from None
-                found = _source_file(planned.name, os.fstat(fd))
-                if found != planned:
-                    os.close(fd)
-                    raise changed(planned, found)
-                self._fds[index] = fd
-            return self._fds[index]
+    def _open(self, index: int) -> int:
+        planned = self._files[index]
+        try:
+            fd = self._source.open(planned.name)
+        except CheckpointNotFound as error:
+            raise CheckpointChanged(f"{planned.name} was there when planning: {error}") from None
+        found = _source_file(planned.name, os.fstat(fd))
+        if found != planned:
+            os.close(fd)
+            raise changed(planned, found)
+        return fd
 
     def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        self._fds.close()
+
+
+class _Descriptors:
+    """Descriptors of files, opened when they are needed; of those that nobody uses a bounded number stays open."""
+
+    def __init__(self, open_file: Callable[[int], int]) -> None:
+        self._open_file = open_file
+        # A share of what the process may have: other stages read too, and engines come with connections.
+        self._bound = max(8, min(512, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+        self._open: OrderedDict[int, int] = OrderedDict()
+        """File's index → its descriptor, least recently used first."""
+        self._users: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def of(self, index: int) -> Iterator[int]:
+        """A file's descriptor, which stays open meanwhile. Raises OSError, and what opening raises."""
+        with self._lock:
+            if index not in self._open:
+                self._close_idle(self._bound - 1)
+                try:
+                    self._open[index] = self._open_file(index)
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE):
+                        raise
+                    self._close_idle(0)  # rather than wait for what is held here
+                    self._open[index] = self._open_file(index)
+            self._open.move_to_end(index)
+            self._users[index] = self._users.get(index, 0) + 1
+            fd = self._open[index]
+        try:
+            yield fd
+        finally:
+            with self._lock:
+                self._users[index] -= 1
+                if not self._users[index]:
+                    del self._users[index]
+
+    def _close_idle(self, keep: int) -> None:
+        for index in list(self._open):
+            if len(self._open) <= keep:
+                return
+            if index not in self._users:
+                os.close(self._open.pop(index))
+
+    def close(self) -> None:
+        self._close_idle(0)

@@ -5,7 +5,7 @@ Plain blocking functions, run in threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from weightd.daemon.checkpoints.cache import Cache
@@ -45,11 +45,17 @@ class Plan:
 
 
 def make_plan(
-    source: Source, listing: Listing, request: StageRequest, cache: Cache, clock: Clock | None = None
+    source: Source,
+    listing: Listing,
+    request: StageRequest,
+    cache: Cache,
+    clock: Clock | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Plan:
     """Read the headers, compute the layout, fetch the configuration files. Allocates nothing. Tells ``clock``.
 
-    Raises InvalidCheckpoint, InvalidRequest, CheckpointNotFound, CheckpointChanged, SourceFailed.
+    Raises InvalidCheckpoint, InvalidRequest, CheckpointNotFound, CheckpointChanged, SourceFailed; Cancelled once
+    ``cancelled`` says so.
     """
     clock = clock or Clock()
     clock.enter("source")
@@ -64,6 +70,7 @@ def make_plan(
         tp_size=parallel.tp_size,
         tp_ranks=parallel.ranks,
         splits=parallel.map,
+        cancelled=cancelled,
     )
     expected_sha256(checkpoint, request)
     folder = cache.metadata(source, listing)

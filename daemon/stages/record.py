@@ -16,6 +16,7 @@ from typing import Any
 
 from weightd.daemon.checkpoints.listing import Listing
 from weightd.daemon.devices.base import Device
+from weightd.daemon.devices.quarantine import Quarantine
 from weightd.daemon.errors import Lost
 from weightd.daemon.filling.ledger import Ledger
 from weightd.daemon.keeper.deposits import Deposits
@@ -91,6 +92,8 @@ def _describe(stage: Stage) -> dict[str, Any]:
         "request_id": stage.request_id,
         "priority": stage.priority,
         "pin": stage.pin,
+        "deaths": stage.deaths,
+        "handed_over": stage.handed_over,
         "created_at": stage.created_at,
         "ready_at": stage.ready_at,
         "revoked_until": stage.revoked_until,
@@ -112,7 +115,7 @@ def _describe(stage: Stage) -> dict[str, Any]:
     }
 
 
-def restore(parts: Mapping[str, int], devices: Mapping[str, Device]) -> Stage:
+def restore(parts: Mapping[str, int], devices: Mapping[str, Device], quarantine: Quarantine) -> Stage:
     """The stage whose parts these are, by what they were deposited under, with duplicates of the descriptors.
 
     A stage that is not ready comes back as ``queued``, one whose memory nobody could keep as ``failed``. Raises
@@ -131,9 +134,10 @@ def restore(parts: Mapping[str, int], devices: Mapping[str, Device]) -> Stage:
             stage.reserved[device.name] = stage.reserved.get(device.name, 0) + nbytes
         stage.ledger = Ledger.adopt(os.dup(parts["ledger"]))
         for index, (info, device) in enumerate(zip(stage.infos, found, strict=True)):
-            stage.segments.append(device.adopt(os.dup(parts[f"segment/{index}"]), info.nbytes))
-            if stage.state == "ready":
-                stage.segments[-1].seal()
+            with quarantine.adopting(device.uuid):
+                stage.segments.append(device.adopt(os.dup(parts[f"segment/{index}"]), info.nbytes))
+                if stage.state == "ready":
+                    stage.segments[-1].seal()
         for index, nbytes in enumerate(manifest_nbytes):
             stage.manifests.append(SealedManifest(os.dup(parts[f"manifest/{index}"]), nbytes))
     except (KeyError, ValueError, OSError) as error:
@@ -148,9 +152,14 @@ def restore(parts: Mapping[str, int], devices: Mapping[str, Device]) -> Stage:
 
 
 def _device(devices: Mapping[str, Device], name: str, uuid: str | None) -> Device:
-    """The device that a segment was on. Raises ValueError where it is not here."""
+    """The device that a segment was on. Raises ValueError where it is not here, or not to be touched."""
     for device in devices.values():
         if device.uuid == uuid if uuid else device.name == name:
+            if device.quarantined:
+                raise ValueError(
+                    f"its device {device.name} ({uuid}) is in quarantine: {device.quarantined}: 'weightd reload' tries "
+                    "it again"
+                )
             return device
     raise ValueError(f"its device {name!r}{f' ({uuid})' if uuid else ''} is not on this node")
 
@@ -177,6 +186,8 @@ def _read(fd: int) -> tuple[Stage, list[int], list[str | None], list[int]]:
             "phase_seconds", "seconds",
         ):  # fmt: skip
             setattr(stage, name, table[name])
+        # Versions before did not count. A daemon that made room has said so; any other has died.
+        stage.deaths = int(table.get("deaths", 0)) + int(table["state"] != "ready" and not table.get("handed_over"))
         stage.peer_bytes, stage.request_id = table.get("peer_bytes", 0), table.get("request_id", "")
         # Until there were clocks, when a stage had begun was told in seconds since the epoch.
         began = table.get("began", time.monotonic() - (time.time() - stage.created_at))

@@ -40,6 +40,7 @@ from weightd.daemon.stages.planning import allocated, make_plan
 from weightd.daemon.stages.priority_semaphore import PrioritySemaphore
 from weightd.daemon.stages.residency import Residency
 from weightd.daemon.stages.segments import entry_files, key_of, segment_manifest
+from weightd.daemon.stages.source_threads import SourceThreads
 from weightd.daemon.stages.stage import Stage
 from weightd.ipc.errors import CudaError
 
@@ -71,7 +72,9 @@ class Scheduler:
         self._fill_limits = fill_limits
         self._limits = limits
         self._loop = asyncio.get_running_loop()
-        # Threads, not a bound on work: planning blocks on storage, loading on its own readers.
+        self.listing = SourceThreads("listing")
+        self.planning = SourceThreads("planning")
+        # Threads, not a bound on work: how much loads at once is decided by turns.
         self._threads = ThreadPoolExecutor(64, thread_name_prefix="stage")
         self._turns: dict[tuple[str, str], PrioritySemaphore] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -122,6 +125,8 @@ class Scheduler:
         """Wait for everything that runs, which has been cancelled, and for threads that may still write."""
         if self._tasks:
             await asyncio.wait(self._tasks)
+        self.listing.close()
+        self.planning.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, stage: Stage, source: Source) -> None:
@@ -130,7 +135,16 @@ class Scheduler:
         try:
             stage.enter("planning")
             assert stage.listing is not None
-            plan = await self.in_thread(make_plan, source, stage.listing, stage.request, self._cache, stage.clock)
+            plan = await self.planning.run(
+                stage.uri,
+                make_plan,
+                source,
+                stage.listing,
+                stage.request,
+                self._cache,
+                stage.clock,
+                stage.cancelled.is_set,
+            )
             stage.clock.enter("other")
             if stage.finished:
                 return

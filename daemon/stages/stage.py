@@ -97,6 +97,10 @@ class Stage:
         """Folder with the checkpoint's configuration files, once planned."""
         self.fill: Fill | None = None
         """Only while loading."""
+        self.deaths = 0
+        """Daemons that died, rather than made room, while it was on its way."""
+        self.handed_over = False
+        """Whether this daemon makes room for the next one, and the stage is not to blame."""
         self.bytes_read = 0
         self.peer_bytes = 0
         self.peers: dict[str, PeerUse] = {}

@@ -49,7 +49,7 @@ def run(session: Session) -> Section:
     large = session.folder / "large"
     language_model(large, session.size // 4)
     capacity = (max(SEGMENTS) << 21) + session.size // 2
-    with session.daemon("restart", capacity, {"WEIGHTD_RESTART_LIMIT": "0"}) as daemon:
+    with session.daemon("restart", capacity, {"WEIGHTD_RESTART_LIMIT": "0", "WEIGHTD_RESTART_WINDOW": "1"}) as daemon:
         _idle(session, section, daemon)
         _adoption(session, section, daemon, models)
         _pause(session, section, daemon, models[0])

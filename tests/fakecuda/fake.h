@@ -29,6 +29,7 @@ enum {
     CONTEXT_IS_DESTROYED = 709,
     ALREADY_REGISTERED = 712,
     NOT_REGISTERED = 713,
+    ECC_UNCORRECTABLE = 214,
     LAUNCH_FAILED = 719,
     NOT_PERMITTED = 800,
     NOT_SUPPORTED = 801,
@@ -63,7 +64,7 @@ typedef struct event *CUevent;
 /* FAKECUDA_DIR/control: what tests ask for. Mirrored by Control in __init__.py. */
 struct control {
     _Atomic int64_t fail_allocation, sticky_at, delay_us, no_posix_fd, no_fabric, no_rdma, no_vmm, flip_at,
-        fail_register, corrupt_streamer, others_use[MAX_DEVICES];
+        fail_register, corrupt_streamer, sticky_import, others_use[MAX_DEVICES];
 };
 
 /* FAKECUDA_DIR/counters.<pid>: what this process holds. Mirrored by COUNTERS in __init__.py. */

@@ -282,6 +282,12 @@ API cuMemImportFromShareableHandle(CUmemHandle *handle, void *exported, int type
         return INVALID_VALUE;
     if (type != POSIX_FD || control->no_posix_fd)
         return NOT_SUPPORTED;
+    if (control->sticky_import == -1 - physical[current->device])
+        abort();
+    if (control->sticky_import == 1 + physical[current->device]) {
+        set_sticky(ECC_UNCORRECTABLE);
+        return sticky();
+    }
     int fd = fcntl((int)(intptr_t)exported, F_DUPFD_CLOEXEC, 3); /* the caller keeps its own */
     if (fd < 0)
         return INVALID_VALUE;

@@ -17,8 +17,11 @@ from safetensors.numpy import load_file
 
 from weightd.ipc import RequestRefused, StageFailed, Weights, attach
 
-EXPECTED = {"stage_revoked", "insufficient_capacity", "queue_full", "unknown_stage", "cancelled", "invalid_request"}
-"""What an engine hears where somebody drops its stage, or fills the node with others."""
+EXPECTED = {
+    "stage_revoked", "insufficient_capacity", "queue_full", "unknown_stage", "cancelled", "invalid_request",
+    "interrupted",
+}  # fmt: skip
+"""What an engine hears where somebody drops its stage, fills the node with others, or kills daemon after daemon."""
 
 
 def check(weights: Weights, truth: dict[str, Any], names: list[str]) -> None:

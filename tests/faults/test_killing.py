@@ -47,8 +47,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture
 def daemon(start_daemon: Callable[..., Daemon]) -> Daemon:
     return start_daemon(
-        "--capacity", f"cpu={CAPACITY}", "--restart-limit", "0", "--read-threads", "1", "--extent", "1MiB",
-        "--lease-grace", "2", "--revoke-grace", "1",
+        "--capacity", f"cpu={CAPACITY}", "--restart-limit", "0", "--restart-window", "1", "--read-threads", "1",
+        "--extent", "1MiB", "--lease-grace", "2", "--revoke-grace", "1",
     )  # fmt: skip
 
 

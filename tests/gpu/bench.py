@@ -68,7 +68,7 @@ class Session:
     def daemon(self, name: str, env: Mapping[str, str] | None = None) -> Daemon:
         """``weightd serve`` with room for what is moved and staged on the host."""
         capacity = f"cpu={2 * self.size + GIB}"
-        own = {"WEIGHTD_RESTART_LIMIT": "0", **(env or {})}
+        own = {"WEIGHTD_RESTART_LIMIT": "0", "WEIGHTD_RESTART_WINDOW": "1", **(env or {})}
         return Daemon(self.folder / f"weightd-{name}", "--capacity", capacity, env=own)
 
     def checkpoint(self) -> list[str]:

@@ -108,7 +108,7 @@ class Machine:
 
     def daemon(self, folder: Path, *arguments: str, **env: str) -> Daemon:
         """A daemon that has the GPUs, stopped at the test's end."""
-        settings = {"WEIGHTD_CUDA_RESERVE": "16MiB", "WEIGHTD_RESTART_LIMIT": "0"}
+        settings = {"WEIGHTD_CUDA_RESERVE": "16MiB", "WEIGHTD_RESTART_LIMIT": "0", "WEIGHTD_RESTART_WINDOW": "1"}
         server = Daemon(folder, "--capacity", "cpu=1GiB", *arguments, env={**self.env, **settings, **env})
         self.stack.callback(server.stop)
         server.start()

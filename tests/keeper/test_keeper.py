@@ -35,6 +35,24 @@ while deposits.listen() and not deposits.stop_ordered:
     time.sleep(0.01)
 sys.exit(int((folder / "code").read_text()))
 """
+ELSEWHERE = """
+import sys
+from weightd.daemon import control_groups
+from weightd.daemon.keeper import supervisor
+control_groups.PROC = sys.argv.pop(1)
+sys.exit(supervisor.main())
+"""
+LEASED = """
+def leased():
+    (folder / "asked").touch()
+    deposits.refuse_stop()
+deposits.up()
+(folder / "child.pid").write_text(str(os.getpid()))
+while deposits.listen():
+    if deposits.stop_ordered:
+        leased()
+    time.sleep(0.01)
+"""
 PUT = """
 def put(name, text):
     fd = os.memfd_create("test")
@@ -51,16 +69,19 @@ class Kept:
         self.folder = folder
         (folder / "code").write_text("0")
         self.script(SERVE)
-        self._environment = environment
+        self.environment = environment
         self.process: subprocess.Popen[str] | None = None
+        self.proc: Path | None = None
+        """What stands for the keeper's own folder of /proc."""
 
     def script(self, text: str) -> None:
         (self.folder / "child.py").write_text(text)
 
     def start(self, *prefix: str) -> None:
+        keeper = ["-m", "weightd.daemon.keeper"] if self.proc is None else ["-c", ELSEWHERE, str(self.proc)]
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "weightd.daemon.keeper", sys.executable, "-c", CHILD, str(self.folder)],
-            env={**os.environ, "WEIGHTD_RUNTIME_DIR": str(self.folder / "run"), **self._environment},
+            [*prefix, sys.executable, *keeper, sys.executable, "-c", CHILD, str(self.folder)],
+            env={**os.environ, "WEIGHTD_RUNTIME_DIR": str(self.folder / "run"), **self.environment},
             stdout=(self.folder / "out").open("w"),
             stderr=(self.folder / "err").open("w"),
             text=True,
@@ -134,6 +155,7 @@ def test_what_was_dropped_is_held_no_more_with_all_below_it(kept: Kept) -> None:
 
 def test_what_a_dying_daemon_said_last_counts(kept: Kept) -> None:
     kept.script(PUT + SERVE)
+    kept.environment["WEIGHTD_RESTART_LIMIT"] = "0"
     kept.start()
     first = kept.child()
     kept.script(PUT + 'deposits.up(); [put(f"n{i}", str(i)) for i in range(500)]; os.kill(os.getpid(), 9)')

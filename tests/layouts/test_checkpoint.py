@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from tests.checkpoint_files import BITS
 from tests.layouts.recipes import PACKED, dtypes, filled, from_bits, held, info, infos, random_bytes, to_bits
-from weightd.daemon.errors import InvalidRequest
+from weightd.daemon.errors import Cancelled, InvalidRequest
 from weightd.daemon.layouts.checkpoint import Split, checkpoint_layout
+from weightd.daemon.layouts.patterns import MAX_COMPARED, MAX_COMPARISONS, Patterns
 from weightd.daemon.layouts.recipe import ALIGNMENT, blocks, validate
 from weightd.daemon.tensors import TensorInfo
 
@@ -214,3 +216,63 @@ def test_packed_elements_are_cut_where_bytes_end() -> None:
 def test_a_rank_that_the_plan_does_not_have_is_refused(rank: int) -> None:
     with pytest.raises(InvalidRequest):
         checkpoint_layout([info("t", "U8", (4, 4))], tp_size=2, tp_ranks=[rank], splits={"*": 0})
+
+
+# ---------------------------------------------------------------------------- many
+
+
+glob = st.text("ab.*?[]!", min_size=1, max_size=6)
+
+
+@given(st.lists(glob, max_size=8), st.lists(st.text("ab.*[", max_size=6), max_size=8))
+@settings(deadline=None, max_examples=300)
+def test_the_first_pattern_that_matches_is_found_as_fnmatch_would_find_it(
+    patterns: list[str], names: list[str]
+) -> None:
+    found = Patterns(patterns, "x", len(names))
+    for name in names:
+        expected = next((i for i, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), None)
+        assert found.first(name) == expected
+
+
+def test_patterns_without_a_wildcard_inside_may_be_as_many_as_a_request_takes() -> None:
+    names = [f"layers.{i}.w" for i in range(50_000)]
+    start = time.monotonic()
+    patterns = [pattern for name in names[:25_000] for pattern in (f"*{name}", f"{name}*", name)]
+    found = Patterns(patterns, "parallel.map", len(names))
+    assert sum(found.first(name) is not None for name in names) >= 25_000
+    assert time.monotonic() - start < 30, "one by one it would be an hour"
+
+
+@pytest.mark.parametrize(("count", "tensors"), [(MAX_COMPARED + 1, 1), (1001, MAX_COMPARISONS // 1000)])
+def test_patterns_that_have_to_be_compared_are_bounded(count: int, tensors: int) -> None:
+    patterns = [f"a*{i}" for i in range(count)]
+    with pytest.raises(InvalidRequest, match=rf"parallel.map: {count} patterns, 'a\*0' .* {tensors} tensors, at most"):
+        Patterns(patterns, "parallel.map", tensors)
+    Patterns(patterns[:10], "parallel.map", tensors)
+
+
+def test_ranks_times_tensors_are_bounded_before_anything_is_made() -> None:
+    tensors = infos(*((f"w{i}", "U8", (1,)) for i in range(92_000)))
+    start = time.monotonic()
+    with pytest.raises(InvalidRequest, match=r"1024 ranks of 92000 tensors each .* at most 2000000 .* fewer ranks"):
+        checkpoint_layout(tensors, tp_size=1024, tp_ranks=range(1024), splits={"*": "replicate"})
+    assert time.monotonic() - start < 30
+    assert len(checkpoint_layout(tensors[:1000], tp_size=1024, tp_ranks=range(4), splits={"*": "replicate"})) == 4
+
+
+def test_planning_looks_at_cancellation_while_it_compares_and_between_ranks() -> None:
+    tensors = infos(*((f"w{i}", "U8", (1,)) for i in range(1000)))
+    asked = 0
+
+    def cancelled() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 1
+
+    with pytest.raises(Cancelled):
+        checkpoint_layout(tensors, include=["w*", "*[0-9]"], cancelled=cancelled)
+    asked = 0
+    with pytest.raises(Cancelled):
+        checkpoint_layout(tensors[:1], tp_ranks=range(3), cancelled=cancelled)
+    assert asked == 2

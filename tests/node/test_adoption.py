@@ -27,6 +27,8 @@ WEIGHTD = str(Path(sys.executable).parent / "weightd")
 MiB = 1 << 20
 Start = Callable[..., Daemon]
 
+pytestmark = pytest.mark.usefixtures("host_fill")
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import random
+import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import pytest
 from tests.filling.fills import LIMITS, KiB, MiB, assert_filled, bring, flaky, prepared, sliced, store, tensor
 from weightd.daemon.errors import CheckpointChanged, DaemonError, SourceFailed
 from weightd.daemon.layouts.checkpoint import Split, checkpoint_layout
+from weightd.daemon.layouts.extents import Demands
 from weightd.daemon.limits import FillLimits
 
 # ---------------------------------------------------------------------------- changed files
@@ -117,6 +119,61 @@ def test_a_file_cut_short_while_it_is_read_is_noticed(tmp_path: Path) -> None:
         ):
             bring(stored, filled.fill)
         assert filled.fill.account.bytes_read == 2 * MiB
+
+
+# ---------------------------------------------------------------------------- more than one call, one process takes
+
+
+def test_one_extent_may_go_to_more_places_than_one_call_takes(tmp_path: Path) -> None:
+    # Scales of a quantised model, say: a run of 4 bytes each, all of them neighbours in the file.
+    shard = {f"s{i}": tensor("F32", (), i) for i in range(3000)} | {"w": tensor("U8", (100,), 5000)}
+    stored = store(tmp_path, shard)
+    recipes = checkpoint_layout(stored.checkpoint.tensors)
+    with prepared(stored, recipes, Demands(MiB, 1 << 20, 64 * KiB)) as filled:
+        assert max(len(extent.runs) for extent in filled.extents) > 2 * 1024
+        bring(stored, filled.fill)
+        assert {entry.name: filled.held(0, entry) for entry in recipes[0].entries} == {
+            name: data for name, (_, _, data) in shard.items()
+        }
+
+
+@pytest.mark.parametrize("taken", [1, 3, 4, 5, 4099, 5000])
+def test_a_short_read_goes_on_where_it_stopped(taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = {f"s{i}": tensor("F32", (), i) for i in range(1500)}
+    stored = store(tmp_path, shard)
+    recipes = checkpoint_layout(stored.checkpoint.tensors)
+    preadv = os.preadv
+
+    def short(fd: int, views: Sequence[memoryview], position: int) -> int:
+        left, part = taken, []
+        for view in views:
+            part.append(view[:left])
+            left -= len(part[-1])
+            if not left:
+                break
+        return preadv(fd, part, position)
+
+    monkeypatch.setattr(os, "preadv", short)
+    with prepared(stored, recipes, Demands(MiB, 1 << 20, 64 * KiB)) as filled:
+        bring(stored, filled.fill)
+        assert [filled.held(0, entry) for entry in recipes[0].entries] == [data for _, _, data in shard.values()]
+
+
+def test_a_stage_of_more_shards_than_descriptors_is_read(tmp_path: Path) -> None:
+    shards = [{f"t{i}": tensor("U8", (10,), i), f"u{i}": tensor("U8", (MiB,), i)} for i in range(60)]
+    stored = store(tmp_path, *shards)
+    recipes = checkpoint_layout(stored.checkpoint.tensors)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with prepared(stored, recipes, limits=FillLimits(4, MiB, MiB, 4, 5.0)) as filled:
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        opened = stored.files()[0].open("rb")  # of somebody else, beside this reader
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, hard))
+        try:
+            bring(stored, filled.fill)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            opened.close()
+        assert filled.fill.account.bytes_read == sum(t.nbytes for t in stored.checkpoint.tensors)
 
 
 # ---------------------------------------------------------------------------- failing reads

@@ -62,6 +62,22 @@ def test_a_folder_with_shards_arrives_byte_for_byte(daemon: Daemon, tmp_path: Pa
         assert kept == ["1_Pooling/config.json", "config.json", "model.safetensors.index.json"]
 
 
+@pytest.mark.usefixtures("host_fill")
+def test_more_scalars_than_one_call_reads_arrive_whether_pages_are_huge_or_not(
+    start_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    rng = numpy.random.default_rng(7)
+    tensors = {f"layer.{i}.scale": numpy.array(rng.standard_normal(), numpy.float32) for i in range(1500)}
+    tensors["weight"] = rng.standard_normal((700, 1024), numpy.float32)
+    (tmp_path / "m").mkdir()
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    daemon = start_daemon()
+    record = daemon.stage(tmp_path / "m")
+    assert record["state"] == "ready", record["error"]
+    with daemon.attach(tmp_path / "m") as weights:
+        assert_holds(weights, tensors)
+
+
 @pytest.mark.parametrize("prefix", ["", "file://", "file:"])
 def test_one_file_is_a_checkpoint(daemon: Daemon, tmp_path: Path, prefix: str) -> None:
     tensors = {"w": numpy.arange(300, dtype=numpy.int16)}
@@ -228,6 +244,7 @@ class _Hub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.usefixtures("host_fill")
 def test_a_repository_is_taken_from_the_hubs_cache_or_downloaded_into_it(
     start_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:
