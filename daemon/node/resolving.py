@@ -76,7 +76,7 @@ class Resolver:
         self._fleet = fleet
         self._trust_peers = trust_peers
         self._in_thread = in_thread
-        self._listings: dict[str, asyncio.Task[tuple[Source, Listing]]] = {}
+        self._listings: dict[tuple[str, tuple[str, ...]], asyncio.Task[tuple[Source, Listing]]] = {}
 
     async def resolve(self, request: StageRequest) -> Joined | Listed | Unlisted:
         """What the request means. Raises InvalidRequest, NotAllowed.
@@ -92,7 +92,9 @@ class Resolver:
         if resident is not None and resident.state != "ready":
             resident = None
         try:
-            source, listing = await asyncio.wait_for(self.list(uri), _RELIST_DEADLINE if resident else None)
+            source, listing = await asyncio.wait_for(
+                self.list(uri, request.files), _RELIST_DEADLINE if resident else None
+            )
         except InvalidRequest:
             raise
         except (TimeoutError, SourceFailed) as error:
@@ -103,7 +105,7 @@ class Resolver:
                 return Unlisted(uri, devices, SourceFailed(str(error)))
             log.warning("%s: its origin cannot be asked (%s), peers are", uri, error)
             try:
-                source, listing = await self._in_thread(self._list_at_peers, uri)
+                source, listing = await self._in_thread(self._list_at_peers, uri, request.files)
             except DaemonError as failure:
                 return Unlisted(uri, devices, SourceFailed(f"{error}; {failure}"))
         except DaemonError as error:
@@ -113,18 +115,21 @@ class Resolver:
         found = self._find(request, uri, devices, listing)
         return Joined(found) if found else Listed(uri, devices, source, listing)
 
-    async def list(self, uri: str) -> tuple[Source, Listing]:
-        """List a canonical URI; requests that come while it is being listed share the answer."""
-        task = self._listings.get(uri)
+    async def list(self, uri: str, weights: tuple[str, ...]) -> tuple[Source, Listing]:
+        """List a canonical URI, of which ``weights`` are wanted (none: by the rule).
+
+        Requests that come while it is being listed share the answer.
+        """
+        task = self._listings.get((uri, weights))
         if task is None:
 
             def listed() -> tuple[Source, Listing]:
                 source = open_source(uri, self._allow)
-                return source, list_checkpoint(uri, source)
+                return source, list_checkpoint(uri, source, weights)
 
             task = asyncio.ensure_future(self._in_thread(listed))
-            self._listings[uri] = task
-            task.add_done_callback(lambda _: self._listings.pop(uri, None))
+            self._listings[uri, weights] = task
+            task.add_done_callback(lambda _: self._listings.pop((uri, weights), None))
         return await asyncio.shield(task)
 
     def _may_ask_peers(self, uri: str, request: StageRequest) -> bool:
@@ -132,10 +137,10 @@ class Resolver:
         told = self._trust_peers or str(request.expect_digest).startswith("xxh3:")
         return self._fleet is not None and "peer" in request.sources and told and not uri.startswith("file:")
 
-    def _list_at_peers(self, uri: str) -> tuple[Source, Listing]:
+    def _list_at_peers(self, uri: str, weights: tuple[str, ...]) -> tuple[Source, Listing]:
         assert self._fleet is not None
-        source = open_peer_source(uri, self._fleet)
-        return source, list_checkpoint(uri, source)
+        source = open_peer_source(uri, weights, self._fleet)
+        return source, list_checkpoint(uri, source, weights)
 
     def _find(self, request: StageRequest, uri: str, devices: tuple[str, ...], listing: Listing | None) -> Stage | None:
         """A stage whose bytes are, or will be, those that the request wants; ready ones first. None: any identity."""
@@ -179,6 +184,7 @@ class Resolver:
             for stage in self._stages.values()
             if (stage.uri, stage.request.handle) == (uri, request.handle)
             and _live(stage)
+            and request.files in ((), stage.request.files)
             and stage.request.parallel is not None
             and rank in stage.request.ranks
             and where in (None, stage.devices[stage.request.ranks.index(rank)])
