@@ -17,6 +17,8 @@ from weightd.daemon.stages.residency import Residency, summary
 from weightd.daemon.stages.segments import entry_files, segment_leaves, segment_manifest
 from weightd.daemon.stages.stage import Stage
 
+_MAX_FILES = 1000
+
 State = Literal["queued", "planning", "loading", "verifying", "ready", "failed", "cancelled", "evicted"]
 
 
@@ -51,6 +53,23 @@ class SegmentRecord(BaseModel):
     device: str = Field(description="Device that it is on.")
     handle: str = Field(description="Kind of handle that it is lent by: fd, cuda_ipc.")
     digest: str | None = Field(description="Digest of its tensors' values, once ready.")
+
+
+class LeftOutRecord(BaseModel):
+    """A file at the URI that was not taken."""
+
+    name: str = Field(description="Its name below the checkpoint's URI.")
+    reason: str = Field(description="Why it was not taken, or could not be.")
+
+
+class SelectionRecord(BaseModel):
+    """Which of the files at the URI are the checkpoint. At most 1000 are listed of each kind."""
+
+    rule: str = Field(description="Why these files hold the weights; empty where a version that did not say chose.")
+    files: list[str] = Field(description="The files that hold the weights.")
+    left_out: list[LeftOutRecord] = Field(
+        description="Other files with weights, and files beside the weights that could not be had, with reasons."
+    )
 
 
 class StageRecord(BaseModel):
@@ -89,6 +108,7 @@ class StageRecord(BaseModel):
         description="Digest of the whole checkpoint's values, where all of it was read; once ready."
     )
     metadata: str | None = Field(description="Folder with the checkpoint's configuration and tokenizer files.")
+    selection: SelectionRecord | None = Field(description="The files that it is of, once its URI was listed.")
     priority: int = Field(description="Priority, the highest that anybody asked for.")
     pin: bool = Field(description="Whether anybody asked for it never to be evicted.")
     leases: int = Field(description="Leases held on it.")
@@ -367,11 +387,31 @@ def stage_record(stage: Stage) -> StageRecord:
         ],
         checkpoint_digest=stage.checkpoint_digest,
         metadata=stage.metadata,
+        selection=selection_record(stage),
         priority=stage.priority,
         pin=stage.pin,
         leases=len(stage.leases),
         revoked_until=stage.revoked_until,
     )
+
+
+def selection_record(stage: Stage) -> SelectionRecord | None:
+    """Which files a stage is of, as the API shows it."""
+    if stage.listing is None:
+        return None
+    return SelectionRecord(
+        rule=stage.listing.rule,
+        files=[_text(file.name) for file in stage.listing.weights[:_MAX_FILES]],
+        left_out=[
+            LeftOutRecord(name=_text(file.name), reason=redacted(_text(file.reason)))
+            for file in stage.left_out[:_MAX_FILES]
+        ],
+    )
+
+
+def _text(name: str) -> str:
+    """A name as text, whatever bytes a file system has for it."""
+    return name.encode(errors="replace").decode()
 
 
 def fit_record(fit: Fit) -> FitRecord:

@@ -96,13 +96,19 @@ def create_peer_app(serving: Serving, cache: Cache, metrics: Metrics, fleet: Fle
         return {"address": await serving.fetch(wanted.reader, wanted.given, wanted.pieces, fleet.stall / 4)}
 
     @app.get("/peer/v1/listing")
-    async def listing(uri: Annotated[str, Query(max_length=MAX_URI_BYTES)]) -> dict[str, Any]:
-        """The files of a checkpoint that a stage here is of: for peers without a way to its origin."""
-        identity = serving.identity_of(uri)
+    async def listing(
+        uri: Annotated[str, Query(max_length=MAX_URI_BYTES)],
+        weights: Annotated[list[str] | None, Query(max_length=10_000)] = None,
+    ) -> dict[str, Any]:
+        """The files of a checkpoint that a stage here is of: for peers without a way to its origin.
+
+        ``weights`` are those of the stage's request, where it named some.
+        """
+        identity = serving.identity_of(uri, weights or ())
         found = await asyncio.to_thread(cache.kept_listing, identity) if identity else None
         if found is None:
             raise UnknownStage(f"no stage here is of {uri[:200]!r}")
-        return {**found, "identity": identity}
+        return {**found, "identity": identity, "wanted": sorted(weights or ())}
 
     @app.get("/peer/v1/file")
     async def file(

@@ -27,6 +27,8 @@ STATUS = {
     "checkpoint_not_found": 404,
     "checkpoint_changed": 409,
     "invalid_checkpoint": 422,
+    "ambiguous_checkpoint": 422,
+    "unreadable_file": 422,
     "source_failed": 502,
     "stage_leased": 409,
     "not_planned": 409,

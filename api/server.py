@@ -92,6 +92,7 @@ def serve(settings: Settings) -> int:
             max_leases_per_user=settings.max_leases_per_user,
             peer_grace=settings.peer_grace,
         )
+        cache = Cache(settings.cache_dir, int(settings.cache_bytes))
         fleet, directory = open_fleet(settings, metrics)
         movers = Movers()
         node = Node(
@@ -99,7 +100,7 @@ def serve(settings: Settings) -> int:
             residency=residency,
             deposits=deposits,
             allow=allow,
-            cache=Cache(settings.cache_dir),
+            cache=cache,
             fill_limits=settings.fill_limits,
             limits=settings.node_limits,
             metrics=metrics,
@@ -126,6 +127,7 @@ def serve(settings: Settings) -> int:
             on_end=app.state.feed.close,
         )
         stop = _Stop(server, node, deposits, settings.on_stop)
+        tidying = asyncio.create_task(node.tidy_cache())
         peering = None
         if fleet is not None and directory is not None:
             peering = Peering(node, settings, directory, fleet, movers, peer_listener)
@@ -156,6 +158,7 @@ def serve(settings: Settings) -> int:
             logging.shutdown()
             os._exit(0)  # whatever threads still write, the keeper holds
         expiry.cancel()
+        tidying.cancel()
         await leases.close()
         listeners.close()
         await preloading.close()

@@ -124,6 +124,10 @@ def serve(**options: Any) -> None:
 @app.command()
 def stage(
     model: Annotated[str, typer.Argument(help="Folder, .safetensors file, s3://, gs://, az:// or hf:// URI.")],
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(help="File, glob pattern of files, or index that is the checkpoint, where the rule would not do."),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is ready, showing progress on stderr.")] = False,
     device: Annotated[
         list[str] | None,
@@ -144,6 +148,8 @@ def stage(
     """Stage a checkpoint. Exit code 1 where it fails."""
     placed = device[0] if device and len(device) == 1 else device or None
     request: dict[str, Any] = {"device": placed, "handle": handle, "expect_digest": expect_digest, "priority": priority}
+    if weights:
+        request["weights"] = weights
     if include or exclude:
         request["tensors"] = {"include": include or [], "exclude": exclude or []}
     if tp_size > 1:
@@ -357,7 +363,7 @@ def _show(record: dict[str, Any]) -> None:
     view = Table(box=None, show_header=False)
     view.add_column(style="bold")
     view.add_column(overflow="fold")
-    rate = record["bytes_per_second"]
+    rate, selection = record["bytes_per_second"], record["selection"]
     rows = {
         "id": record["id"],
         "model": record["model"],
@@ -373,6 +379,8 @@ def _show(record: dict[str, Any]) -> None:
         "digest": record["checkpoint_digest"] or ", ".join(s["digest"] for s in record["segments"] if s["digest"]),
         "states": ", ".join(f"{state} {seconds:.2f} s" for state, seconds in record["state_seconds"].items()),
         "time": _spent(record),
+        "files": selection and f"{', '.join(selection['files'])}: {selection['rule']}",
+        "left out": selection and ", ".join(f"{file['name']} ({file['reason']})" for file in selection["left_out"]),
         "metadata": record["metadata"],
         "leases": str(record["leases"]),
     }

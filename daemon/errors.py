@@ -51,6 +51,20 @@ class CheckpointNotFound(DaemonError):
     remedy = "check the URI, and that all files of the checkpoint were uploaded; then stage it again"
 
 
+class AmbiguousCheckpoint(DaemonError):
+    """Several sets of files are at the URI, and nothing says which is the checkpoint: name one."""
+
+    code = "ambiguous_checkpoint"
+    remedy = "name the files: the URI of one, or the request's weights (weightd stage --weights), as the message says"
+
+
+class UnreadableFile(DaemonError):
+    """A file is there and this daemon cannot read it: its mode, its archive, its key. The message says which."""
+
+    code = "unreadable_file"
+    remedy = "make the file readable to the daemon (mode, archive, encryption key), then stage it again"
+
+
 class InvalidCheckpoint(DaemonError):
     """A file of the checkpoint lies about itself: nothing of it was trusted, nothing was allocated."""
 

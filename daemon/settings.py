@@ -58,6 +58,10 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(
         default_factory=_cache_dir, description="Folder of fetched configuration files and known digests."
     )
+    cache_bytes: ByteSize = Field(
+        ByteSize(4 << 30), ge=0,
+        description="Bytes kept in it, least recently used go first; what is of resident stages stays in any case.",
+    )  # fmt: skip
     token: SecretStr | None = Field(None, description="Bearer token that the TCP API demands; empty: none.")
     peer_uids: Annotated[list[int], NoDecode] = Field(
         default_factory=lambda: sorted({0, os.geteuid()}), description="Users, by number, that may use the sockets."

@@ -41,6 +41,7 @@ def attach(
     socket: str | os.PathLike[str] | None = None,
     stage: str | None = None,
     tp_rank: int | None = None,
+    weights: str | Sequence[str] | None = None,
     parallel: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Any] | None = None,
     expect_digest: str | Mapping[str, str] | None = None,
@@ -50,11 +51,11 @@ def attach(
     """Map a model's weights into this process, staging the model first where nobody has.
 
     ``model`` is a URI or a path, as in ``POST /v1/stage``; ``stage`` names a stage by its id instead. ``device`` is
-    where to, ``cuda:N`` as this process counts its GPUs, or ``cpu``; by default the node's own default. ``parallel``,
-    ``tensors`` and ``expect_digest`` are as in that request. ``tp_rank`` picks one segment of a stage that has several;
-    without ``parallel`` it finds the stage that somebody else asked for. ``wait=False`` returns as soon as there is
-    memory, for ``Weights.stream()``. ``timeout`` in seconds bounds the waiting. ``socket`` is the lease socket, or the
-    runtime directory that it is in (default: ``WEIGHTD_RUNTIME_DIR``).
+    where to, ``cuda:N`` as this process counts its GPUs, or ``cpu``; by default the node's own default. ``weights``,
+    ``parallel``, ``tensors`` and ``expect_digest`` are as in that request. ``tp_rank`` picks one segment of a stage
+    that has several; without ``parallel`` it finds the stage that somebody else asked for. ``wait=False`` returns as
+    soon as there is memory, for ``Weights.stream()``. ``timeout`` in seconds bounds the waiting. ``socket`` is the
+    lease socket, or the runtime directory that it is in (default: ``WEIGHTD_RUNTIME_DIR``).
 
     A write to host memory stays this process's own; with ``strict`` it is a segmentation fault. On a GPU there is no
     copy-on-write: weights are always mapped read-only, and a kernel that writes to them ends this process's CUDA
@@ -73,6 +74,8 @@ def attach(
         if device is not None and device.partition(":")[0] == "cuda":
             device = gpu_by_name(device).uuid  # the daemon may count GPUs differently
         request: dict[str, Any] = {"model": _uri(model), "device": device}
+        if weights is not None:
+            request["weights"] = weights if isinstance(weights, str) else list(weights)
         if parallel is not None:
             request["parallel"] = dict(parallel)
         if tensors is not None:

@@ -53,6 +53,16 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return raw_file(header_of(tensors, metadata), b"".join(data for _, _, data in tensors.values()))
 
 
+def write_index(folder: Path) -> None:
+    """Write the true index of all .safetensors files of a folder."""
+    weight_map = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        weight_map |= {tensor: path.name for tensor in header if tensor != "__metadata__"}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
 def write_checkpoint(
     folder: Path, shards: Mapping[str, Mapping[str, Tensor]], *, index: bool | Mapping[str, str] = False
 ) -> Path:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from weightd.daemon.checkpoints.header import check_unique, header_length, parse_header
-from weightd.daemon.checkpoints.listing import INDEX_NAME, Listing
+from weightd.daemon.checkpoints.listing import Listing
 from weightd.daemon.errors import CheckpointChanged, InvalidCheckpoint
 from weightd.daemon.sources.base import Source
 from weightd.daemon.tensors import TensorInfo
@@ -22,12 +23,17 @@ _MAX_HEADERS_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A listing with its headers read. ``tensors`` are in the order of their bytes, file by file."""
+    """A listing with its headers read. ``tensors`` are in the order of their bytes, file by file.
+
+    Where there is an index, they are those that it names.
+    """
 
     listing: Listing
     tensors: tuple[TensorInfo, ...]
     prefixes: tuple[bytes, ...]
     """The bytes in front of the first tensor of each file of ``listing.weights``: length and header."""
+    gaps: frozenset[int] = frozenset()
+    """Files that hold tensors which the index leaves out."""
 
     @property
     def nbytes(self) -> int:
@@ -66,16 +72,28 @@ def open_checkpoint(source: Source, listing: Listing) -> Checkpoint:
 
     with ThreadPoolExecutor(workers, thread_name_prefix="header") as pool:
         results = list(pool.map(read, range(len(names))))
-    tensors = [tensor for found, _ in results for tensor in found]
-    check_unique(names, tensors)
+    held = [tensor for found, _ in results for tensor in found]
+    tensors = held
     if listing.weight_map is not None:
-        _check_index(listing.weight_map, names, tensors)
-    return Checkpoint(listing, tuple(tensors), tuple(prefix for _, prefix in results))
+        tensors = _as_indexed(listing, listing.weight_map, names, held)
+    check_unique(names, tensors)
+    taken = Counter(tensor.file for tensor in tensors)
+    gaps = frozenset(file for file, count in Counter(tensor.file for tensor in held).items() if taken[file] != count)
+    return Checkpoint(listing, tuple(tensors), tuple(prefix for _, prefix in results), gaps)
 
 
-def _check_index(weight_map: Mapping[str, str], files: Sequence[str], tensors: Sequence[TensorInfo]) -> None:
-    found = {tensor.name: files[tensor.file] for tensor in tensors}
-    for name, shard in weight_map.items():
-        if found.get(name) != shard:
-            where = f"is in {found[name]}" if name in found else "is in none of the shards"
-            raise InvalidCheckpoint(f"{INDEX_NAME}: tensor {name[:200]!r} should be in {shard}, but {where}")
+def _as_indexed(
+    listing: Listing, weight_map: Mapping[str, str], files: Sequence[str], held: Sequence[TensorInfo]
+) -> list[TensorInfo]:
+    """Each tensor that the index names, from the file that it names. Raises InvalidCheckpoint where it is not there."""
+    tensors = [tensor for tensor in held if weight_map.get(tensor.name) == files[tensor.file]]
+    if len(tensors) < len(weight_map):
+        there = {tensor.name for tensor in tensors}
+        name = next(name for name in weight_map if name not in there)
+        elsewhere = [files[tensor.file] for tensor in held if tensor.name == name]
+        where = f"is in {elsewhere[0]}" if elsewhere else "is in none of the shards"
+        raise InvalidCheckpoint(
+            f"{listing.index}: tensor {name[:200]!r} should be in {weight_map[name]}, but {where}: upload the index "
+            "and the shards of one save"
+        )
+    return tensors

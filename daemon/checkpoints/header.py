@@ -31,12 +31,38 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 _BITS = {name: dtype.bits for name, dtype in DTYPES.items()}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
+_PAGE = rb"\s*(?:\xef\xbb\xbf\s*)?"
+_IMPOSTORS = {
+    rb"version https://git-lfs\.github\.com/spec/": "a Git LFS pointer, not the file itself: fetch that (git lfs pull)",
+    _PAGE + rb"(?i:<!doctype html|<html|<head|<body)": "an HTML page, an error or a login: fetch the file again",
+    _PAGE + rb"(?:<\?xml|<Error>)": "an XML document, a storage's error perhaps: fetch the file again",
+    rb"PK\x03\x04": "a ZIP archive, as torch.save writes: save it as safetensors",
+    rb"\x80[\x02-\x05].": "a Python pickle, as torch.save writes: save it as safetensors",
+    rb"GGUF": "a GGUF file, which is not staged: save it as safetensors",
+    rb"\x1f\x8b\x08": "compressed with gzip: store the file itself",
+}
+"""What is found in place of files, by how it begins."""
+
+
+def check_genuine(file: str, begin: bytes) -> None:
+    """Refuse what is plainly something else than a file of a checkpoint, by its name. Raises InvalidCheckpoint."""
+    for pattern, what in _IMPOSTORS.items():
+        if re.match(pattern, begin):
+            raise InvalidCheckpoint(f"{file} is {what}")
+
+
+def is_pointer(begin: bytes) -> bool:
+    """Whether a file that begins so is a Git LFS pointer."""
+    return re.match(next(iter(_IMPOSTORS)), begin) is not None
+
 
 def header_length(file: str, prefix: bytes, size: int) -> int:
     """Bytes of JSON that follow the first 8 bytes of ``file``, ``size`` bytes long. Raises InvalidCheckpoint."""
     if size < 8 or len(prefix) < 8:
         raise InvalidCheckpoint(f"{file}: the file has {size} bytes, a safetensors file has at least 8")
     length = int.from_bytes(prefix[:8], "little")
+    if length > MAX_HEADER_BYTES or 8 + length > size:
+        check_genuine(file, prefix)
     if length > MAX_HEADER_BYTES:
         raise InvalidCheckpoint(
             f"{file}: header length is {length} bytes, allowed are {MAX_HEADER_BYTES}; "
@@ -206,7 +232,7 @@ def check_unique(files: Sequence[str], tensors: Sequence[TensorInfo]) -> None:
         if first != tensor.file:
             raise InvalidCheckpoint(
                 f"tensor {tensor.name!r} is in two files, {files[first]} and {files[tensor.file]}: "
-                "remove one, or let a model.safetensors.index.json name one file only"
+                'remove one, let an index name one file only, or name the files in the request\'s "weights"'
             )
 
 

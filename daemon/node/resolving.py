@@ -83,7 +83,7 @@ class Resolver:
         self._trust_peers = trust_peers
         self._in_thread = in_thread
         self._listing = listing
-        self._listings: dict[str, asyncio.Task[tuple[Source, Listing]]] = {}
+        self._listings: dict[tuple[str, tuple[str, ...]], asyncio.Task[tuple[Source, Listing]]] = {}
 
     async def resolve(self, request: StageRequest) -> Joined | Listed | Unlisted:
         """What the request means. Raises InvalidRequest, NotAllowed, QueueFull.
@@ -101,7 +101,9 @@ class Resolver:
         if resident is None:
             self._check_listings(uri)
         try:
-            source, listing = await asyncio.wait_for(self.list(uri), _RELIST_DEADLINE if resident else None)
+            source, listing = await asyncio.wait_for(
+                self.list(uri, request.files), _RELIST_DEADLINE if resident else None
+            )
         except InvalidRequest:
             raise
         except (TimeoutError, SourceFailed) as error:
@@ -112,7 +114,7 @@ class Resolver:
                 return Unlisted(uri, devices, SourceFailed(str(error)))
             log.warning("%s: its origin cannot be asked (%s), peers are", uri, error)
             try:
-                source, listing = await self._in_thread(self._list_at_peers, uri)
+                source, listing = await self._in_thread(self._list_at_peers, uri, request.files)
             except DaemonError as failure:
                 return Unlisted(uri, devices, SourceFailed(f"{error}; {failure}"))
         except DaemonError as error:
@@ -124,31 +126,35 @@ class Resolver:
 
     def _check_listings(self, uri: str) -> None:
         """Raises QueueFull where so many wait for the same place, or kind of source, that it does not answer."""
-        if uri in self._listings:
+        waiting_for = [listed for listed, _ in self._listings]
+        if uri in waiting_for:
             return
         for what, same, limit in (
             (place_of(uri), place_of, _LISTINGS_AT_A_PLACE),
             (uri.partition(":")[0], lambda other: other.partition(":")[0], _LISTINGS_OF_A_KIND),
         ):
-            if (waiting := sum(same(other) == what for other in self._listings)) >= limit:
+            if (waiting := sum(same(other) == what for other in waiting_for)) >= limit:
                 raise QueueFull(
                     f"{waiting} requests wait for {what} to say what it holds, which is all that may: see whether it "
                     "answers from this node (weightd doctor), and try again later",
                     retry_after_seconds=10,
                 )
 
-    async def list(self, uri: str) -> tuple[Source, Listing]:
-        """List a canonical URI; requests that come while it is being listed share the answer."""
-        task = self._listings.get(uri)
+    async def list(self, uri: str, weights: tuple[str, ...]) -> tuple[Source, Listing]:
+        """List a canonical URI, of which ``weights`` are wanted (none: by the rule).
+
+        Requests that come while it is being listed share the answer.
+        """
+        task = self._listings.get((uri, weights))
         if task is None:
 
             def listed() -> tuple[Source, Listing]:
                 source = open_source(uri, self._allow)
-                return source, list_checkpoint(uri, source)
+                return source, list_checkpoint(uri, source, weights)
 
             task = asyncio.ensure_future(self._listing.run(uri, listed))
-            self._listings[uri] = task
-            task.add_done_callback(lambda _: self._listings.pop(uri, None))
+            self._listings[uri, weights] = task
+            task.add_done_callback(lambda _: self._listings.pop((uri, weights), None))
         return await asyncio.shield(task)
 
     def _may_ask_peers(self, uri: str, request: StageRequest) -> bool:
@@ -156,10 +162,10 @@ class Resolver:
         told = self._trust_peers or str(request.expect_digest).startswith("xxh3:")
         return self._fleet is not None and "peer" in request.sources and told and not uri.startswith("file:")
 
-    def _list_at_peers(self, uri: str) -> tuple[Source, Listing]:
+    def _list_at_peers(self, uri: str, weights: tuple[str, ...]) -> tuple[Source, Listing]:
         assert self._fleet is not None
-        source = open_peer_source(uri, self._fleet)
-        return source, list_checkpoint(uri, source)
+        source = open_peer_source(uri, weights, self._fleet)
+        return source, list_checkpoint(uri, source, weights)
 
     def _find(self, request: StageRequest, uri: str, devices: tuple[str, ...], listing: Listing | None) -> Stage | None:
         """A stage whose bytes are, or will be, those that the request wants; ready ones first. None: any identity."""
@@ -203,6 +209,7 @@ class Resolver:
             for stage in self._stages.values()
             if (stage.uri, stage.request.handle) == (uri, request.handle)
             and _live(stage)
+            and request.files in ((), stage.request.files)
             and stage.request.parallel is not None
             and rank in stage.request.ranks
             and where in (None, stage.devices[stage.request.ranks.index(rank)])

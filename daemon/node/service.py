@@ -198,6 +198,11 @@ class Node:
         if self.residency.stages:
             log.info("adopted %d stages", len(self.residency.stages))
 
+    async def tidy_cache(self) -> None:
+        """Once all is adopted: rid the cache of what the daemon before has left unfinished, and keep it in bounds."""
+        await self._scheduler.in_thread(self.cache.clean)
+        await self._scheduler.trim_cache()
+
     def _adopted(self, stage: Stage) -> None:
         self.residency.keep(stage)
         self.metrics.adopted(stage.state if stage.finished else "interrupted", stage.footprint)
@@ -216,7 +221,9 @@ class Node:
                 ))  # fmt: skip
                 self.residency.release(stage)
                 return
-            self._scheduler.spawn(self._scheduler.resume(stage, self._resolver.list(stage.uri)), stage.id)
+            self._scheduler.spawn(
+                self._scheduler.resume(stage, self._resolver.list(stage.uri, stage.request.files)), stage.id
+            )
         elif stage.revoked_until is not None:
             self._scheduler.spawn(self.residency.revoked(stage), stage.id)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -18,6 +19,24 @@ class SourceFile(NamedTuple):
     name: str
     size: int
     version: str
+
+
+_INDEX = re.compile(r"(?:.*/)?[^/]+\.safetensors\.index(?:\.[^/.]+)*\.json")
+
+
+def is_index(name: str) -> bool:
+    """Whether a file says which tensor is in which, by its name; variants' end in ``.index.VARIANT.json``."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def is_file_name(path: str) -> bool:
+    """Whether a path without folders behind it names one file of a checkpoint, not a checkpoint's folder."""
+    return path.endswith(".safetensors") or is_index(path)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is in a hidden folder (``.git/``), which holds nothing of a checkpoint."""
+    return any(part.startswith(".") for part in name.split("/")[:-1])
 
 
 def changed(planned: SourceFile, found: SourceFile) -> CheckpointChanged:
@@ -55,14 +74,13 @@ class Source(Protocol):
     """Destinations that its reader scatters one contiguous read over."""
     min_range: int
     """Shortest read, in bytes, that is worth making on its own."""
-    copies: bool
-    """Whether a local copy may answer in its place."""
+    single: str | None
+    """The file that the URI names, where it names one: an index is listed with its folder, weights alone."""
+    partial: str
+    """Why what was listed may be less than all, in words: a local copy answered. Empty where it is all."""
 
-    def list(self, *, anew: bool = False) -> list[SourceFile]:
-        """All files below the URI. Raises CheckpointNotFound where there is nothing.
-
-        ``anew``: as the origin has them, where a local copy, which may be less than all, has answered before.
-        """
+    def list(self) -> list[SourceFile]:
+        """All files below the URI that are in no hidden folder. Raises CheckpointNotFound where there is nothing."""
 
     def stat(self, name: str) -> SourceFile:
         """One file as it is now. Raises CheckpointNotFound."""

@@ -12,14 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, InvalidCheckpoint
+from weightd.daemon.errors import (
+    CheckpointChanged,
+    CheckpointNotFound,
+    InvalidCheckpoint,
+    NotAllowed,
+    UnreadableFile,
+)
 from weightd.daemon.filling.sink import Landing, Sink
 from weightd.daemon.layouts.extents import Extent
-from weightd.daemon.sources.base import Reader, SourceFile, changed
-from weightd.daemon.sources.uris import Allow
+from weightd.daemon.sources.base import Reader, SourceFile, changed, is_index
+from weightd.daemon.sources.uris import Allow, file_path, file_uri
 
 MAX_FILES = 100_000
 """Files in one folder, over which it is taken for no checkpoint."""
+MAX_FOLDERS = 10_000
+"""Folders in one, links to folders counted as often as they are met."""
 MAX_DEPTH = 4
 """Folders below the checkpoint's own that are looked into."""
 _IOV_MAX = 1024  # linux/uio.h: more views than these in one call are EINVAL
@@ -27,7 +35,7 @@ _IOV_MAX = 1024  # linux/uio.h: more views than these in one call are EINVAL
 
 def open_source(uri: str, allow: Allow) -> FileSource:
     """A folder or a single file. Raises CheckpointNotFound; NotAllowed where links lead out of what is allowed."""
-    return FileSource(Path(uri.removeprefix("file://")), allow)
+    return FileSource(Path(file_path(uri)), allow)
 
 
 class FileSource:
@@ -38,37 +46,63 @@ class FileSource:
     max_extent = 2 << 20  # what was read is still in the processor's cache when it is hashed
     max_runs = 1 << 20
     min_range = 64 << 10
-    copies = False
+    partial = ""
 
     def __init__(self, root: Path, allow: Allow) -> None:
         self._allow = allow
         self._check_allowed(root)
-        self._single = root.name if root.is_file() else None
-        self._root = root.parent if self._single else root
+        self.single = root.name if root.is_file() else None
+        self._root = root.parent if self.single else root
 
     def _check_allowed(self, path: Path) -> None:
         # Links are followed first: a link inside an allowed folder must not open what lies outside of it.
-        self._allow.check("file://" + os.path.realpath(path))
+        self._allow.check(file_uri(os.path.realpath(path)))
 
-    def list(self, *, anew: bool = False) -> list[SourceFile]:
-        if self._single:
-            return [self.stat(self._single)]
+    def list(self) -> list[SourceFile]:
+        if self.single and not is_index(self.single):
+            return [self.stat(self.single)]
         if not self._root.is_dir():
             raise CheckpointNotFound(f"{self._root}: no such folder or file")
-        names: list[str] = []
-        for folder, folders, files in os.walk(self._root):
-            inside = os.path.relpath(folder, self._root)
-            depth = 0 if inside == "." else inside.count(os.sep) + 1
-            folders[:] = sorted(name for name in folders if not name.startswith(".")) if depth < MAX_DEPTH else []
-            names += [name if depth == 0 else f"{inside}/{name}" for name in files]
-            if len(names) > MAX_FILES:
-                raise InvalidCheckpoint(f"{self._root}: more than {MAX_FILES} files: name the checkpoint's own folder")
-        found = []
-        for name in sorted(names):
-            status = self._status(name)
-            if status is not None and modes.S_ISREG(status.st_mode):
-                found.append(_source_file(name, status))
-        return found
+        found: list[SourceFile] = []
+        folders = 0
+        waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+        while waiting:
+            folder, above = waiting.pop()
+            folders += 1
+            try:
+                status = os.stat(self._root / folder)
+                entries = list(os.scandir(self._root / folder))
+            except OSError as error:
+                if not folder:
+                    raise UnreadableFile(f"{self._root}: {error.strerror}") from None
+                continue  # one that may not be entered, or has gone meanwhile: nothing that can be read
+            here = (status.st_dev, status.st_ino)
+            if here in above:
+                continue  # a link to a folder that it is in
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                try:
+                    if entry.is_dir():
+                        if len(above) < MAX_DEPTH and not entry.name.startswith(".") and self._may_enter(entry):
+                            waiting.append((name, (*above, here)))
+                    elif entry.is_file():
+                        found.append(_source_file(name, entry.stat()))
+                except OSError:  # gone, a link to itself: nothing that can be read
+                    continue
+            if len(found) > MAX_FILES or folders > MAX_FOLDERS:
+                what = f"{MAX_FILES} files" if len(found) > MAX_FILES else f"{MAX_FOLDERS} folders"
+                raise InvalidCheckpoint(f"{self._root}: more than {what}: name the checkpoint's own folder")
+        return sorted(found)
+
+    def _may_enter(self, entry: os.DirEntry[str]) -> bool:
+        """Whether a folder is one, or a link to one that may be staged from."""
+        if not entry.is_symlink():
+            return True
+        try:
+            self._check_allowed(Path(entry.path))
+        except NotAllowed:
+            return False  # what is in there is nobody's business here, names included
+        return True
 
     def _status(self, name: str) -> os.stat_result | None:
         try:
@@ -89,7 +123,9 @@ class FileSource:
         try:
             # O_NONBLOCK: opening a FIFO must not wait for a writer.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        except PermissionError as error:
+            raise UnreadableFile(f"{path}: {error.strerror}") from None
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointNotFound(f"{path}: {error.strerror}") from None
         if not modes.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)

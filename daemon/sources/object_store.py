@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from weightd.daemon.errors import CheckpointNotFound, CredentialsRefused, InvalidRequest, SourceFailed
-from weightd.daemon.sources.base import SourceFile
+from weightd.daemon.errors import CheckpointNotFound, CredentialsRefused, InvalidRequest, SourceFailed, UnreadableFile
+from weightd.daemon.sources.base import SourceFile, is_file_name, is_hidden, is_index
 from weightd.daemon.sources.streamed import StreamerReader
 from weightd.daemon.sources.uris import Allow
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _REFUSED = re.compile("status code: 40[13] |<Code>(?:ExpiredToken|InvalidToken|TokenRefreshRequired)<")
 """What tells in an error's text that credentials were refused: S3 answers 400 to a session that has expired."""
+_UNREADABLE = re.compile("InvalidObjectState|BlobArchived|KMS")
+"""What tells that one object is archived, or encrypted with a key that is refused, whatever the status."""
 MAX_OBJECTS = 100_000
 """Objects below one prefix, over which it is taken for no checkpoint."""
 
@@ -86,7 +88,7 @@ class ObjectStoreSource:
     # One request brings one contiguous range; scattering it is the bounce buffer's work.
     max_runs = 1
     min_range = 1 << 20
-    copies = False
+    partial = ""
 
     def __init__(self, uri: str) -> None:
         from obstore.exceptions import BaseError
@@ -95,9 +97,8 @@ class ObjectStoreSource:
         scheme, _, rest = uri.partition("://")
         self.kind = scheme
         bucket, _, prefix = rest.partition("/")
-        single = prefix.endswith(".safetensors")
-        self._prefix, _, name = prefix.rpartition("/") if single else (prefix, "", "")
-        self._single = name or None
+        self._prefix, _, name = prefix.rpartition("/") if is_file_name(prefix) else (prefix, "", "")
+        self.single = name or None
         self.base = "/".join(part for part in (f"{scheme}://{bucket}", self._prefix) if part)
         try:
             self._store = _connect(scheme, bucket)
@@ -107,15 +108,15 @@ class ObjectStoreSource:
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name
 
-    def list(self, *, anew: bool = False) -> list[SourceFile]:
-        if self._single:
-            return [self.stat(self._single)]
+    def list(self) -> list[SourceFile]:
+        if self.single and not is_index(self.single):
+            return [self.stat(self.single)]
         found: list[SourceFile] = []
         with self._errors(self.uri):
             for batch in self._store.list(self._prefix or None):
                 for meta in batch:
                     name = str(meta["path"])[len(self._prefix) :].lstrip("/")
-                    if name:
+                    if name and not is_hidden(name):
                         found.append(SourceFile(name, meta["size"], _version(meta)))
                 if len(found) > MAX_OBJECTS:
                     raise InvalidRequest(
@@ -123,7 +124,9 @@ class ObjectStoreSource:
                     )
         if not found:
             raise CheckpointNotFound(f"{self.uri}: nothing is below this prefix")
-        return sorted(found)
+        # What consoles and some file systems leave to mark a folder: an empty object of the folder's name.
+        folders = {folder for file in found for folder in _folders(file.name)}
+        return sorted(file for file in found if file.size or file.name not in folders)
 
     def stat(self, name: str) -> SourceFile:
         with self._errors(f"{self.base}/{name}"):
@@ -147,6 +150,9 @@ class ObjectStoreSource:
         except (BaseError, OSError) as error:
             # Of listings everything is a generic error, and so is a token that is not to be had; the text has the
             # store's own answer.
+            if found := _UNREADABLE.search(str(error)):
+                what = "encrypted with a key that is refused" if found[0] == "KMS" else "archived: restore it first"
+                raise UnreadableFile(f"{uri} is {what} ({_reason(error)})") from None
             kinds = (PermissionDeniedError, UnauthenticatedError, PermissionError)
             if isinstance(error, kinds) or _REFUSED.search(str(error)):
                 raise CredentialsRefused(
@@ -162,6 +168,12 @@ class ObjectStoreSource:
 
     def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> StreamerReader:
         return StreamerReader(self, files, [f"{self.base}/{file.name}" for file in files])
+
+
+def _folders(name: str) -> Iterator[str]:
+    """The folders that a file is in, from its own up."""
+    while name := name.rpartition("/")[0]:
+        yield name
 
 
 def _version(meta: Any) -> str:

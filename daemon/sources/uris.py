@@ -36,11 +36,8 @@ class Allow:
         """Raise NotAllowed where ``uri`` (canonical; for files, with symbolic links resolved) is under no prefix."""
         if not self.prefixes:
             return
-        for prefix in self.prefixes:
-            if uri == prefix or uri.startswith(prefix if prefix.endswith("/") else prefix + "/"):
-                return
-            if prefix.startswith("hf://") and uri.startswith(prefix + "@"):
-                return
+        if any(_is_below(uri, prefix) for prefix in self.prefixes):
+            return
         raise NotAllowed(
             f"{uri} is not below any allowed URI prefix ({', '.join(self.prefixes)}): "
             "the setting WEIGHTD_ALLOW (serve --allow) decides",
@@ -49,17 +46,27 @@ class Allow:
         )
 
 
-def canonical(uri: str) -> str:
-    """One spelling for one place: ``file:///abs/path``, ``s3://bucket/prefix``, ``hf://org/name@revision``.
+def _is_below(uri: str, prefix: str) -> bool:
+    if prefix.startswith("hf://") and uri.startswith("hf://"):
+        uri, _, revision = uri.partition("@")
+        prefix, _, allowed = prefix.partition("@")
+        if allowed and revision != allowed:
+            return False
+    return uri == prefix or uri.startswith(prefix if prefix.endswith("/") else prefix + "/")
 
-    A bare absolute path is a file URI. Raises InvalidRequest for anything else that is no URI of a known scheme.
+
+def canonical(uri: str) -> str:
+    """One spelling for one place: ``file:///abs/path``, ``s3://bucket/prefix``, ``hf://org/name/folder@revision``.
+
+    A bare absolute path is a file URI, in which a percent sign is escaped and nothing else. Raises InvalidRequest for
+    anything else that is no URI of a known scheme.
     """
     if not uri or len(uri.encode(errors="replace")) > MAX_URI_BYTES:
         raise InvalidRequest(f"model: a URI has 1 to {MAX_URI_BYTES} bytes, found {len(uri)}")
     if any(ord(character) < 32 or character == "\x7f" for character in uri):
         raise InvalidRequest("model: the URI holds control characters")
     if uri.startswith("/"):
-        return "file://" + _absolute(uri)
+        return file_uri(_absolute(uri))
     scheme, separator, rest = uri.partition(":")
     scheme = scheme.lower()
     if not separator or scheme not in OPENERS:
@@ -70,7 +77,7 @@ def canonical(uri: str) -> str:
         path = unquote(rest.removeprefix("//").removeprefix("localhost"))
         if not path.startswith("/"):
             raise InvalidRequest(f"model: {uri!r}: a file URI needs an absolute path, as in file:///models/llama")
-        return "file://" + _absolute(path)
+        return file_uri(_absolute(path))
     if holds_secret(uri) or re.match(r"(s3|gs|az)://[^/]*@", uri, re.IGNORECASE):
         raise InvalidRequest(
             "model: the URI holds what looks like a credential or a signature: the daemon's environment has these"
@@ -81,6 +88,16 @@ def canonical(uri: str) -> str:
     if "." in parts or ".." in parts:
         raise InvalidRequest(f"model: {uri!r}: '.' and '..' are not allowed in it")
     return f"{scheme}://" + "/".join(parts)
+
+
+def file_uri(path: str) -> str:
+    """The URI of an absolute path."""
+    return "file://" + path.replace("%", "%25")
+
+
+def file_path(uri: str) -> str:
+    """The path that ``file_uri`` made a URI of."""
+    return uri.removeprefix("file://").replace("%25", "%")
 
 
 def _absolute(path: str) -> str:

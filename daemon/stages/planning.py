@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.checkpoints.contents import Checkpoint, open_checkpoint
 from weightd.daemon.checkpoints.listing import Listing
+from weightd.daemon.checkpoints.selection import LeftOut
 from weightd.daemon.devices.base import Device
 from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.layouts.checkpoint import checkpoint_layout
@@ -37,6 +38,8 @@ class Plan:
     recipes: Sequence[Recipe]
     metadata: str | None
     """Folder with its configuration files."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Configuration files that are not in there."""
 
     @property
     def infos(self) -> tuple[SegmentInfo, ...]:
@@ -73,8 +76,8 @@ def make_plan(
         cancelled=cancelled,
     )
     expected_sha256(checkpoint, request)
-    folder = cache.metadata(source, listing)
-    return Plan(checkpoint, recipes, str(folder) if folder else None)
+    folder, left_out = cache.metadata(source, listing)
+    return Plan(checkpoint, recipes, str(folder) if folder else None, left_out)
 
 
 def expected_sha256(checkpoint: Checkpoint, request: StageRequest) -> dict[int, str]:
@@ -89,10 +92,20 @@ def expected_sha256(checkpoint: Checkpoint, request: StageRequest) -> dict[int, 
                 f"expect_digest: one SHA-256 is given and the checkpoint has {len(names)} files: "
                 "map each file name to its own"
             )
+        _check_hashable(checkpoint, names, [0])
         return {0: expected}
     if unknown := sorted((expected or {}).keys() - set(names)):
         raise InvalidRequest(f"expect_digest: {unknown[0]!r} is no file of the checkpoint, its files are {names[:10]}")
+    _check_hashable(checkpoint, names, [names.index(name) for name in expected or {}])
     return {names.index(name): digest for name, digest in (expected or {}).items()}
+
+
+def _check_hashable(checkpoint: Checkpoint, names: Sequence[str], files: Sequence[int]) -> None:
+    for file in checkpoint.gaps.intersection(files):
+        raise InvalidRequest(
+            f"expect_digest: {names[file]} holds tensors that {checkpoint.listing.index} leaves out: these are not "
+            "read, and so not hashed: expect the checkpoint digest (xxh3:...), or stage the file by its own URI"
+        )
 
 
 def allocated(recipes: Sequence[Recipe], devices: Sequence[Device]) -> dict[str, int]:

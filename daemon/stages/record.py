@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from weightd.daemon.checkpoints.listing import Listing
+from weightd.daemon.checkpoints.selection import LeftOut
 from weightd.daemon.devices.base import Device
 from weightd.daemon.devices.quarantine import Quarantine
 from weightd.daemon.errors import Lost
@@ -30,6 +31,8 @@ from weightd.daemon.stages.stage import Stage
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+MAX_LEFT_OUT = 1000
+"""Files that were not taken, as far as the next daemon is told of them."""
 
 
 class UnknownRecord(ValueError):
@@ -87,6 +90,8 @@ def _describe(stage: Stage) -> dict[str, Any]:
         "request": stage.request.model_dump(mode="json"),
         "identity": listing.identity,
         "weights": [list(file) for file in listing.weights],
+        "rule": listing.rule,
+        "left_out": [list(file) for file in stage.left_out[:MAX_LEFT_OUT]],
         "state": stage.state,
         "source_kind": stage.source_kind,
         "request_id": stage.request_id,
@@ -174,8 +179,15 @@ def _read(fd: int) -> tuple[Stage, list[int], list[str | None], list[int]]:
         raise UnknownRecord(f"a record of format {found!r}, this version of weightd knows {FORMAT}")
     try:
         request = StageRequest.model_validate(table["request"])
+        # Until there was a choice of weights, nothing was said of what was left out.
         listing = Listing(
-            table["uri"], table["identity"], tuple(SourceFile(*file) for file in table["weights"]), None, ()
+            table["uri"],
+            table["identity"],
+            tuple(SourceFile(*file) for file in table["weights"]),
+            None,
+            (),
+            rule=str(table.get("rule", "")),
+            left_out=tuple(LeftOut(*map(str, file)) for file in table.get("left_out", ())),
         )
         # Until GPUs came, a stage had one device and one footprint.
         devices = table.get("devices") or [table["device"]] * len(table["infos"])

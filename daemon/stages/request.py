@@ -15,6 +15,7 @@ _XXH3 = re.compile(r"xxh3:[0-9a-f]{32}")
 
 Pattern = Annotated[str, Field(min_length=1, max_length=512)]
 Rank = Annotated[int, Field(ge=0, lt=1024)]
+File = Annotated[str, Field(min_length=1, max_length=1024)]
 Device = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -72,8 +73,15 @@ class StageRequest(BaseModel):
     model: str = Field(
         min_length=1,
         max_length=4096,
-        description="A folder or .safetensors file (absolute path or file:), s3://, gs://, az:// or hf://org/name@rev.",
+        description="A folder or .safetensors file (absolute path or file:), s3://, gs://, az:// or "
+        "hf://org/name[/folder][@revision].",
         examples=["s3://models/llama-3-8b"],
+    )
+    weights: File | list[File] | None = Field(
+        None,
+        description="Which files are the checkpoint, where the rule would take others or none: names below the URI, "
+        "glob patterns (* ends at a slash), or an index. Null: by the rule.",
+        examples=["consolidated.safetensors", "model-rank-0-part-*.safetensors"],
     )
     device: Device | list[Device] | None = Field(
         None,
@@ -119,6 +127,13 @@ class StageRequest(BaseModel):
             return value
         return _sha256(value)
 
+    @field_validator("weights")
+    @classmethod
+    def _some_files(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and not 0 < len(value) <= 10_000:
+            raise ValueError(f"lists {len(value)} files, allowed are 1 to 10000: leave it out for the rule")
+        return value
+
     @model_validator(mode="after")
     def _one_device_a_rank(self) -> StageRequest:
         if isinstance(self.device, list) and len(self.device) != len(self.ranks):
@@ -129,6 +144,12 @@ class StageRequest(BaseModel):
     def ranks(self) -> tuple[int, ...]:
         """The tensor-parallel ranks asked for."""
         return self.parallel.ranks if self.parallel else (0,)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The weights asked for, each once; none: by the rule."""
+        named = [self.weights] if isinstance(self.weights, str) else self.weights or ()
+        return tuple(sorted(set(named)))
 
     def layout_key(self) -> str:
         """Equal for requests that want the same bytes in the same places of the same segments."""
@@ -143,6 +164,7 @@ class StageRequest(BaseModel):
                 list(splits.items()),
                 self.tensors.include,
                 self.tensors.exclude,
+                self.files,
             )
         )
 

@@ -159,6 +159,7 @@ class Scheduler:
             if stage.finished:
                 return
             stage.plan, stage.infos, stage.metadata = plan, plan.infos, plan.metadata
+            stage.left_out = (*stage.listing.left_out, *plan.left_out)
             if self._peers is not None and not self._peers.off:
                 await self.in_thread(self._cache.keep_headers, plan.checkpoint)
                 stage.key = await self.in_thread(key_of, stage)
@@ -227,6 +228,12 @@ class Scheduler:
                 self._residency.release(stage)
             if refused(stage):
                 self._residency.stages.pop(stage.id, None)  # the request is refused, as if it had never been
+            await self.trim_cache()
+
+    async def trim_cache(self) -> None:
+        """Keep the cache within its bound, without what is of stages that are here."""
+        here = [stage for stage in self._residency.stages.values() if stage.state == "ready" or not stage.finished]
+        await self.in_thread(self._cache.trim, set().union(*(stage.cached_as() for stage in here)))
 
     async def _admit(self, stage: Stage, needed: dict[str, int]) -> None:
         """Promise the stage its bytes, evicting what may go. Raises InsufficientCapacity."""

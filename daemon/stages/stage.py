@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightd.daemon.checkpoints.listing import Listing
+from weightd.daemon.checkpoints.selection import LeftOut
 from weightd.daemon.devices.base import Segment
 from weightd.daemon.errors import DaemonError
 from weightd.daemon.filling.account import PeerUse
@@ -95,6 +96,8 @@ class Stage:
         """Its segments, once planned."""
         self.metadata: str | None = None
         """Folder with the checkpoint's configuration files, once planned."""
+        self.left_out: tuple[LeftOut, ...] = listing.left_out if listing else ()
+        """Files at its URI that were not taken, as far as is known."""
         self.fill: Fill | None = None
         """Only while loading."""
         self.deaths = 0
@@ -175,6 +178,15 @@ class Stage:
         """Bytes done by where they came from: its own source, and peers."""
         from_peers = self.fill.account.peer_bytes if self.fill else self.peer_bytes
         return {self.source_kind: self.bytes_done - from_peers, "peer": from_peers}
+
+    def cached_as(self) -> set[str]:
+        """The names by which the cache keeps what is of it: its identity, and digests."""
+        expected = self.request.expect_digest or ()
+        names = set(expected.values()) if isinstance(expected, dict) else {expected} if expected else set()
+        names |= {digest.rpartition("=")[2] for digest in self.satisfied}
+        if self.listing is not None:
+            names.add(self.listing.identity)
+        return names
 
     def settle(self) -> None:
         """Loading is over: keep its figures, let its buffers go."""

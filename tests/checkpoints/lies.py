@@ -25,13 +25,16 @@ TRUE: dict[str, Tensor] = {
 DATA = b"".join(data for _, _, data in TRUE.values())
 
 
-def listed(folder: Path) -> tuple[FileSource, Listing]:
+def listed(folder: Path, *weights: str) -> tuple[FileSource, Listing]:
     source = FileSource(folder, Allow())
-    return source, list_checkpoint(f"file://{folder}", source)
+    return source, list_checkpoint(f"file://{folder}", source, weights)
 
 
-def opened(folder: Path) -> Checkpoint:
-    return open_checkpoint(*listed(folder))
+def opened(folder: Path, *weights: str) -> Checkpoint:
+    return open_checkpoint(*listed(folder, *weights))
+
+
+ALL = "*.safetensors"
 
 
 def lie(tensor: str = "second.weight", **fields: Any) -> bytes:

@@ -21,7 +21,7 @@ from weightd.daemon.checkpoints.header import (
     check_unique,
     parse_header,
 )
-from weightd.daemon.checkpoints.listing import read_index
+from weightd.daemon.checkpoints.selection import read_index
 from weightd.daemon.errors import InvalidCheckpoint
 
 LIES: dict[str, tuple[bytes, tuple[str, ...]]] = {

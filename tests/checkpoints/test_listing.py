@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint_files import INDEX, Tensor, write_checkpoint
-from tests.checkpoints.lies import FILE, SHORT, TRUE, lie, listed, long, named, opened
+from tests.checkpoints.lies import ALL, FILE, SHORT, TRUE, lie, listed, long, named, opened
 from weightd.daemon.checkpoints import contents
 from weightd.daemon.checkpoints.contents import open_checkpoint
-from weightd.daemon.checkpoints.listing import read_index
+from weightd.daemon.checkpoints.selection import read_index
 from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, DaemonError, InvalidCheckpoint
 
 # ---------------------------------------------------------------------------- several files
@@ -23,14 +23,14 @@ from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, DaemonE
 def test_a_tensor_in_two_shards_is_refused_with_both_names(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {"a.safetensors": TRUE, "b.safetensors": {"second.weight": ("U8", (1,), b"x")}})
     with pytest.raises(InvalidCheckpoint, match=r"'second\.weight'.*two files.*a\.safetensors.*b\.safetensors"):
-        opened(tmp_path)
+        opened(tmp_path, ALL)
 
 
 def test_a_lie_in_the_second_shard_names_the_second_shard(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {"a.safetensors": {"a": ("U8", (1,), b"x")}})
     (tmp_path / "b.safetensors").write_bytes(lie(dtype="F33"))
     with pytest.raises(InvalidCheckpoint, match=r"^b\.safetensors: tensor 'second\.weight'"):
-        opened(tmp_path)
+        opened(tmp_path, ALL)
 
 
 def test_a_header_longer_than_the_first_read_is_read_whole(tmp_path: Path) -> None:
@@ -50,12 +50,12 @@ def test_headers_too_long_together_are_refused_before_they_are_parsed(
 ) -> None:
     shards: dict[str, dict[str, Tensor]] = {f"{i}.safetensors": {f"t{i}": ("U8", (1,), b"x")} for i in range(5)}
     write_checkpoint(tmp_path, shards)
-    longest = 5 * len(opened(tmp_path).prefixes[0])
+    longest = 5 * len(opened(tmp_path, ALL).prefixes[0])
     monkeypatch.setattr(contents, "_MAX_HEADERS_BYTES", longest - 1)
     with pytest.raises(InvalidCheckpoint, match=rf"headers take {longest} bytes.*allowed are {longest - 1}"):
-        opened(tmp_path)
+        opened(tmp_path, ALL)
     monkeypatch.setattr(contents, "_MAX_HEADERS_BYTES", longest)
-    assert len(opened(tmp_path).tensors) == 5
+    assert len(opened(tmp_path, ALL).tensors) == 5
 
 
 @pytest.mark.parametrize("left", [0, 4, 100])
@@ -254,7 +254,7 @@ def test_the_identity_of_a_listing_changes_with_any_of_its_files(tmp_path: Path)
     (tmp_path / "config.json").write_text("{}")
 
     def identity() -> str:
-        return listed(tmp_path)[1].identity
+        return listed(tmp_path, ALL)[1].identity
 
     found = [identity()]
     assert identity() == found[0]

@@ -12,6 +12,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from tests.checkpoint_files import write_index
 from tests.fault_proxy import FaultProxy, Kind, Request
 from tests.servers import Daemon, SeaweedFS, until
 
@@ -26,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors = {f"large.{shard}": rng.standard_normal(5 * MiB, numpy.float32)}
         tensors |= {f"small.{shard}.{i}": rng.standard_normal(1000 + i, numpy.float32) for i in range(50)}
         save_file(tensors, folder / f"part-{shard}.safetensors")
+    write_index(folder)
     return folder
 
 

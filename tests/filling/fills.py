@@ -77,7 +77,7 @@ class Stored(NamedTuple):
 def store(folder: Path, *shards: Mapping[str, Tensor]) -> Stored:
     write_checkpoint(folder, {f"{index}.safetensors": shard for index, shard in enumerate(shards)})
     source = FileSource(folder, Allow())
-    checkpoint = open_checkpoint(source, list_checkpoint(f"file://{folder}", source))
+    checkpoint = open_checkpoint(source, list_checkpoint(f"file://{folder}", source, ["*.safetensors"]))
     return Stored(source, checkpoint, {name: data for shard in shards for name, (_, _, data) in shard.items()})
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from tests.checkpoint_files import write_index
 from tests.fault_proxy import FaultProxy
 from tests.servers import Daemon, SeaweedFS, until
 from weightd.ipc import (
@@ -193,6 +194,7 @@ def test_streaming_yields_verified_tensors_while_later_ones_load(
     tensors = {f"w{i}": rng.standard_normal((1024, 1024), numpy.float32) for i in range(6)}
     for name, tensor in tensors.items():
         save_file({name: tensor}, tmp_path / f"{name}.safetensors")
+    write_index(tmp_path)
     uri = s3.upload(tmp_path, "one-tensor-a-file")
     gate = threading_event()
     with FaultProxy(

@@ -8,6 +8,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from tests.checkpoint_files import write_index
 from tests.conftest import lacking
 from tests.fault_proxy import FaultProxy
 from tests.peers.fleet import Fleet, Start
@@ -28,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {f"w{i}": rng.standard_normal((512, 2048 + i), numpy.float32) for i in range(6)}, folder / "a.safetensors"
     )
     save_file({"big": rng.standard_normal((4096, 1024), numpy.float32)}, folder / "b.safetensors")
+    write_index(folder)
     (folder / "config.json").write_text("{}")
     return folder
 

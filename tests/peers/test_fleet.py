@@ -16,6 +16,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from tests.checkpoint_files import write_index
 from tests.conftest import command, lacking
 from tests.network import PEER_PORT as PORT
 from tests.network import Network, Node, at_once, daemons_on
@@ -61,6 +62,7 @@ def origin(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     tensors = {f"w{i}": rng.standard_normal((512, 2048 + i), numpy.float32) for i in range(6)}
     save_file(tensors, folder / "a.safetensors")
     save_file({"big": rng.standard_normal((2048, 1024), numpy.float32)}, folder / "b.safetensors")
+    write_index(folder)
     (folder / "config.json").write_text("{}")
     try:
         server = SeaweedFS(tmp_path_factory.mktemp("seaweedfs"), network.nodes[0])

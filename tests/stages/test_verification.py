@@ -10,6 +10,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from tests.checkpoint_files import write_index
 from tests.fault_proxy import FaultProxy, Kind, Request
 from tests.servers import Daemon, SeaweedFS, until
 from weightd.ipc import DigestMismatch
@@ -26,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     second = {f"small.{i}": rng.standard_normal(100 + 2 * i, numpy.float32) for i in range(30)}
     second["matrix"] = rng.standard_normal((1024, 1024), numpy.float32)
     save_file(second, folder / "b.safetensors")
+    write_index(folder)
     return folder
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from weightd.daemon.errors import CheckpointNotFound, SourceFailed
 from weightd.daemon.filling.sink import Sink
 from weightd.daemon.peers.finding.fleet import Fleet
-from weightd.daemon.sources.base import Reader, SourceFile
+from weightd.daemon.sources.base import Reader, SourceFile, is_file_name
 from weightd.daemon.sources.object_store import MAX_OBJECTS
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ _ASKED = 16
 """Peers that are asked for a listing, at most."""
 
 
-def open_source(uri: str, fleet: Fleet) -> PeerSource:
-    """The first peer that has a stage of a URI. Raises SourceFailed."""
+def open_source(uri: str, weights: Sequence[str], fleet: Fleet) -> PeerSource:
+    """The first peer that has a stage of a URI, of these weights (none: by the rule). Raises SourceFailed."""
     for name, _ in list(fleet.members())[:_ASKED]:
         try:
-            return PeerSource(uri, fleet, name)
+            return PeerSource(uri, weights, fleet, name)
         except SourceFailed:
             continue
     raise SourceFailed(f"{uri}: its origin does not answer, and no peer has it")
@@ -41,23 +41,27 @@ class PeerSource:
     max_extent = 1 << 30
     max_runs = 1
     min_range = 1 << 18
-    copies = False
+    partial = ""
 
-    def __init__(self, uri: str, fleet: Fleet, peer: str) -> None:
+    def __init__(self, uri: str, weights: Sequence[str], fleet: Fleet, peer: str) -> None:
         self.uri = uri
+        name = uri.partition("@")[0].rpartition("/")[2]
+        self.single = name if is_file_name(name) else None
         self._fleet = fleet
         self._peer = peer
-        found = self._get("/peer/v1/listing", _MAX_LISTING_BYTES, uri=uri)
+        found = self._get("/peer/v1/listing", _MAX_LISTING_BYTES, uri=uri, weights=tuple(weights))
         try:
             table = json.loads(found)
-            if table["uri"] != uri or len(table["weights"]) + len(table["metadata"]) > MAX_OBJECTS:
+            # Peers of versions that did not choose say nothing of what was wanted.
+            known = table["uri"] == uri and table.get("wanted", []) == sorted(weights)
+            if not known or len(table["weights"]) + len(table["metadata"]) > MAX_OBJECTS:
                 raise ValueError("not the listing that was asked for")
             self._identity = str(table["identity"])
             self._files = sorted(_file(*entry) for entry in [*table["weights"], *table["metadata"]])
         except (ValueError, TypeError, KeyError) as error:
             raise SourceFailed(f"{uri}: peer {peer} answers with no listing: {error!r}"[:500]) from None
 
-    def list(self, *, anew: bool = False) -> list[SourceFile]:
+    def list(self) -> list[SourceFile]:
         return self._files
 
     def stat(self, name: str) -> SourceFile:
@@ -79,7 +83,7 @@ class PeerSource:
     def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> Reader:
         return _NoOrigin(self.uri)
 
-    def _get(self, path: str, most: int, **params: str) -> bytes:
+    def _get(self, path: str, most: int, **params: str | Sequence[str]) -> bytes:
         import httpx
 
         try:

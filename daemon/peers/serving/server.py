@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from weightd.daemon.errors import DeviceFailed, InvalidRequest, UnknownStage
@@ -54,9 +54,13 @@ class Serving:
         """Stage key → how much of it there is, 0 to 1."""
         return {stage.key: _share(stage) for stage in self._residency.stages.values() if _servable(stage)}
 
-    def identity_of(self, uri: str) -> str | None:
-        """Of what is at a URI, as the latest stage here that peers can read knows it."""
-        found = [stage for stage in self._residency.stages.values() if stage.uri == uri and _servable(stage)]
+    def identity_of(self, uri: str, weights: Collection[str]) -> str | None:
+        """Of what is at a URI, as the latest stage here that peers can read, of those weights, knows it."""
+        found = [
+            stage
+            for stage in self._residency.stages.values()
+            if stage.uri == uri and set(stage.request.files) == set(weights) and _servable(stage)
+        ]
         listing = found[-1].listing if found else None
         return listing.identity if listing else None
 
