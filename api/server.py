@@ -54,9 +54,10 @@ def serve(settings: Settings) -> int:
     deposits = Deposits.inherited()
     held = deposits.collect()
     quarantine = Quarantine(deposits, held)
-    cuda.on_sticky(lambda error: _crash(deposits, quarantine, error))
     capacity = {name: int(size) for name, size in settings.capacity.items()}
     devices = open_devices(capacity, settings.cuda_limits, settings.host_fill)
+    # From here on: GPUs that err as they are looked for are not used, and no reason to end.
+    cuda.on_sticky(lambda error: _crash(deposits, quarantine, error))
     for device in devices.values():
         device.quarantined = quarantine.reason(device.uuid)
     allow = Allow(settings.allow)
