@@ -170,7 +170,7 @@ def test_an_unreadable_file_beside_the_weights_is_left_out_with_the_reason(
     (tmp_path / "m" / "tokenizer.json").write_text('{"a": 1}')
     (tmp_path / "m" / "vocab.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     if kind == "folder":
-        os.truncate(tmp_path / "m" / "tokenizer.json", 65 << 20)  # as any user, root included, would find it
+        os.truncate(tmp_path / "m" / "tokenizer.json", 65 << 20)  # more than is kept of one file
         record = start_daemon().stage(tmp_path / "m")
         assert {file["name"] for file in record["selection"]["left_out"]} == {"tokenizer.json", "vocab.txt"}
         return
