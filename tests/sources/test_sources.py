@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import mmap
 import os
-import shutil
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import numpy
 import pytest
@@ -20,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import lacking
 from tests.servers import Daemon, FakeGCS, SeaweedFS, until
 from weightd.daemon.devices import libstreamer
-from weightd.ipc import RequestRefused, Weights
+from weightd.ipc import Weights
 
 
 def checkpoint(folder: Path, seed: int = 0, shards: int = 3) -> dict[str, numpy.ndarray]:
@@ -195,92 +191,6 @@ def test_what_is_resident_is_served_while_its_source_is_away(
         assert server.stage(uri)["state"] == "ready"
     with server.attach(uri) as weights:
         assert_holds(weights, tensors)
-
-
-# ---------------------------------------------------------------------- the hub
-
-
-class _Hub(BaseHTTPRequestHandler):
-    """The few routes of the Hugging Face hub that a snapshot download uses, over a local folder."""
-
-    folder: Path
-    commit = "0123456789012345678901234567890123456789"
-    asked: list[str]
-
-    def _answer(self, body: bytes, **headers: str) -> None:
-        self.send_response(200)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _blob(self, item: Path) -> str:
-        return hashlib.sha1(item.read_bytes()).hexdigest()
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        path = self.path.partition("?")[0]
-        if path.startswith("/api/models/org/name"):
-            files = [
-                {"rfilename": item.name, "size": item.stat().st_size, "blobId": self._blob(item)}
-                for item in sorted(self.folder.iterdir())
-            ]
-            info = {"id": "org/name", "modelId": "org/name", "sha": self.commit, "siblings": files, "private": False,
-                    "tags": [], "downloads": 0}  # fmt: skip
-            self._answer(json.dumps(info).encode(), Content_Type="application/json")
-            return
-        item = self.folder / path.rpartition("/")[2]
-        if not path.startswith("/org/name/resolve/") or not item.is_file():
-            self.send_error(404)
-            return
-        body = item.read_bytes()
-        self._answer(body, ETag=f'"{self._blob(item)}"', X_Repo_Commit=self.commit, Accept_Ranges="bytes")
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.mark.usefixtures("host_fill")
-def test_a_repository_is_taken_from_the_hubs_cache_or_downloaded_into_it(
-    start_daemon: Callable[..., Daemon], tmp_path: Path
-) -> None:
-    tensors = checkpoint(tmp_path / "repo", shards=2)
-    shutil.rmtree(tmp_path / "repo" / "1_Pooling")
-    handler = type("Hub", (_Hub,), {"folder": tmp_path / "repo", "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    env = {
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    try:
-        daemon = start_daemon(env=env)
-        record = daemon.stage("hf://org/name@main")
-        assert record["state"] == "ready", record["error"]
-        with daemon.attach("hf://org/name@main") as weights:
-            assert_holds(weights, tensors)
-            assert weights.metadata is not None
-            assert (weights.metadata / "config.json").exists()
-        again = daemon.stage("hf://org/name@main")
-        assert again["id"] == record["id"], "the cache is what the hub had"
-        assert any(path.startswith("/org/name/resolve/") for path in handler.asked)  # type: ignore[attr-defined]
-    finally:
-        server.shutdown()
-        server.server_close()
-    # A second daemon, with the hub gone: the cache has it.
-    daemon = start_daemon(env=env)
-    with daemon.attach("hf://org/name@main") as weights:
-        assert_holds(weights, tensors)
-    missing = daemon.stage("hf://org/other")
-    assert missing["state"] == "failed"
-    assert "hf://org/other" in missing["error"]["message"]
-    with pytest.raises(RequestRefused, match="hf:"):
-        daemon.stage("hf://../..")
 
 
 def test_safetensors_itself_reads_the_same(daemon: Daemon, minilm: Path) -> None:

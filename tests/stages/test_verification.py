@@ -57,7 +57,7 @@ def flip_once(request: Request, done: list[bool], least: int = MiB) -> Kind | No
 
 @pytest.mark.parametrize("kind", ["xxh3", "sha256", "prefixed", "one file of two"])
 def test_bytes_that_are_expected_are_accepted(daemon: Daemon, folder: Path, clean: dict[str, str], kind: str) -> None:
-    files = {path.name: sha256(path) for path in folder.iterdir()}
+    files = {path.name: sha256(path) for path in folder.glob("*.safetensors")}
     expected: object = {
         "xxh3": clean["checkpoint_digest"],
         "sha256": files,
@@ -125,7 +125,7 @@ def test_a_bit_flipped_on_the_way_fails_the_stage_and_names_tensor_and_leaf(
     by: str,
     parallel: object,
 ) -> None:
-    files = {path.name: sha256(path) for path in folder.iterdir()}
+    files = {path.name: sha256(path) for path in folder.glob("*.safetensors")}
     expected: object = clean["checkpoint_digest"] if by == "xxh3" else files
     done: list[bool] = []
     with FaultProxy(s3.url, lambda request: flip_once(request, done)) as proxy:
