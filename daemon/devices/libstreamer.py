@@ -111,6 +111,17 @@ def load() -> ctypes.CDLL:
     return lib
 
 
+def address_by(*, virtual: bool) -> None:
+    """Whether S3 clients that are made from now on name a bucket in the host's name or in the path.
+
+    The library takes this from the environment alone, for the whole process: it is written where it differs only, so
+    that in effect it is before the first S3 client, as others may be reading the environment.
+    """
+    value = str(int(virtual))
+    if os.environ.get("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "1") != value:
+        os.environ["RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"] = value
+
+
 def describe(code: int) -> str:
     """The library's own words for a response code."""
     text: bytes = load().runai_file_streamer_response_str(code)
@@ -123,6 +134,8 @@ class _Ended(NamedTuple):
     handle: ctypes.c_void_p
     context: Callable[[], AbstractContextManager[object]] | None
     """In what it is to be ended, where it has sent bytes to a GPU."""
+    credentials: Mapping[str, str]
+    """What it was told to use, which it keeps as long as it lives."""
 
 
 class _Users:
@@ -143,9 +156,9 @@ class _Users:
 
     def end_all(self) -> None:
         """Nobody uses any: end them. With ``changed`` held."""
-        for handle, context in (*self.idle, *self.unsettled):
-            with context() if context else contextlib.nullcontext():
-                load().runai_file_streamer_end(handle)
+        for ended in (*self.idle, *self.unsettled):
+            with ended.context() if ended.context else contextlib.nullcontext():
+                load().runai_file_streamer_end(ended.handle)
         self.idle, self.unsettled = [], []
         self.ends += 1
         self.changed.notify_all()
@@ -164,25 +177,32 @@ class Streamer:
     def __init__(self, credentials: Mapping[str, str] | None = None) -> None:
         """Start the library's threads; ``credentials`` overrides the ambient ones, keys as in the S3 plugin.
 
-        Keys: ``access_key_id``, ``secret_access_key``, ``session_token``, ``region``, ``endpoint``.
+        Keys: ``access_key_id``, ``secret_access_key``, ``session_token``, ``region``, ``endpoint``. With empty ones of
+        the first two, requests to S3 have no signature.
         """
         self._lib = load()
         self._handle = ctypes.c_void_p(0)
         self._outstanding = 0
         self._unsettled = False
-        self._own = bool(credentials)
+        self._credentials = dict(credentials or {})
         with _users.changed:
-            again = next((ended for ended in _users.idle if ended.context is None), None)
-            if again is not None and not credentials:
+            again = next(
+                (ended for ended in _users.idle if ended.context is None and ended.credentials == self._credentials),
+                None,
+            )
+            if again is not None:
                 _users.idle.remove(again)
                 self._handle = again.handle
             else:
-                self._check(self._lib.runai_file_streamer_start(ctypes.byref(self._handle)), "start")
+                self._start()
             _users.active += 1
-        if credentials:
-            count = len(credentials)
-            keys = (ctypes.c_char_p * count)(*[key.encode() for key in credentials])
-            values = (ctypes.c_char_p * count)(*[value.encode() for value in credentials.values()])
+
+    def _start(self) -> None:
+        self._check(self._lib.runai_file_streamer_start(ctypes.byref(self._handle)), "start")
+        count = len(self._credentials)
+        if count:
+            keys = (ctypes.c_char_p * count)(*[key.encode() for key in self._credentials])
+            values = (ctypes.c_char_p * count)(*[value.encode() for value in self._credentials.values()])
             self._check(self._lib.runai_file_streamer_set_credentials(self._handle, keys, values, count), "credentials")
 
     def _check(self, code: int, what: str) -> None:
@@ -248,7 +268,7 @@ class Streamer:
         """
         if not self._handle:
             return
-        ended, self._handle = _Ended(self._handle, context), ctypes.c_void_p(0)
+        ended, self._handle = _Ended(self._handle, context, self._credentials), ctypes.c_void_p(0)
         with _users.changed:
             if _users.active == 1:  # the library's own end waits for what is in flight, and drops what is queued
                 _users.active = 0
@@ -258,7 +278,7 @@ class Streamer:
         self._drain(ended.handle)
         with _users.changed:
             _users.active -= 1
-            (_users.unsettled if self._unsettled or self._own else _users.idle).append(ended)
+            (_users.unsettled if self._unsettled else _users.idle).append(ended)
             if not _users.active:
                 _users.end_all()
             elif self._unsettled:

@@ -13,6 +13,7 @@ from weightd.daemon.devices import libstreamer
 from weightd.daemon.devices.cpu import available_memory
 from weightd.daemon.doctor.gpus import examine_gpus
 from weightd.daemon.doctor.report import Finding
+from weightd.daemon.doctor.s3 import examine_s3
 from weightd.daemon.keeper.control import NoKeeper, keeper_status
 from weightd.daemon.settings import Settings
 from weightd.ipc import Client, WeightdError
@@ -26,7 +27,7 @@ def examine() -> list[Finding]:
     findings: list[Finding] = []
     checks = (
         _keeper, _daemon, _sockets, _memory, _memlock, _huge_pages, _files, _streamer, examine_gpus,
-        _credentials, _cache,
+        examine_s3, _credentials, _cache,
     )  # fmt: skip
     for check in checks:
         try:
@@ -192,11 +193,6 @@ def _credentials() -> Iterator[Finding]:
         return [name for name in variables if os.environ.get(name)] + [str(path) for path in files if path.exists()]
 
     schemes = {
-        "s3://": (
-            ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI"),
-            (home / ".aws" / "credentials",),
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the service account a role",
-        ),
         "gs://": (
             ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUD_STORAGE_EMULATOR_ENDPOINT"),
             (home / ".config" / "gcloud" / "application_default_credentials.json",),

@@ -1,7 +1,8 @@
 """Object stores: S3, Google Cloud Storage, Azure Blob Storage.
 
 Listing, ETags and headers come through obstore; weights through the native streamer of runai-model-streamer, whose
-threads write each range to its final address. Both take credentials and endpoints from the same environment.
+threads write each range to its final address. For S3 both are told where and how to ask; for the others both take
+credentials and endpoints from the same environment.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from weightd.daemon.devices import libstreamer
 from weightd.daemon.errors import CheckpointNotFound, CredentialsRefused, InvalidRequest, SourceFailed, UnreadableFile
+from weightd.daemon.sources import aws
 from weightd.daemon.sources.base import SourceFile, is_file_name, is_hidden, is_index
 from weightd.daemon.sources.streamed import StreamerReader
 from weightd.daemon.sources.uris import Allow
@@ -35,49 +38,42 @@ def open_source(uri: str, allow: Allow) -> ObjectStoreSource:
     return ObjectStoreSource(uri)
 
 
+def _options(endpoint: str) -> dict[str, Any]:
+    return {
+        "client_options": {"allow_http": endpoint.startswith("http://"), "timeout": timedelta(seconds=30)},
+        "retry_config": {
+            "max_retries": 5,
+            "retry_timeout": timedelta(seconds=60),
+            "backoff": {
+                "init_backoff": timedelta(milliseconds=100),
+                "max_backoff": timedelta(seconds=5),
+                "base": 2,
+            },
+        },
+    }
+
+
+def _connect_s3(bucket: str, access: aws.S3Access) -> ObjectStore:
+    from obstore.store import S3Store
+
+    options = _options(access.endpoint.value)
+    if authorities := access.authorities():
+        options["client_options"]["root_certificate"] = authorities
+    return S3Store(bucket, **access.listing(bucket), **options)
+
+
 def _connect(scheme: str, bucket: str) -> ObjectStore:
     """A store whose endpoint and credentials are the environment's, named as the cloud's own tools name them."""
-    from obstore.store import AzureStore, GCSStore, S3Store
+    from obstore.store import AzureStore, GCSStore
 
-    def options(endpoint: str) -> dict[str, Any]:
-        return {
-            "client_options": {"allow_http": endpoint.startswith("http://"), "timeout": timedelta(seconds=30)},
-            "retry_config": {
-                "max_retries": 5,
-                "retry_timeout": timedelta(seconds=60),
-                "backoff": {
-                    "init_backoff": timedelta(milliseconds=100),
-                    "max_backoff": timedelta(seconds=5),
-                    "base": 2,
-                },
-            },
-        }
-
-    if scheme == "s3":
-        endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-        virtual = os.environ.get("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "1") != "0" and not endpoint
-        arguments: dict[str, Any] = {"virtual_hosted_style_request": virtual, **options(endpoint)}
-        if _aws_profile():
-            # obstore reads no profiles; boto3, which the streamer's S3 plugin brings along, does.
-            from obstore.auth.boto3 import Boto3CredentialProvider
-
-            arguments["credential_provider"] = Boto3CredentialProvider()
-        return S3Store(bucket, **arguments)
     if scheme == "gs":
         endpoint = os.environ.get("CLOUD_STORAGE_EMULATOR_ENDPOINT", "")
         emulator: dict[str, Any] = {"base_url": endpoint, "skip_signature": True} if endpoint else {}
-        return GCSStore(bucket, **emulator, **options(endpoint))
+        return GCSStore(bucket, **emulator, **_options(endpoint))
     account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "")
     suffix = os.environ.get("AZURE_STORAGE_ENDPOINT_SUFFIX", "")
     place: dict[str, Any] = {"endpoint": f"https://{account}.{suffix}"} if account and suffix else {}
-    return AzureStore(bucket, **place, **options(""))
-
-
-def _aws_profile() -> bool:
-    if os.environ.get("AWS_PROFILE"):
-        return True
-    path = os.environ.get("AWS_SHARED_CREDENTIALS_FILE", os.path.expanduser("~/.aws/credentials"))
-    return not os.environ.get("AWS_ACCESS_KEY_ID") and os.path.exists(path)
+    return AzureStore(bucket, **place, **_options(""))
 
 
 class ObjectStoreSource:
@@ -100,8 +96,9 @@ class ObjectStoreSource:
         self._prefix, _, name = prefix.rpartition("/") if is_file_name(prefix) else (prefix, "", "")
         self.single = name or None
         self.base = "/".join(part for part in (f"{scheme}://{bucket}", self._prefix) if part)
+        self._access = aws.resolve() if scheme == "s3" else None
         try:
-            self._store = _connect(scheme, bucket)
+            self._store = _connect_s3(bucket, self._access) if self._access else _connect(scheme, bucket)
         except BaseError as error:
             raise SourceFailed(f"{uri}: cannot connect: {_reason(error)}") from None
 
@@ -155,9 +152,11 @@ class ObjectStoreSource:
                 raise UnreadableFile(f"{uri} is {what} ({_reason(error)})") from None
             kinds = (PermissionDeniedError, UnauthenticatedError, PermissionError)
             if isinstance(error, kinds) or _REFUSED.search(str(error)):
+                what = "the credentials"
+                if self._access is not None and self._access.signing.value == "unsigned":
+                    what = f"requests without a signature ({self._access.signing.origin})"
                 raise CredentialsRefused(
-                    f"{uri}: the object store refused the credentials: {_reason(error)}: "
-                    "weightd doctor shows which are in use"
+                    f"{uri}: the object store refused {what}: {_reason(error)}: weightd doctor shows which are in use"
                 ) from None
             if "NoSuchBucket" in str(error) or "404 Not Found" in str(error):
                 raise CheckpointNotFound(f"{uri}: no such bucket") from None
@@ -167,7 +166,11 @@ class ObjectStoreSource:
         """They are read where they are."""
 
     def reader(self, files: Sequence[SourceFile], *, native: bool = False) -> StreamerReader:
-        return StreamerReader(self, files, [f"{self.base}/{file.name}" for file in files])
+        uris = [f"{self.base}/{file.name}" for file in files]
+        if self._access is None:
+            return StreamerReader(self, files, uris)
+        libstreamer.address_by(virtual=self._access.addressing.value == "virtual")
+        return StreamerReader(self, files, uris, self._access.reading)
 
 
 def _folders(name: str) -> Iterator[str]:

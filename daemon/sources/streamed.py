@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from weightd.daemon.devices import libstreamer
-from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, SourceFailed
+from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, CredentialsRefused, SourceFailed
 from weightd.daemon.filling.sink import Landing, Sink
 from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.sources.base import Source, SourceFile, changed
@@ -40,14 +40,24 @@ class StreamerReader:
     library's only way to say that nothing writes to this stage's memory any more.
     """
 
-    def __init__(self, source: Source, files: Sequence[SourceFile], uris: Sequence[str]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        files: Sequence[SourceFile],
+        uris: Sequence[str],
+        credentials: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        """``credentials`` are asked for what a streamer is to be told, which it then keeps: where a range has failed,
+        and they are others by now, what is in flight is asked for anew with these."""
         self._source = source
         self._files = files
         self._uris = uris
+        self._credentials = credentials
+        self._used = credentials()
         self._gpu: int | None = None
         """A GPU that bytes were sent to."""
         try:
-            self._streamer = libstreamer.Streamer()
+            self._streamer = libstreamer.Streamer(self._used)
         except (libstreamer.StreamerUnavailable, OSError) as error:
             raise SourceFailed(f"{uris[0]}: {error}") from None
 
@@ -92,10 +102,10 @@ class StreamerReader:
                 continue
             at = time.monotonic() + self._failed(sink, extent, response.code)
             again = [(extent, landing)]
-            if response.code == libstreamer.UNKNOWN:
+            if self._expired() or response.code == libstreamer.UNKNOWN:
                 # All that is in flight is asked for anew, once nothing of the old streamer can still write.
                 self.close()
-                self._streamer = libstreamer.Streamer()
+                self._streamer = libstreamer.Streamer(self._used)
                 again += in_flight.values()
                 in_flight.clear()
                 nbytes = 0
@@ -125,6 +135,15 @@ class StreamerReader:
                 if found != planned:
                     raise changed(planned, found)
         return sink.failed(extent, uri, libstreamer.describe(code))
+
+    def _expired(self) -> bool:
+        """Whether the credentials are others than the streamer has; these are used from now on."""
+        try:
+            now = self._credentials()
+        except CredentialsRefused:
+            return False  # whoever gives them out is away: that may pass, as the store's being away
+        changed, self._used = now != self._used, now
+        return changed
 
     def _submit(self, sink: Sink, extent: Extent, landing: Landing) -> int:
         if landing.device is not None:

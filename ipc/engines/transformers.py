@@ -1,8 +1,9 @@
 """The Transformers shim: a model whose parameters are the daemon's memory. Needs Transformers 5.
 
 ``load`` gives what ``from_pretrained`` of the same class gives, with parameters in the checkpoint's own dtype, or it
-raises ModelMismatch: nothing is cast, nothing is initialised at random, nothing is left out unsaid. The model is built
-on torch's meta device, which allocates nothing, and each of its parameters is then replaced by the attached tensor.
+raises ModelMismatch: nothing is cast unasked, nothing is initialised at random, nothing is left out unsaid. The model
+is built on torch's meta device, which allocates nothing, and each of its parameters is then replaced by the attached
+tensor.
 
 ``from_pretrained(state_dict=...)`` is not used: it initialises at random what is missing, copies all of a tensor whose
 dtype differs before anybody can object, and on a GPU first allocates as much memory again.
@@ -18,6 +19,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +32,7 @@ except ImportError:
     raise ImportError(f"weightd needs Transformers 5, this is {transformers.__version__}") from None
 
 from weightd.ipc.dtypes import DTYPES
+from weightd.ipc.engines.computed import compute
 from weightd.ipc.errors import ModelMismatch
 from weightd.ipc.weights import Weights, attach
 
@@ -40,6 +43,8 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 5
 """Tensors of each kind that a message names; all of them are in ``ModelMismatch.details``."""
+_FLOATS = ("F16", "BF16", "F32", "F64")
+"""Dtypes that a model can be built in, and cast between: of what has fewer bits the scale is stored elsewhere."""
 _MOVED = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
 """Buffers that old checkpoints hold where models compute them now, elsewhere perhaps: end of such a buffer's name in
 the model → pattern of names in the checkpoint, as in from_pretrained."""
@@ -51,6 +56,7 @@ def load(
     model_class: Any = None,
     config: PreTrainedConfig | None = None,
     dtype: torch.dtype | str | None = None,
+    cast: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
     """A Transformers model in eval mode, whose parameters and persistent buffers are attached, not copied.
@@ -63,10 +69,13 @@ def load(
     ``model_class`` is a model class or an auto class; default: the class that the configuration's ``architectures``
     name, else AutoModel. A base model may be loaded from a checkpoint with a head and does without it.
     ``config`` replaces the checkpoint's config.json, to choose an attention implementation, say; it is not changed.
-    Parameters have the checkpoint's dtypes, whatever config.json says; ``dtype`` only demands one, and never casts.
+    Parameters have the dtype that most of the checkpoint has, whatever config.json says; ``dtype`` demands one. Tensors
+    that are stored in another (float32 norms in a bfloat16 checkpoint) are refused, or with ``cast`` become this
+    process's own copies in the model's dtype, as from_pretrained makes of all of them; the others stay lent.
 
     Raises ModelMismatch where a tensor is missing, left over, or of another dtype or shape, where Transformers would
-    convert tensors rather than rename them (experts that it stacks, quantised weights); and what ``attach`` raises.
+    convert tensors rather than rename them (experts that it stacks, quantised weights), where a configuration file
+    cannot be read; and what ``attach`` raises.
 
     >>> model = load("s3://models/llama-3-8b", model_class=transformers.AutoModelForCausalLM)
     >>> tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
@@ -82,10 +91,10 @@ def load(
     try:
         # The model is built, and refused, while the daemon may still be loading its bytes.
         built = _build(weights, model_class, config, _torch_dtype(dtype))
-        sources = _match(built, weights)
-        _compute_buffers(built, torch.device(weights.device))
+        plan = _match(built, weights, cast=cast)
+        compute(built, plan.computed, torch.device(weights.device))
         weights.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0))
-        _bind(built, weights, sources)
+        _bind(built, weights, plan)
     except BaseException:
         if weights is not model:
             weights.close()
@@ -175,9 +184,16 @@ def _read_generation_config(weights: Weights, model: Any) -> None:
     for file, is_models in (("generation_config.json", None), ("config.json", True)):
         if (weights.metadata / file).is_file():
             # The flag keeps the model's own fields out of it, as from_pretrained does: there is no public way to.
-            model.generation_config = transformers.GenerationConfig.from_pretrained(
-                weights.metadata, file, local_files_only=True, _from_model_config=is_models
-            )
+            try:
+                model.generation_config = transformers.GenerationConfig.from_pretrained(
+                    weights.metadata, file, local_files_only=True, _from_model_config=is_models
+                )
+            except Exception as error:  # whatever the class makes of a file that comes from outside
+                raise ModelMismatch(
+                    f"{weights.manifest.model}: Transformers {transformers.__version__} cannot read its {file}, which "
+                    f"generate() starts from: {error}: mend it in the checkpoint, or take it out to do without it, and "
+                    "stage that again"
+                ) from error
             return
 
 
@@ -194,7 +210,7 @@ def _main_dtype(weights: Weights) -> torch.dtype | None:
     """What most of the checkpoint is stored in, of the dtypes that a model can be built in."""
     sizes: Counter[str] = Counter()
     for entry in weights.manifest:
-        if entry.dtype in ("F16", "BF16", "F32", "F64"):
+        if entry.dtype in _FLOATS:
             sizes[entry.dtype] += entry.nbytes
     return _stored_dtype(sizes.most_common(1)[0][0]) if sizes else None
 
@@ -207,29 +223,53 @@ def _stored_dtype(name: str) -> torch.dtype | None:
 # ---------------------------------------------------------------------- matching
 
 
-def _match(model: Any, weights: Weights) -> dict[str, str]:
-    """Which stored tensor each tensor of the model is: name in the model → name in the checkpoint.
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of each tensor of the model's state dict."""
+
+    sources: Mapping[str, str]
+    """Name in the model → name in the checkpoint."""
+    casts: Mapping[str, torch.dtype]
+    """Names in the model of what is to be copied into another dtype."""
+    computed: list[list[str]]
+    """Names of what the checkpoint may lack, as the class computes it: one list for each tensor."""
+
+
+def _match(model: Any, weights: Weights, *, cast: bool) -> _Plan:
+    """Which stored tensor each tensor of the model is.
 
     Needs no more than the manifest, so that it says no before the bytes are there. Raises ModelMismatch.
     """
     problems: dict[str, list[str]] = {"converted": [], "missing": [], "extra": [], "shape": [], "dtype": []}
     sources = _match_names(model, weights, problems)
     wanted: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    ignored = _any_of(model._keys_to_ignore_on_load_missing or ())
+    computed = []
     for names in _tied(wanted):
         if not any(name in sources for name in names):
-            problems["missing"].append(repr(names[0]))
+            if ignored and all(ignored.search(name) for name in names):
+                computed.append(names)
+            else:
+                problems["missing"].append(repr(names[0]))
     upcast = _upcast(model)
+    casts: dict[str, torch.dtype] = {}
     for name, stored in sources.items():
         found, shape, dtype = weights.entry(stored), tuple(wanted[name].shape), wanted[name].dtype
         if upcast and dtype.is_floating_point and upcast.search(name):
             dtype = torch.float32
         if found.shape != shape:
             problems["shape"].append(f"{stored!r} has {found.shape}, wanted {shape}")
-        if _stored_dtype(found.dtype) != dtype:
+        if _stored_dtype(found.dtype) == dtype:
+            continue
+        if cast and found.dtype in _FLOATS and dtype.is_floating_point:
+            casts[name] = dtype
+        else:
             problems["dtype"].append(f"{stored!r} has {_stored_dtype(found.dtype) or found.dtype}, wanted {dtype}")
     if any(problems.values()):
         raise ModelMismatch(_message(model, weights, problems), details=problems)
-    return sources
+    if casts:
+        log.info("%s: copied into another dtype: %s", weights.manifest.model, ", ".join(casts))
+    return _Plan(sources, casts, computed)
 
 
 def _match_names(model: Any, weights: Weights, problems: Mapping[str, list[str]]) -> dict[str, str]:
@@ -289,13 +329,18 @@ def _ignored(model: Any, computed: Iterable[str]) -> re.Pattern[str] | None:
     """What a checkpoint may hold without the model wanting it: as the class declares, and what has moved."""
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     patterns |= {pattern for end, pattern in _MOVED.items() if any(name.endswith(end) for name in computed)}
-    return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
+    return _any_of(patterns)
+
+
+def _any_of(patterns: Iterable[str]) -> re.Pattern[str] | None:
+    joined = "|".join(f"({pattern})" for pattern in patterns)
+    return re.compile(joined) if joined else None
 
 
 def _upcast(model: Any) -> re.Pattern[str] | None:
     """Parameters that from_pretrained makes float32 of, whatever the rest is: those of another dtype would be wrong."""
     patterns = model._get_dtype_plan(model.config.dtype)
-    return re.compile("|".join(f"({pattern.replace('*', '.*')})" for pattern in patterns)) if patterns else None
+    return _any_of(pattern.replace("*", ".*") for pattern in patterns)
 
 
 def _tied(tensors: Mapping[str, torch.Tensor]) -> Iterable[list[str]]:
@@ -314,7 +359,7 @@ _KINDS = {
     "missing": "the checkpoint lacks {}",
     "extra": "the model has no place for {} (attach with tensors={{'exclude': [...]}} to do without them)",
     "shape": "shapes differ: {}",
-    "dtype": "dtypes differ, and nothing is cast: {}",
+    "dtype": "dtypes differ, and nothing is cast unasked (cast=True copies these floats, and lends the rest): {}",
 }
 
 
@@ -330,36 +375,14 @@ def _message(model: Any, weights: Weights, problems: Mapping[str, list[str]]) ->
 # ---------------------------------------------------------------------- binding
 
 
-def _compute_buffers(model: Any, device: torch.device) -> None:
-    """Fill the buffers that are in no checkpoint: rotary frequencies, position ids, embedding scales.
-
-    The class does so in its initialisation of weights. It is run while all that is lent is still to come: parameters
-    are on the meta device, where no class can write to them.
-    """
-    for tensor in model.state_dict(keep_vars=True).values():
-        tensor._is_hf_initialized = True  # what Transformers marks by it, it does not initialise
-    buffers = []
-    for name, buffer in list(model.named_non_persistent_buffers(remove_duplicate=False)):
-        owner, _, leaf = name.rpartition(".")
-        empty = torch.empty_like(buffer, device=device)
-        if empty.is_floating_point():
-            empty.fill_(torch.nan)
-        setattr(model.get_submodule(owner), leaf, empty)
-        buffers.append((name, empty))
-    model.initialize_weights()
-    for name, buffer in buffers:
-        if buffer.is_floating_point() and buffer.numel() and bool(buffer.isnan().all()):
-            raise ModelMismatch(
-                f"{type(model).__name__} computes its buffer {name!r} in its constructor only, where it has no memory "
-                "yet: Transformers 5 wants that in _init_weights"
-            )
-
-
-def _bind(model: Any, weights: Weights, sources: Mapping[str, str]) -> None:
+def _bind(model: Any, weights: Weights, plan: _Plan) -> None:
     """Put the stored tensors in the place of the model's, one parameter object for all the names that it ties."""
     wanted: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     for names in _tied(wanted):
-        stored = {name: weights[sources[name]] for name in names if name in sources}
+        stored = {name: weights[plan.sources[name]] for name in names if name in plan.sources}
+        if not stored:
+            continue  # the class has computed it
+        stored = {name: tensor.to(plan.casts.get(name, tensor.dtype)) for name, tensor in stored.items()}
         first, *others = stored.values()
         if all(torch.equal(first, other) for other in others):
             groups = [(names, first)]

@@ -149,7 +149,7 @@ etcd:{{ $endpoints }}{{ $prefix }}
   {{- if .endpoint }}{{ $env = append $env (dict "name" "HF_ENDPOINT" "value" .endpoint) }}{{ end -}}
 {{- end -}}
 {{- if or .Values.credentials.caBundle.configMap .Values.credentials.caBundle.secret -}}
-  {{- /* The streamer's S3 and boto3 go by the first, obstore and httpx by the second; Azure's knows the mounted path only. */ -}}
+  {{- /* S3 goes by the first, the other stores and httpx by the second; Azure's knows the mounted path only. */ -}}
   {{- $env = append $env (dict "name" "AWS_CA_BUNDLE" "value" "/etc/ssl/certs/ca-certificates.crt") -}}
   {{- $env = append $env (dict "name" "SSL_CERT_FILE" "value" "/etc/ssl/certs/ca-certificates.crt") -}}
 {{- end -}}

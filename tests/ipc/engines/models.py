@@ -14,11 +14,19 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from weightd.ipc import Weights  # noqa: E402
+from weightd.ipc.engines.transformers import load  # noqa: E402
+
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 64,
 }  # fmt: skip
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
+BART = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 128, "max_position_embeddings": 64,
+}  # fmt: skip
+MARIAN = {**BART, "pad_token_id": 127, "decoder_start_token_id": 127}
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 NORM = "model.norm.weight"
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -62,3 +70,34 @@ def put(name: str, tensor: Any) -> Callable[[dict[str, Any]], object]:
 def logits(model: Any) -> Any:
     with torch.no_grad():
         return model(TOKENS)[0]
+
+
+def same(weights: Weights, folder: Path, own: tuple[str, ...] = (), **options: Any) -> Any:
+    """The model over these weights: all that a checkpoint holds lies in their segment, but for the names in ``own``,
+    and it is what from_pretrained makes, computed buffers too."""
+    model: Any = load(weights, **options)
+    entry = weights.entry(next(iter(weights)))
+    start = weights[entry.name].data_ptr() - entry.offset
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        inside = start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= start + weights.manifest.nbytes
+        assert inside != (name in own), name
+        assert not tensor.requires_grad, name
+    assert not model.training
+    reference = type(model).from_pretrained(folder)
+    assert model.dtype == reference.dtype
+    assert model.all_tied_weights_keys == reference.all_tied_weights_keys
+    for kind in ("named_parameters", "named_buffers"):
+        found = dict(getattr(model, kind)(remove_duplicate=False))
+        expected = dict(getattr(reference, kind)(remove_duplicate=False))
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            assert tensor.dtype == expected[name].dtype, name
+            assert torch.equal(tensor, expected[name]), name
+    inputs: dict[str, Any] = {"input_ids": TOKENS}
+    if model.config.is_encoder_decoder:
+        inputs |= {"decoder_input_ids": TOKENS}
+    elif "ResNet" in type(model).__name__:
+        inputs = {"pixel_values": torch.ones(1, 3, 32, 32)}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], reference(**inputs)[0])
+    return model

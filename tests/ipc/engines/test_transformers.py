@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.servers import Daemon, until
-from weightd.ipc import ModelMismatch, RequestRefused, Weights
+from weightd.ipc import ModelMismatch, RequestRefused
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -21,39 +21,21 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file  # noqa: E402
 
 from tests.ipc.engines.conftest import Lend, leases_of  # noqa: E402
-from tests.ipc.engines.models import NORM, RESNET, SMALL, T5, TOKENS, drop, llama, logits, put, rewritten, saved  # noqa: E402
+from tests.ipc.engines.models import (  # noqa: E402
+    NORM,
+    RESNET,
+    SMALL,
+    T5,
+    TOKENS,
+    drop,
+    llama,
+    logits,
+    put,
+    rewritten,
+    same,
+    saved,
+)  # fmt: skip
 from weightd.ipc.engines.transformers import load  # noqa: E402
-
-
-def same(weights: Weights, folder: Path, **options: Any) -> Any:
-    """The model over these weights: all that a checkpoint holds lies in their segment, and it is what from_pretrained
-    makes, computed buffers too."""
-    model: Any = load(weights, **options)
-    entry = weights.entry(next(iter(weights)))
-    start = weights[entry.name].data_ptr() - entry.offset
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        assert start <= tensor.data_ptr(), name
-        assert tensor.data_ptr() + tensor.nbytes <= start + weights.manifest.nbytes, name
-        assert not tensor.requires_grad, name
-    assert not model.training
-    reference = type(model).from_pretrained(folder)
-    assert model.dtype == reference.dtype
-    assert model.all_tied_weights_keys == reference.all_tied_weights_keys
-    for kind in ("named_parameters", "named_buffers"):
-        found = dict(getattr(model, kind)(remove_duplicate=False))
-        expected = dict(getattr(reference, kind)(remove_duplicate=False))
-        assert found.keys() == expected.keys()
-        for name, tensor in found.items():
-            assert tensor.dtype == expected[name].dtype, name
-            assert torch.equal(tensor, expected[name]), name
-    inputs: dict[str, Any] = {"input_ids": TOKENS}
-    if "T5" in type(model).__name__:
-        inputs |= {"decoder_input_ids": TOKENS}
-    elif "ResNet" in type(model).__name__:
-        inputs = {"pixel_values": torch.ones(1, 3, 32, 32)}
-    with torch.no_grad():
-        assert torch.equal(model(**inputs)[0], reference(**inputs)[0])
-    return model
 
 
 def test_an_embedding_model_gives_what_from_pretrained_gives(lend: Lend, minilm: Path) -> None:
@@ -202,14 +184,47 @@ def test_one_rank_of_several_is_no_whole_model(daemon: Daemon, tmp_path: Path) -
         load(llama(tmp_path / "m"), parallel=parallel)
 
 
-def test_a_class_that_computes_buffers_in_its_constructor_only_is_refused(daemon: Daemon, tmp_path: Path) -> None:
-    class Scaled(transformers.LlamaForCausalLM):  # type: ignore[misc, name-defined]
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.register_buffer("scale", torch.full((4,), 2.0), persistent=False)
+def test_a_few_tensors_of_another_dtype_are_copied_where_that_is_asked_for(lend: Lend, tmp_path: Path) -> None:
+    folder = llama(tmp_path / "m", dtype=torch.bfloat16, tie_word_embeddings=True)
+    norms = [name for name in load_file(folder / "model.safetensors") if "norm" in name]
+    assert len(norms) == 5
 
-    with pytest.raises(ModelMismatch, match="Scaled computes its buffer 'scale' in its constructor only"):
-        load(llama(tmp_path / "m"), model_class=Scaled)
+    def widen(tensors: dict[str, Any]) -> None:
+        for name in norms:
+            tensors[name] = tensors[name].float() + 1e-4
+
+    weights = lend(rewritten(folder, widen))
+    with pytest.raises(ModelMismatch, match="cast=True") as refused:
+        load(weights)
+    assert len(refused.value.details["dtype"]) == len(norms)
+    assert all(any(repr(name) in found for found in refused.value.details["dtype"]) for name in norms)
+    model = same(weights, folder, own=tuple(norms), cast=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_what_transformers_keeps_in_float32_is_copied_where_that_is_asked_for(lend: Lend, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", "T5ForConditionalGeneration", dtype=torch.float16, **T5)
+    weights = lend(folder)
+    own = tuple(name for name in weights if name.endswith("DenseReluDense.wo.weight"))
+    assert same(weights, folder, own, cast=True).dtype == torch.float16
+
+
+def test_only_floats_are_cast(lend: Lend, tmp_path: Path) -> None:
+    weights = lend(rewritten(llama(tmp_path / "m"), put(NORM, torch.ones(64, dtype=torch.int8))))
+    with pytest.raises(ModelMismatch, match=r"norm\.weight' has torch\.int8"):
+        load(weights, cast=True)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[1]", b"\xff\xfe{", b"", b'{"num_beams": "many", "cache_implementation": 3}']
+)
+def test_a_broken_generation_config_is_named_with_what_to_do(daemon: Daemon, tmp_path: Path, content: bytes) -> None:
+    folder = llama(tmp_path / "m")
+    (folder / "generation_config.json").write_bytes(content)
+    with pytest.raises(ModelMismatch, match=r"cannot read its generation_config\.json.*mend it") as refused:
+        load(folder)
+    assert str(folder) in str(refused.value)
+    until(lambda: leases_of(daemon, folder) == [], "the lease of a model that was refused ends")
 
 
 def test_a_configuration_of_the_callers_own_is_used_and_left_alone(daemon: Daemon, tmp_path: Path) -> None:
