@@ -22,7 +22,7 @@ WEIGHTD = str(Path(sys.executable).parent / "weightd")
 
 def settled(daemon: Daemon, before: int) -> None:
     """Wait for a daemon that serves and is none of the two after ``before`` that died."""
-    until(lambda: daemon.status["serving"] and daemon.status["daemon_pid"] != before, "a daemon serves", 60)
+    until(lambda: daemon.status["serving"] and daemon.status["daemon_pid"] != before, "a daemon serves", 120)
 
 
 @pytest.mark.parametrize("way", [2, -2], ids=["its error", "an abort in the driver"])
