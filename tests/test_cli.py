@@ -77,6 +77,17 @@ def test_ranks_are_staged_by_flags(daemon: Daemon, folder: Path) -> None:
         assert weights["a"].shape == (8, 4)
 
 
+def test_the_weights_are_named_by_flags_and_shown(daemon: Daemon, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        save_file({name: numpy.ones(3)}, tmp_path / f"{name}.safetensors")
+    assert "ambiguous_checkpoint" in weightd(daemon, "stage", str(tmp_path), "--wait").stdout
+    shown = weightd(
+        daemon, "stage", str(tmp_path), "--weights", "a.safetensors", "--weights", "[c-z].safetensors", "--wait"
+    ).stdout
+    assert "a.safetensors, c.safetensors: the request's" in shown
+    assert "b.safetensors (another file, not named" in shown
+
+
 def test_on_a_terminal_there_is_a_progress_bar(daemon: Daemon, folder: Path) -> None:
     leader, follower = pty.openpty()
     env = {**os.environ, "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir), "TERM": "xterm"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -12,7 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.servers import Daemon, until
+from weightd.daemon.checkpoints.listing import Listing
+from weightd.daemon.checkpoints.selection import LeftOut
 from weightd.daemon.keeper.supervisor import FD_VARIABLE, LOCK, lock
+from weightd.daemon.sources.base import SourceFile
+from weightd.daemon.stages import record
+from weightd.daemon.stages.request import parse_request
+from weightd.daemon.stages.stage import Stage
 from weightd.ipc import Client
 
 WEIGHTD = str(Path(sys.executable).parent / "weightd")
@@ -101,3 +108,30 @@ def test_what_is_not_understood_is_left_alone_and_shown_and_what_has_no_record_i
             assert client.stages() == []
         assert holder.stop() == 0
         assert [said for said in holder.said if said.startswith("drop ")] == ["drop st-incomplete"]
+
+
+def test_a_record_says_what_was_taken_and_one_from_before_that_was_said_is_read_as_well() -> None:
+    left_out = (LeftOut("consolidated.safetensors", "a second copy"),)
+    weights = (SourceFile("model.safetensors", 7, "v"),)
+    listing = Listing("file:///m", "1d", weights, None, (), None, "it is there", left_out)
+    request = parse_request({"model": "/m", "weights": ["b*.safetensors", "a.safetensors"]})
+    written = {**record._describe(Stage("file:///m", ["cpu"], request, listing)), "footprints": [7]}
+
+    def read(table: object) -> Stage:
+        fd = os.memfd_create("record")
+        try:
+            os.write(fd, json.dumps(table).encode())
+            return record._read(fd)[0]
+        finally:
+            os.close(fd)
+
+    stage = read(written)
+    assert stage.listing is not None
+    assert (stage.listing.rule, stage.left_out, stage.request.files) == ("it is there", left_out, request.files)
+    for field in ("rule", "left_out"):
+        del written[field]
+    del written["request"]["weights"]
+    stage = read(written)
+    assert stage.listing is not None
+    assert (stage.listing.weights, stage.listing.rule, stage.left_out) == (weights, "", ())
+    assert stage.request.files == ()
