@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from concurrent.futures import Future
 
 import pytest
@@ -129,3 +130,19 @@ def test_what_is_let_go_is_lost_and_what_has_settled_is_not() -> None:
     assert settled.state is PartState.SETTLED
     assert found.empty
     assert found.number is None
+
+
+def test_nothing_is_let_go_while_it_is_being_put_where_it_belongs() -> None:
+    one = part()
+    found = lane(one)
+    found.move(one, PartState.READING)
+    found.came(one, 1.0)
+    one.settling = Future()
+    letting = threading.Thread(target=found.let_go)
+    letting.start()
+    letting.join(0.2)
+    assert letting.is_alive(), "it waits"
+    assert one.state is PartState.SETTLING
+    one.settling.set_result([])
+    letting.join(60)
+    assert one.state is PartState.LOST
