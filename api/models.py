@@ -91,6 +91,10 @@ class StageRecord(BaseModel):
     metadata: str | None = Field(description="Folder with the checkpoint's configuration and tokenizer files.")
     priority: int = Field(description="Priority, the highest that anybody asked for.")
     pin: bool = Field(description="Whether anybody asked for it never to be evicted.")
+    ttl_seconds: float | None = Field(
+        description="Seconds without a lease after which it is evicted, the most that anybody asked for; null: only "
+        "where room is needed."
+    )
     leases: int = Field(description="Leases held on it.")
     revoked_until: float | None = Field(
         description="By when its lessees have to let go, once it was dropped by force: seconds since the epoch."
@@ -366,6 +370,7 @@ def stage_record(stage: Stage) -> StageRecord:
         metadata=stage.metadata,
         priority=stage.priority,
         pin=stage.pin,
+        ttl_seconds=stage.ttl_seconds,
         leases=len(stage.leases),
         revoked_until=stage.revoked_until,
     )

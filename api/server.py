@@ -15,6 +15,7 @@ from weightd.api.probes import Port, health_routes, metrics_routes
 from weightd.api.uvicorn_server import Server
 from weightd.daemon.addresses import parse_listen
 from weightd.daemon.checkpoints.cache import Cache
+from weightd.daemon.devices.cpu import held_bytes
 from weightd.daemon.devices.discovery import open_devices
 from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.keeper import supervisor
@@ -51,9 +52,13 @@ def serve(settings: Settings) -> int:
     _raise_file_limit()
     deposits = Deposits.inherited()
     cuda.on_sticky(lambda error: _crash(deposits, error))
-    devices = open_devices({name: int(size) for name, size in settings.capacity.items()}, settings.cuda_limits)
-    allow = Allow(settings.allow)
     held = deposits.collect()
+    devices = open_devices(
+        {name: int(size) for name, size in settings.capacity.items()},
+        settings.cuda_limits,
+        held=held_bytes(held.values()),
+    )
+    allow = Allow(settings.allow)
     # Without a keeper, which has locked it, the directory is this process's own to lock.
     lock = held.pop(LOCK, None) or supervisor.lock(str(settings.runtime_dir))
     sockets = {name: held.pop(name) for name in list(held) if name.startswith(LISTEN)}

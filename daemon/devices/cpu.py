@@ -10,7 +10,7 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from weightd.daemon.errors import InsufficientCapacity
@@ -33,9 +33,10 @@ class CpuDevice:
     uuid = None
     handles = ("fd",)
 
-    def __init__(self, name: str, capacity: int | None) -> None:
+    def __init__(self, name: str, capacity: int | None, held: int = 0) -> None:
+        """``held``: bytes that are taken already by what is to be adopted, where no setting says the capacity."""
         self.name = name
-        self.capacity = int(available_memory() * DEFAULT_SHARE) if capacity is None else capacity
+        self.capacity = int((available_memory() + held) * DEFAULT_SHARE) if capacity is None else capacity
 
     def open(self) -> None:
         """It always is."""
@@ -218,10 +219,15 @@ class CpuSegment:
                 self.fd = -1
 
 
-def discover(capacity: Mapping[str, int]) -> list[CpuDevice]:
+def discover(capacity: Mapping[str, int], held: int = 0) -> list[CpuDevice]:
     """``cpu``, and ``cpu:0`` and so on, there where ``capacity`` says how large they are."""
     further = [name for name in capacity if re.fullmatch(r"cpu:\d{1,4}", name)]
-    return [CpuDevice(name, capacity.get(name)) for name in ("cpu", *sorted(further))]
+    return [CpuDevice(name, capacity.get(name), held) for name in ("cpu", *sorted(further))]
+
+
+def held_bytes(fds: Iterable[int]) -> int:
+    """Bytes of host memory that the files behind these descriptors take."""
+    return sum(512 * os.fstat(fd).st_blocks for fd in fds)
 
 
 def huge_pages() -> bool:

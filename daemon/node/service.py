@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.devices.base import Device
@@ -27,6 +27,7 @@ from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.peers.pulling.reader import Pulling
 from weightd.daemon.sources.uris import Allow
 from weightd.daemon.stages import record
+from weightd.daemon.stages.eviction import now
 from weightd.daemon.stages.moves import move_segments
 from weightd.daemon.stages.planning import allocated, make_plan
 from weightd.daemon.stages.request import StageRequest
@@ -106,7 +107,7 @@ class Node:
 
         A request for what is there, or on its way, joins it; otherwise a new stage starts. What is at the URI is
         listed anew every time, so that a replaced checkpoint is never taken for the one that is resident; where the
-        source cannot be reached, what is resident counts.
+        source does not answer, what is resident counts.
 
         Raises InvalidRequest, NotAllowed, InsufficientCapacity, QueueFull. All else is in the stage's record.
         """
@@ -116,7 +117,7 @@ class Node:
             return self._failed(request, meant, asked), False
         if isinstance(meant, Joined):
             found = meant.stage
-            self.change(found, priority=max(found.priority, request.priority), pin=found.pin or request.pin)
+            self._join(meant, request)
         else:
             found = Stage(meant.uri, meant.devices, request, meant.listing, asked)
             self._scheduler.start(found, meant.source)
@@ -127,6 +128,26 @@ class Node:
             raise found.error
         found.announced = True
         return found, isinstance(meant, Joined)
+
+    def _join(self, joined: Joined, request: StageRequest) -> None:
+        """Keep a stage as long, and load it as soon, as everybody who asked for it wants."""
+        stage, listing = joined.stage, joined.listing
+        if joined.unanswered is not None:
+            self.metrics.errors.labels(joined.unanswered.code).inc()
+            self.refusals.note(joined.unanswered)
+        stage.asked_at = now()
+        before = stage.ttl_seconds, stage.listing
+        if listing is not None and stage.listing is not None:
+            stage.listed_at = time.time()
+            if stage.listing.identity != listing.identity:  # a record of an earlier version, told by less
+                stage.listing = replace(listing, weight_map=None)
+        if stage.ttl_seconds is not None:
+            mine = request.ttl_seconds
+            stage.ttl_seconds = None if mine is None else max(stage.ttl_seconds, mine)
+        if before != (stage.ttl_seconds, stage.listing):
+            record.update(self._deposits, stage)
+        self.residency.changed()
+        self.change(stage, priority=max(stage.priority, request.priority), pin=stage.pin or request.pin)
 
     async def would_fit(self, request: StageRequest) -> Fit:
         """What ``stage`` would do, changing nothing. Raises what planning raises."""
@@ -199,7 +220,8 @@ class Node:
         if stage.state == "ready" and self.fleet is not None:
             stage.key = key_of(stage)
         if stage.state != "ready":
-            self._scheduler.spawn(self._scheduler.resume(stage, self._resolver.list(stage.uri)), stage.id)
+            resumed = self._scheduler.resume(stage, self._resolver.list, self._resolver.reopen)
+            self._scheduler.spawn(resumed, stage.id)
         elif stage.revoked_until is not None:
             self._scheduler.spawn(self.residency.revoked(stage), stage.id)
 

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from weightd.daemon.errors import CheckpointChanged
+from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, InvalidCheckpoint, NotAllowed
 from weightd.daemon.filling.sink import Sink
 
 
 class SourceFile(NamedTuple):
     """One file or object: ``name`` relative to the checkpoint, ``size`` in bytes, ``version`` changes when it does.
 
-    The version is an object's ETag, a local file's inode and mtime.
+    The version is an object's ETag, a local file's inode, mtime and ctime.
     """
 
     name: str
     size: int
     version: str
+
+
+ANSWERS = (CheckpointNotFound, CheckpointChanged, InvalidCheckpoint, NotAllowed)
+"""Errors that say what is at a URI: nothing, something else, nothing that can be used, nothing for this daemon to see.
+Any other one is no answer, and says nothing of what was there before."""
+
+_WITHOUT_CTIME = re.compile(r"\d+-\d+")
+
+
+def are_still(kept: Sequence[SourceFile], found: Sequence[SourceFile]) -> bool:
+    """Whether these are the files that a record names, as far as it tells: until ctime was in them, the versions of
+    local files were their inode and mtime alone."""
+    return len(kept) == len(found) and all(
+        one == other
+        or (
+            one[:2] == other[:2]
+            and _WITHOUT_CTIME.fullmatch(one.version)
+            and other.version.startswith(one.version + "-")
+        )
+        for one, other in zip(kept, found, strict=True)
+    )
 
 
 def changed(planned: SourceFile, found: SourceFile) -> CheckpointChanged:

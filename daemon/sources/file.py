@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat as modes
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, InvalidCheckpoint
+from weightd.daemon.errors import CheckpointChanged, CheckpointNotFound, InvalidCheckpoint, SourceFailed
 from weightd.daemon.filling.sink import Landing, Sink
 from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.sources.base import Reader, SourceFile, changed
@@ -16,6 +17,8 @@ from weightd.daemon.sources.uris import Allow
 
 MAX_FILES = 100_000
 """Files in one folder, over which it is taken for no checkpoint."""
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
+"""Gone, a link to itself, a folder that may not be entered: nothing that can be read. All else is no answer."""
 MAX_DEPTH = 4
 """Folders below the checkpoint's own that are looked into."""
 
@@ -38,7 +41,7 @@ class FileSource:
     def __init__(self, root: Path, allow: Allow) -> None:
         self._allow = allow
         self._check_allowed(root)
-        self._single = root.name if root.is_file() else None
+        self._single = root.name if os.path.isfile(root) else None
         self._root = root.parent if self._single else root
 
     def _check_allowed(self, path: Path) -> None:
@@ -48,10 +51,10 @@ class FileSource:
     def list(self, *, anew: bool = False) -> list[SourceFile]:
         if self._single:
             return [self.stat(self._single)]
-        if not self._root.is_dir():
+        if not modes.S_ISDIR(self._root_status().st_mode):
             raise CheckpointNotFound(f"{self._root}: no such folder or file")
         names: list[str] = []
-        for folder, folders, files in os.walk(self._root):
+        for folder, folders, files in os.walk(self._root, onerror=self._unlisted):
             inside = os.path.relpath(folder, self._root)
             depth = 0 if inside == "." else inside.count(os.sep) + 1
             folders[:] = sorted(name for name in folders if not name.startswith(".")) if depth < MAX_DEPTH else []
@@ -65,10 +68,25 @@ class FileSource:
                 found.append(_source_file(name, status))
         return found
 
+    def _root_status(self) -> os.stat_result:
+        try:
+            return os.stat(self._root)
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointNotFound(f"{self._root}: no such folder or file") from None
+        except OSError as error:
+            raise _unlistable(self._root, error) from None
+
+    def _unlisted(self, error: OSError) -> None:
+        """A folder cannot be listed: of one below, that may be meant so; of the checkpoint's own, it is no answer."""
+        if error.errno not in _NOTHING_THERE or error.filename == os.fspath(self._root):
+            raise _unlistable(Path(error.filename), error)
+
     def _status(self, name: str) -> os.stat_result | None:
         try:
             return os.stat(self._root / name)
-        except OSError:  # gone, a link to itself, a folder that may not be entered: nothing that can be read
+        except OSError as error:
+            if error.errno not in _NOTHING_THERE:
+                raise _unlistable(self._root / name, error) from None
             return None
 
     def stat(self, name: str) -> SourceFile:
@@ -111,8 +129,16 @@ class FileSource:
         return StreamerReader(self, files, [str(self._root / file.name) for file in files])
 
 
+def _unlistable(path: Path, error: OSError) -> SourceFailed:
+    return SourceFailed(
+        f"{path}: cannot be looked at: {error.strerror}: check that the daemon may read the folder, and that the "
+        "file system it is on answers"
+    )
+
+
 def _source_file(name: str, status: os.stat_result) -> SourceFile:
-    return SourceFile(name, status.st_size, f"{status.st_ino}-{status.st_mtime_ns}")
+    # Who writes a file anew may set its mtime back (rsync --inplace -t), its ctime nobody.
+    return SourceFile(name, status.st_size, f"{status.st_ino}-{status.st_mtime_ns}-{status.st_ctime_ns}")
 
 
 class FileReader:

@@ -151,7 +151,9 @@ class Loading:
             clock=self.clock,
         )
         files = checkpoint.listing.weights
-        if self._asks_peers():
+        if not self._fill.account.queued:
+            self._reader = None  # all of it is there: nobody need be asked for it
+        elif self._asks_peers():
             assert self.peers is not None
 
             def origin() -> Reader:
@@ -181,8 +183,8 @@ class Loading:
         Raises Cancelled, CheckpointChanged, DigestMismatch, SourceFailed. Results are in ``tensor_digests``,
         ``segment_digests``, ``checkpoint_digest`` and ``satisfied``.
         """
-        assert self._reader is not None
-        self._reader.run(self.fill)
+        if self._reader is not None:
+            self._reader.run(self.fill)
         self.fill.finish()
         self._check_cancelled()
         self.fill.account.check_complete()
@@ -207,8 +209,8 @@ class Loading:
             return False
         log.warning("%d extents that came from peers are not what is expected: reading the origin", len(again))
         self.fill.mismatched("peer")
-        assert self._reader is not None
-        self._reader.close()
+        if self._reader is not None:
+            self._reader.close()
         self._reader = self.source.reader(self.plan.checkpoint.listing.weights, native=self._native)
         account.give(again)
         self._reader.run(self.fill)

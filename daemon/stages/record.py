@@ -91,6 +91,7 @@ def _describe(stage: Stage) -> dict[str, Any]:
         "request_id": stage.request_id,
         "priority": stage.priority,
         "pin": stage.pin,
+        "ttl_seconds": stage.ttl_seconds,
         "created_at": stage.created_at,
         "ready_at": stage.ready_at,
         "revoked_until": stage.revoked_until,
@@ -178,6 +179,8 @@ def _read(fd: int) -> tuple[Stage, list[int], list[str | None], list[int]]:
         ):  # fmt: skip
             setattr(stage, name, table[name])
         stage.peer_bytes, stage.request_id = table.get("peer_bytes", 0), table.get("request_id", "")
+        stage.ttl_seconds = table.get("ttl_seconds", request.ttl_seconds)
+        stage.listed_at = stage.created_at
         # Until there were clocks, when a stage had begun was told in seconds since the epoch.
         began = table.get("began", time.monotonic() - (time.time() - stage.created_at))
         spent = {(str(phase), str(source)): float(seconds) for phase, source, seconds in table.get("spent", ())}

@@ -238,17 +238,22 @@ class Residency:
         """Tell peers to read these no more, and wait until they have stopped, or their time is over."""
         deadline = eviction.now() + self._peer_grace
         for stage in stages:
-            stage.dismissed = True
+            stage.dismissals += 1
             stage.notify()
-        for stage in stages:
-            while stage.peer_leases and (left := deadline - eviction.now()) > 0:
-                await stage.changed(left)
-        for stage in stages:  # who is still there after all may be read again
-            stage.dismissed = False
+        try:
+            for stage in stages:
+                while stage.peer_leases and (left := deadline - eviction.now()) > 0:
+                    await stage.changed(left)
+        finally:
+            for stage in stages:  # who is still there after all may be read again
+                stage.dismissals -= 1
 
     async def dismiss_victims(self, needed: Mapping[str, int]) -> None:
         """Before ``make_room``: wait for the peers that read what would go for so many bytes of each device."""
-        if read := [stage for stage in self.victims(needed) or () if stage.peer_leases]:
+        told: set[str] = set()
+        # What would go may be others by the time that the first ones' peers have stopped.
+        while read := [stage for stage in self.victims(needed) or () if stage.peer_leases and stage.id not in told]:
+            told.update(stage.id for stage in read)
             await self.dismiss(read)
 
     def changed(self) -> None:
@@ -257,20 +262,38 @@ class Residency:
 
     async def expire(self) -> None:
         """Evict stages whose time to live without a lease is over, until cancelled."""
-        while True:
-            at = eviction.now()
-            due = [(when, stage) for stage in self.stages.values() if (when := eviction.expires_at(stage)) is not None]
-            for when, stage in due:
-                if when <= at:
-                    await self.dismiss([stage])
-                    if eviction.expires_at(stage) != when:
-                        continue  # somebody has come for it meanwhile
-                    log.info("%s %s goes, %g s without a lease", stage.id, stage.uri, stage.request.ttl_seconds)
-                    self.evict(stage, "ttl")
-            later = [when - at for when, _ in due if when > at]
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), min(later, default=None))
+        going: dict[str, asyncio.Task[None]] = {}
+        """Stages whose time is over and whose peers are waited for, which holds up no other."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._changed.clear()  # before it is looked: what changes from here on is looked at again
+                for stage_id in [stage_id for stage_id, task in going.items() if task.done()]:
+                    del going[stage_id]
+                at = eviction.now()
+                due = [
+                    (when, stage)
+                    for stage in self.stages.values()
+                    if stage.id not in going and (when := eviction.expires_at(stage)) is not None
+                ]
+                for when, stage in due:
+                    if when <= at and stage.peer_leases:
+                        going[stage.id] = group.create_task(self._expire(stage, when))
+                    elif when <= at:
+                        self._expired(stage)
+                later = [when - at for when, _ in due if when > at]
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), min(later, default=None))
+
+    async def _expire(self, stage: Stage, when: float) -> None:
+        """Evict a stage whose time was over at ``when``, once its peers have stopped."""
+        await self.dismiss([stage])
+        if eviction.expires_at(stage) == when:  # else somebody has come for it meanwhile
+            self._expired(stage)
+        self._changed.set()
+
+    def _expired(self, stage: Stage) -> None:
+        log.info("%s %s goes, %g s without a lease", stage.id, stage.uri, stage.ttl_seconds)
+        self.evict(stage, "ttl")
 
 
 def _what(stage: Stage) -> Hashable:

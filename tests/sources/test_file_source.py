@@ -19,6 +19,8 @@ from tests.filling.fills import LIMITS, KiB, MiB, assert_filled, bring, flaky, p
 from weightd.daemon.errors import CheckpointChanged, DaemonError, SourceFailed
 from weightd.daemon.layouts.checkpoint import Split, checkpoint_layout
 from weightd.daemon.limits import FillLimits
+from weightd.daemon.sources.file import open_source
+from weightd.daemon.sources.uris import Allow
 
 # ---------------------------------------------------------------------------- changed files
 
@@ -40,6 +42,15 @@ def replaced(path: Path) -> None:
     other.rename(path)
 
 
+def overwritten(path: Path) -> None:
+    """In place, with its size and mtime kept, as rsync --inplace -t does."""
+    stamp = path.stat().st_mtime_ns
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xfe")
+    os.utime(path, ns=(0, stamp))
+
+
 def halved(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -49,7 +60,7 @@ def fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize("change", [appended, touched, replaced, halved, os.unlink, fifo])
+@pytest.mark.parametrize("change", [appended, touched, replaced, overwritten, halved, os.unlink, fifo])
 @pytest.mark.parametrize("way", ["direct", "bounced"])
 def test_a_file_that_changes_between_planning_and_reading_is_noticed(
     change: Callable[[Path], None], way: str, tmp_path: Path
@@ -117,6 +128,47 @@ def test_a_file_cut_short_while_it_is_read_is_noticed(tmp_path: Path) -> None:
         ):
             bring(stored, filled.fill)
         assert filled.fill.account.bytes_read == 2 * MiB
+
+
+# ---------------------------------------------------------------------------- listing
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("what", ["", "0.safetensors"])
+def test_a_file_system_that_does_not_answer_is_not_taken_for_one_that_has_nothing(
+    code: int, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(tmp_path, {"t": tensor("U8", (1000,))})
+    source, stat = open_source(f"file://{tmp_path}", Allow()), os.stat
+
+    def failing(path: Any, *more: Any, **options: Any) -> os.stat_result:
+        if str(path) == str(tmp_path / what):
+            raise OSError(code, os.strerror(code), str(path))
+        return stat(path, *more, **options)
+
+    monkeypatch.setattr(os, "stat", failing)
+    with pytest.raises(SourceFailed, match=os.strerror(code)):
+        source.list()
+
+
+def test_a_folder_that_may_not_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(tmp_path, {"t": tensor("U8", (1000,))})
+    (tmp_path / "private").mkdir()
+    scandir, closed = os.scandir, [str(tmp_path / "private")]
+
+    def refusing(path: Any) -> Any:
+        if str(path) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    source = open_source(f"file://{tmp_path}", Allow())
+    assert [file.name for file in source.list()] == ["0.safetensors"], "a folder below is none of the weights'"
+    closed.append(str(tmp_path))
+    with pytest.raises(SourceFailed, match="Permission denied"):
+        source.list()
 
 
 # ---------------------------------------------------------------------------- failing reads

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -161,6 +163,26 @@ def test_the_time_to_live_counts_only_without_lease_and_without_pin(start_daemon
     until(lambda: evicted(daemon, reply["stage"]), "it has gone once its lease was over")
     assert states(daemon) == {"pinned": "ready", "leased": "evicted", "idle": "evicted"}
     assert daemon.used_bytes == pinned["footprint_bytes"]
+
+
+def test_a_stage_lives_as_long_as_any_request_for_it_wants_also_after_a_restart(
+    start_daemon: Start, models: Models
+) -> None:
+    daemon = start_daemon("--capacity", "cpu=8MiB")
+    kept, longer, shorter = models("kept"), models("longer"), models("shorter")
+    for folder, first, second in ((kept, 3600, None), (longer, 3600, 7200), (shorter, 3600, 1)):
+        ids = {daemon.stage(folder, ttl_seconds=seconds)["id"] for seconds in (first, second)}
+        assert len(ids) == 1
+
+    def lives() -> dict[str, float | None]:
+        return {found["model"].rpartition("/")[2]: found["ttl_seconds"] for found in daemon.client.stages()}
+
+    assert lives() == {"kept": None, "longer": 7200, "shorter": 3600}
+    assert daemon.stage(kept, ttl_seconds=1)["ttl_seconds"] is None, "who wants it kept has gone away with it"
+    pid = daemon.pid
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: daemon.status["serving"] and daemon.status["daemon_pid"] != pid, "another daemon serves", 60)
+    assert lives() == {"kept": None, "longer": 7200, "shorter": 3600}
 
 
 def test_a_revoked_stage_is_freed_when_its_lessees_have_closed(start_daemon: Start, models: Models, http: Http) -> None:
