@@ -83,6 +83,7 @@ class Node:
         self.started_at = time.time()
         self.preload = Preload()
         """What is to be staged by itself."""
+        self._moves: set[asyncio.Future[None]] = set()
         self._deposits = deposits
         self.cache = cache
         self._fill_limits = fill_limits
@@ -199,9 +200,12 @@ class Node:
                 self._deposits.drop(stage_id)  # its daemon died before it was complete
             else:
                 try:
-                    self._adopted(record.restore(parts, self.devices))
+                    stage = record.restore(parts, self.devices)
+                    for name in record.leftovers(stage, parts):
+                        self._deposits.drop(name)
+                    self._adopted(stage)
                 except (ValueError, OSError) as error:
-                    nbytes = sum(os.fstat(fd).st_size for part, fd in parts.items() if part.startswith("segment/"))
+                    nbytes = sum(os.fstat(fd).st_size for part, fd in parts.items() if part.startswith("segment"))
                     log.error("%s: its %d bytes of host memory, and what it has on GPUs, are left alone: %s",
                               stage_id, nbytes, error)  # fmt: skip
                     self.residency.unadopted.append({"name": stage_id, "nbytes": nbytes, "reason": str(error)})
@@ -270,20 +274,21 @@ class Node:
         """
         stage = self.get(stage_id)
         await self.residency.notice_hangups()
-        await move_segments(
-            self.residency,
-            self._deposits,
-            stage,
-            self._resolver.device(device),
-            self._fill_limits,
-            self._scheduler.in_thread,
+        target = self._resolver.device(device)
+        move = asyncio.ensure_future(
+            move_segments(self.residency, self._deposits, stage, target, self._fill_limits, self._scheduler.in_thread)
         )
+        self._moves.add(move)
+        move.add_done_callback(self._moves.discard)
+        await asyncio.shield(move)  # whoever asked may go: what has begun ends by itself
         return stage
 
     async def close(self) -> None:
         """Cancel what runs and free everything; waits for threads that may still write."""
         for stage in list(self.stages()):
             self._scheduler.cancel(stage, "the daemon is stopping")
+        if self._moves:
+            await asyncio.wait(self._moves)
         await self._scheduler.close()
         for stage in self.stages():
             self.residency.release(stage)

@@ -23,6 +23,9 @@ MAX_DEPTH = 4
 """Folders below the checkpoint's own that are looked into."""
 
 
+_Files = list[SourceFile]
+
+
 def open_source(uri: str, allow: Allow) -> FileSource:
     """A folder or a single file. Raises CheckpointNotFound; NotAllowed where links lead out of what is allowed."""
     return FileSource(Path(uri.removeprefix("file://")), allow)
@@ -40,22 +43,49 @@ class FileSource:
 
     def __init__(self, root: Path, allow: Allow) -> None:
         self._allow = allow
-        self._check_allowed(root)
+        allow.check("file://" + os.path.realpath(root))
         self._single = root.name if os.path.isfile(root) else None
         self._root = root.parent if self._single else root
 
-    def _check_allowed(self, path: Path) -> None:
-        # Links are followed first: a link inside an allowed folder must not open what lies outside of it.
-        self._allow.check("file://" + os.path.realpath(path))
+    def _opened(self, path: Path, flags: int = 0) -> int:
+        """A descriptor that only names what is at a path, which is allowed. Raises OSError, NotAllowed.
+
+        Links are followed first, as one inside an allowed folder must not open what lies outside of it; and it is what
+        has been opened that is looked at, as a link may be another by the time that its path is opened.
+        """
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC | flags)
+        try:
+            self._allow.check("file://" + os.readlink(f"/proc/self/fd/{fd}"))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def list(self, *, anew: bool = False) -> list[SourceFile]:
         if self._single:
             return [self.stat(self._single)]
-        if not modes.S_ISDIR(self._root_status().st_mode):
-            raise CheckpointNotFound(f"{self._root}: no such folder or file")
+        try:
+            fd = self._opened(self._root, os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointNotFound(f"{self._root}: no such folder or file") from None
+        except OSError as error:
+            raise _unlistable(self._root, error) from None
+        try:
+            return self._listed(Path(f"/proc/self/fd/{fd}"))
+        finally:
+            os.close(fd)
+
+    def _listed(self, root: Path) -> _Files:
+        """All files below a folder that is open."""
+
+        def unlisted(error: OSError) -> None:
+            """Of a folder below, that may be meant so; of the checkpoint's own, it is no answer."""
+            if error.errno not in _NOTHING_THERE or error.filename == os.fspath(root):
+                raise _unlistable(self._root / os.path.relpath(error.filename, root), error)
+
         names: list[str] = []
-        for folder, folders, files in os.walk(self._root, onerror=self._unlisted):
-            inside = os.path.relpath(folder, self._root)
+        for folder, folders, files in os.walk(root, onerror=unlisted):
+            inside = os.path.relpath(folder, root)
             depth = 0 if inside == "." else inside.count(os.sep) + 1
             folders[:] = sorted(name for name in folders if not name.startswith(".")) if depth < MAX_DEPTH else []
             names += [name if depth == 0 else f"{inside}/{name}" for name in files]
@@ -63,27 +93,14 @@ class FileSource:
                 raise InvalidCheckpoint(f"{self._root}: more than {MAX_FILES} files: name the checkpoint's own folder")
         found = []
         for name in sorted(names):
-            status = self._status(name)
+            status = self._status(name, root)
             if status is not None and modes.S_ISREG(status.st_mode):
                 found.append(_source_file(name, status))
         return found
 
-    def _root_status(self) -> os.stat_result:
+    def _status(self, name: str, root: Path | None = None) -> os.stat_result | None:
         try:
-            return os.stat(self._root)
-        except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointNotFound(f"{self._root}: no such folder or file") from None
-        except OSError as error:
-            raise _unlistable(self._root, error) from None
-
-    def _unlisted(self, error: OSError) -> None:
-        """A folder cannot be listed: of one below, that may be meant so; of the checkpoint's own, it is no answer."""
-        if error.errno not in _NOTHING_THERE or error.filename == os.fspath(self._root):
-            raise _unlistable(Path(error.filename), error)
-
-    def _status(self, name: str) -> os.stat_result | None:
-        try:
-            return os.stat(self._root / name)
+            return os.stat((root or self._root) / name)
         except OSError as error:
             if error.errno not in _NOTHING_THERE:
                 raise _unlistable(self._root / name, error) from None
@@ -98,16 +115,16 @@ class FileSource:
     def open(self, name: str) -> int:
         """A descriptor for reading. Raises CheckpointNotFound, InvalidCheckpoint for what is no regular file."""
         path = self._root / name
-        self._check_allowed(path)
         try:
-            # O_NONBLOCK: opening a FIFO must not wait for a writer.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            named = self._opened(path)
+            try:
+                if not modes.S_ISREG(os.fstat(named).st_mode):
+                    raise InvalidCheckpoint(f"{path}: not a regular file")
+                return os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            finally:
+                os.close(named)
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise CheckpointNotFound(f"{path}: {error.strerror}") from None
-        if not modes.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise InvalidCheckpoint(f"{path}: not a regular file")
-        return fd
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         fd = self.open(name)
@@ -124,9 +141,18 @@ class FileSource:
             return FileReader(self, files)
         from weightd.daemon.sources.streamed import StreamerReader
 
-        for file in files:
-            self._check_allowed(self._root / file.name)
-        return StreamerReader(self, files, [str(self._root / file.name) for file in files])
+        paths = [str(self._root / file.name) for file in files]
+        if not self._allow.prefixes:
+            return StreamerReader(self, files, paths)
+        # The library opens by path: it is given what has been looked at, by descriptor.
+        opened: list[int] = []
+        try:
+            opened.extend(self.open(file.name) for file in files)
+        except BaseException:
+            for fd in opened:
+                os.close(fd)
+            raise
+        return StreamerReader(self, files, paths, opened)
 
 
 def _unlistable(path: Path, error: OSError) -> SourceFailed:

@@ -2,6 +2,8 @@
 
 Deposited under ``<stage id>/record``, as one JSON object in a memfd, anew at every change of state, after everything
 that it speaks of: ``segment/<i>`` and ``ledger``, and ``manifest/<i>`` once ready. A stage without a record is none.
+Where it has moved, they are called ``segment.<n>/<i>`` and ``manifest.<n>/<i>``: the record, which is replaced at once,
+says which of them count.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -41,12 +43,21 @@ def deposit(deposits: Deposits, stage: Stage) -> None:
         return
     for index, segment in enumerate(stage.segments):
         if segment.fd >= 0:
-            deposits.put(f"{stage.id}/segment/{index}", segment.fd)
+            deposits.put(f"{stage.id}/segment{stage.deposited_as}/{index}", segment.fd)
     for index, manifest in enumerate(stage.manifests):
-        deposits.put(f"{stage.id}/manifest/{index}", manifest.fd)
+        deposits.put(f"{stage.id}/manifest{stage.deposited_as}/{index}", manifest.fd)
     if stage.ledger is not None:
         deposits.put(f"{stage.id}/ledger", stage.ledger.fd)
     update(deposits, stage)
+
+
+def redeposit(deposits: Deposits, stage: Stage) -> None:
+    """Let the keeper hold what a stage has now instead of what it had: whole, whenever this process is killed."""
+    before = stage.deposited_as
+    stage.deposited_as = f".{int(before[1:] or 0) + 1}"
+    deposit(deposits, stage)
+    for kind in ("segment", "manifest"):
+        deposits.drop(f"{stage.id}/{kind}{before}")
 
 
 def update(deposits: Deposits, stage: Stage) -> None:
@@ -68,6 +79,13 @@ def update(deposits: Deposits, stage: Stage) -> None:
         os.close(fd)
 
 
+def leftovers(stage: Stage, parts: Iterable[str]) -> set[str]:
+    """Of what was deposited of a stage, what its record does not speak of: a daemon died while it moved."""
+    kept = {f"{kind}{stage.deposited_as}" for kind in ("segment", "manifest")}
+    kinds = {part.partition("/")[0] for part in parts}
+    return {f"{stage.id}/{kind}" for kind in kinds - kept if kind.startswith(("segment", "manifest"))}
+
+
 def withdraw(deposits: Deposits, stage: Stage) -> None:
     """Let the keeper forget a stage."""
     deposits.drop(stage.id)
@@ -87,6 +105,7 @@ def _describe(stage: Stage) -> dict[str, Any]:
         "identity": listing.identity,
         "weights": [list(file) for file in listing.weights],
         "state": stage.state,
+        "deposited_as": stage.deposited_as,
         "source_kind": stage.source_kind,
         "request_id": stage.request_id,
         "priority": stage.priority,
@@ -132,11 +151,13 @@ def restore(parts: Mapping[str, int], devices: Mapping[str, Device]) -> Stage:
             stage.reserved[device.name] = stage.reserved.get(device.name, 0) + nbytes
         stage.ledger = Ledger.adopt(os.dup(parts["ledger"]))
         for index, (info, device) in enumerate(zip(stage.infos, found, strict=True)):
-            stage.segments.append(device.adopt(os.dup(parts[f"segment/{index}"]), info.nbytes))
+            part = f"segment{stage.deposited_as}/{index}"
+            stage.segments.append(device.adopt(os.dup(parts[part]), info.nbytes))
             if stage.state == "ready":
                 stage.segments[-1].seal()
         for index, nbytes in enumerate(manifest_nbytes):
-            stage.manifests.append(SealedManifest(os.dup(parts[f"manifest/{index}"]), nbytes))
+            part = f"manifest{stage.deposited_as}/{index}"
+            stage.manifests.append(SealedManifest(os.dup(parts[part]), nbytes))
     except (KeyError, ValueError, OSError) as error:
         for segment in stage.segments:
             segment.close()
@@ -179,6 +200,7 @@ def _read(fd: int) -> tuple[Stage, list[int], list[str | None], list[int]]:
         ):  # fmt: skip
             setattr(stage, name, table[name])
         stage.peer_bytes, stage.request_id = table.get("peer_bytes", 0), table.get("request_id", "")
+        stage.deposited_as = str(table.get("deposited_as", ""))
         stage.ttl_seconds = table.get("ttl_seconds", request.ttl_seconds)
         stage.listed_at = stage.created_at
         # Until there were clocks, when a stage had begun was told in seconds since the epoch.

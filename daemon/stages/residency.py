@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from weightd.daemon.devices.base import Device, Segment
@@ -31,6 +31,8 @@ _LATELY = 3600.0
 _REMEMBERED = 10_000
 _TURNS = 10
 """Of the event loop, in which a closed connection is seen and its lease ends, with some to spare."""
+_UNMAPPED = 30.0
+"""Seconds that are waited for it to be unmapped."""
 MAX_ENDED = 200
 """Records of failed, cancelled and evicted stages that are kept for looking at."""
 
@@ -57,8 +59,9 @@ class Residency:
         self.leases = Leases(
             self.stages, grace=lease_grace, most_per_user=max_leases_per_user, changed=self._changed.set
         )
-        self.on_release: Callable[[Stage], None] = lambda stage: None
-        """Told of a stage whose memory is about to be freed."""
+        self.on_release: Callable[[Stage], Awaitable[None] | None] = lambda stage: None
+        """Told of a stage whose memory is about to be freed; what it returns ends once nothing else maps that."""
+        self._unmapping: set[asyncio.Future[None]] = set()
         self.unadopted: list[dict[str, Any]] = []
         """What the keeper holds and this version does not understand: name, nbytes, reason. Host memory."""
         self._made_room: dict[Hashable, float] = {}
@@ -178,12 +181,20 @@ class Residency:
 
     def release(self, stage: Stage) -> None:
         """Let go of all memory that is held for a stage, here and at the keeper, and of its bytes of capacity."""
-        self.on_release(stage)
+        if (unmapping := self.on_release(stage)) is not None:
+            future = asyncio.ensure_future(unmapping)
+            self._unmapping.add(future)
+            future.add_done_callback(self._unmapping.discard)
         self.free(stage)
         stage.reserved = {}
         stage.plan = None
         stage.notify()
         self._changed.set()
+
+    async def unmapped(self) -> None:
+        """Return once nothing of this daemon maps what was freed before now: only then it is there for others."""
+        if self._unmapping:
+            await asyncio.wait(self._unmapping, timeout=_UNMAPPED)
 
     def free(self, stage: Stage) -> None:
         """Let go of a stage's memory; its bytes of capacity stay promised to it. Callable from any thread."""
@@ -201,6 +212,15 @@ class Residency:
         """A segment is about to be closed: remember it where somebody may still map it. Callable from any thread."""
         if stage.lent:
             self._left_behind.note(segment)
+
+    def drop_unadopted(self) -> list[dict[str, Any]]:
+        """Let the keeper forget what was not adopted, and say what that was."""
+        dropped, self.unadopted = self.unadopted, []
+        for left in dropped:
+            self._deposits.drop(left["name"])
+            log.warning("%s: dropped by request, with its %d bytes, not adopted", left["name"], left["nbytes"])
+        self._changed.set()
+        return dropped
 
     async def mapped_elsewhere(self) -> int:
         """Bytes of freed segments that other processes still map, as far as that can be seen from here."""

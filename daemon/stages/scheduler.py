@@ -306,6 +306,7 @@ class Scheduler:
             await self._residency.dismiss_victims(needed)
             self._residency.make_room(stage.uri, needed)
             stage.reserved = needed
+            await self._residency.unmapped()
 
     def _load(self, stage: Stage, loading: Loading) -> list[SealedManifest]:
         """In a thread: allocate, fill, verify, seal. Returns the segments' manifests."""
@@ -403,6 +404,7 @@ class Scheduler:
         except InsufficientCapacity:
             return False
         stage.reserved = {name: nbytes + more.get(name, 0) for name, nbytes in stage.reserved.items()}
+        await self._residency.unmapped()
         return True
 
     def _reserve_less(self, stage: Stage, less: Mapping[str, int]) -> None:

@@ -123,6 +123,10 @@ class Stage:
         """What peers know it by, once planned: equal where the bytes are, and where they lie."""
         self.manifests: list[SealedManifest] = []
         """Manifest of each segment, once ready."""
+        self.leaf_counts: dict[int, Sequence[int]] = {}
+        """Segment → leaves of each of its tensors, once anybody has asked."""
+        self.deposited_as = ""
+        """What the names of its segments' deposits end with: another each time that it moves."""
         self.verified: list[list[int]] = []
         """For each segment the entries that streaming clients may use already, in order, while loading."""
         self.satisfied: set[str] = set()
@@ -141,6 +145,8 @@ class Stage:
         """The same in monotonic seconds."""
         self.awaited = 0
         """Leases that the daemon before this one had, until ``protected_until``."""
+        self.known: set[str] = set()
+        """Leases that this daemon has seen while others were awaited."""
         self.moving: str | None = None
         """Where to it is being moved."""
         self.lent = False

@@ -7,6 +7,7 @@ import queue
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +210,24 @@ def test_a_revoked_stage_is_freed_when_its_lessees_have_closed(start_daemon: Sta
     weights.close()
     until(lambda: evicted(daemon, stage), "it was freed once its lessee had let go")
     assert daemon.used_bytes == MiB
+
+
+def test_a_callback_that_fails_keeps_neither_the_others_from_being_told_nor_the_lease(
+    start_daemon: Start, models: Models, http: Http
+) -> None:
+    daemon = start_daemon("--capacity", "cpu=8MiB")
+    with daemon.attach(models("m")) as weights:
+        told: queue.Queue[float] = queue.Queue()
+
+        def fails(_: float) -> None:
+            sys.exit("somebody else's code")
+
+        weights.on_revoke(fails)
+        weights.on_revoke(told.put)
+        for grace in (3600, 1000):
+            answer = http(daemon, "DELETE", f"/v1/stage/{weights.manifest.stage}?force=true&grace={grace}")
+            assert answer.is_success, answer.text
+            assert grace - 600 < told.get(timeout=60) <= grace
 
 
 def test_a_revoked_stage_is_freed_at_its_deadline_and_what_is_mapped_keeps_its_values(
