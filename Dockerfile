@@ -30,7 +30,7 @@ RUN --mount=type=cache,target=/root/.cache python -m venv --without-pip /opt/wei
 
 # ---------------------------------------------------------------- weightd itself, the same for every CUDA
 FROM tools AS wheel
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY api api
 COPY daemon daemon
 COPY ipc ipc
@@ -51,6 +51,7 @@ RUN /build/bin/uv pip install --python /opt/weightd/bin/python --no-deps --no-in
 # ---------------------------------------------------------------- target shim: weightd.ipc, for COPY --from
 FROM tools AS engine-side
 COPY ipc ipc
+COPY LICENSE ipc/
 RUN /build/bin/uv build --python /build/bin/python --wheel --no-build-isolation --out-dir /wheels ipc \
  && /build/bin/uv pip install --python /build/bin/python --no-deps --no-index --find-links /wheels \
       --target /weightd weightd-ipc \

@@ -1,6 +1,7 @@
 # make demo    the main job, end to end, on a real model (MODEL=uri or folder: on yours)
 # make test    the whole test suite, files side by side in WORKERS processes (ARGS="-k name tests/chart")
-# make check   lint, format, types, and that no room imports what is above it
+# make quick   the tests of one room, without torch, engines and servers: minutes from nothing (ARGS=tests/filling)
+# make check   lint, format, types, and that no room imports what is above it: make lint, formatted, types, layers
 # make soak    kill -9 at random moments, ROUNDS times (SEED=... for the same ones again)
 # make bench   speed against its limits and rivals (ARGS="--size 4GiB")
 # make chart   the chart's values.schema.json and table of values, anew from the code and the comments of values.yaml
@@ -25,7 +26,8 @@ WORKERS ?= 3
 WHEELS ?=
 GPU ?= build/gpu
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-SOURCES = $(shell find api daemon ipc -name '*.py' -o -name '*.cu' -o -path 'api/status/*.*') pyproject.toml README.md
+SOURCES = $(shell find api daemon ipc -name '*.py' -o -name '*.cu' -o -path 'api/status/*.*') \
+  pyproject.toml README.md LICENSE
 AZURITE = 3.35.0
 
 # The image: where it comes from is in its labels, and the commit's time in its files.
@@ -40,8 +42,8 @@ TAG_none = cpu
 BUILD = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) docker buildx build --build-arg VERSION=$(VERSION) \
   --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(git log -1 --format=%cI) --build-arg SOURCE=$(SOURCE)
 
-.PHONY: demo test check soak bench chart screenshots simulate image shim lock image-test image-sizes gpu-test gpu-bench \
-  gpu-path clean
+.PHONY: demo test quick check lint formatted types layers soak bench chart screenshots simulate image shim lock \
+  image-test image-sizes gpu-test gpu-bench gpu-path clean
 
 demo: $(VENV)/weightd.stamp
 	@$(VENV)/bin/python -m tests.demo $(if $(MODEL),"$(MODEL)")
@@ -49,10 +51,24 @@ demo: $(VENV)/weightd.stamp
 test: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
-check: $(VENV)/weightd.stamp $(VENV)/test.stamp
+# Of the checkout itself: nothing is built, and an edit is tested at once.
+quick: $(VENV)/quick.stamp
+	@mkdir -p build/quick/weightd
+	@ln -sfn $(CURDIR)/api $(CURDIR)/daemon $(CURDIR)/ipc build/quick/weightd/
+	PYTHONPATH=$(CURDIR)/build/quick $(VENV)/bin/python -m pytest $(or $(ARGS),tests/layouts)
+
+check: lint formatted types layers
+
+lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
+
+formatted: $(VENV)/test.stamp
 	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p weightd.ipc -p weightd.daemon -p weightd.api
+
+layers: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	cd $(VENV) && bin/lint-imports --no-logo --no-cache ../pyproject.toml
 
 soak: $(VENV)/weightd.stamp $(VENV)/test.stamp
@@ -100,6 +116,14 @@ gpu-path:
 	ln -s $(CURDIR)/api $(CURDIR)/daemon $(CURDIR)/ipc $(GPU)/weightd/
 	$(if $(WHEELS),$(PYTHON) -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-cache-dir \
 	  --target $(GPU)/wheels $(wildcard $(WHEELS)/*.whl))
+
+# The daemon by the image's lock, which does without torch, and what tests are written with.
+$(VENV)/quick.stamp: requirements/cuda-none.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes \
+	  -r requirements/cuda-none.txt
+	$(PIP) hypothesis pytest pytest-timeout pytest-xdist ruff safetensors
+	touch $@
 
 # torch first, by its pin: what depends on it would bring the build for CUDA along.
 $(VENV)/base.stamp: constraints.txt pyproject.toml

@@ -18,7 +18,7 @@ from weightd.daemon.checkpoints.header import MAX_HEADER_BYTES
 from weightd.daemon.errors import PeersOff, UnknownStage
 from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.peers.finding.fleet import Fleet
-from weightd.daemon.peers.finding.following import FORMAT
+from weightd.daemon.peers.finding.listening import FORMAT
 from weightd.daemon.peers.serving.server import Serving
 from weightd.daemon.sources.uris import MAX_URI_BYTES
 

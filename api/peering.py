@@ -15,7 +15,7 @@ from weightd.daemon.node.service import Node
 from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.peers.finding.directory import Directory, open_directory
 from weightd.daemon.peers.finding.fleet import Fleet
-from weightd.daemon.peers.moving.mover import MoverFailed, unavailable
+from weightd.daemon.peers.moving.movers import MoverFailed, Movers, unavailable
 from weightd.daemon.peers.serving.server import Serving
 from weightd.daemon.settings import Settings
 
@@ -63,12 +63,19 @@ class Peering:
     """Says what this daemon has, and serves it."""
 
     def __init__(
-        self, node: Node, settings: Settings, directory: Directory, fleet: Fleet, listener: socket.socket | None
+        self,
+        node: Node,
+        settings: Settings,
+        directory: Directory,
+        fleet: Fleet,
+        movers: Movers,
+        listener: socket.socket | None,
     ) -> None:
         self._directory = directory
         self._fleet = fleet
+        self._movers = movers
         self._listener = listener
-        self._serving = Serving(node.residency, fleet)
+        self._serving = Serving(node.residency, fleet, movers)
         node.residency.on_release = self._serving.withdraw
         if listener is not None:  # inherited by its connections
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD)
@@ -91,15 +98,14 @@ class Peering:
             self._tasks.append(asyncio.create_task(self._server.serve(sockets=[self._listener]), name="peers"))
 
     async def _publish(self) -> None:
-        movers = self._fleet.movers
-        self._fleet.off = self._fleet.off or await asyncio.to_thread(movers.test)
+        self._fleet.off = self._fleet.off or await asyncio.to_thread(self._movers.test)
         if self._fleet.off:
             log.error("nothing comes from peers, and nothing goes to them: %s", self._fleet.off)
             return
         with contextlib.suppress(MoverFailed):  # then they are started when they are needed
             if self._listener is not None:
                 await self._serving.mover()
-            await asyncio.to_thread(movers.prepare)
+            await asyncio.to_thread(self._movers.prepare)
         last: dict[str, float] | None = None
         while True:
             if self._listener is not None and (now := self._serving.published()) != last:
@@ -114,4 +120,4 @@ class Peering:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._directory.close()
         await self._serving.close()
-        await asyncio.to_thread(self._fleet.movers.close)
+        await asyncio.to_thread(self._movers.close)

@@ -30,7 +30,8 @@ from weightd.daemon.node.preloading import Preloading
 from weightd.daemon.node.service import Node
 from weightd.daemon.observing import logs
 from weightd.daemon.observing.metrics import Metrics
-from weightd.daemon.peers.moving.mover import unavailable
+from weightd.daemon.peers.moving.movers import Movers, unavailable
+from weightd.daemon.peers.pulling.for_stages import Pulling
 from weightd.daemon.redaction import redacted
 from weightd.daemon.settings import Settings
 from weightd.daemon.sources.uris import Allow
@@ -92,6 +93,7 @@ def serve(settings: Settings) -> int:
             peer_grace=settings.peer_grace,
         )
         fleet, directory = open_fleet(settings, metrics)
+        movers = Movers()
         node = Node(
             devices,
             residency=residency,
@@ -103,6 +105,7 @@ def serve(settings: Settings) -> int:
             metrics=metrics,
             fleet=fleet,
             directory=directory,
+            peers=Pulling(fleet, movers) if fleet else None,
         )
         metrics.watch(NodeGauges(node, metrics.wall_seconds))
         metrics.watch(KeeperGauges(settings.runtime_dir if deposits.kept else None))
@@ -125,7 +128,7 @@ def serve(settings: Settings) -> int:
         stop = _Stop(server, node, deposits, settings.on_stop)
         peering = None
         if fleet is not None and directory is not None:
-            peering = Peering(node, settings, directory, fleet, peer_listener)
+            peering = Peering(node, settings, directory, fleet, movers, peer_listener)
             await peering.start()
         ports = [Port(node, routes(node), listener) for routes, listener in probed.items()]
         for port in ports:

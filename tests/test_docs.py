@@ -1,4 +1,4 @@
-"""The README and docs/ as somebody follows them: every command that can run here is run, every link leads somewhere."""
+"""The pages as somebody follows them: every command that can run here is run, every link leads somewhere."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from tests.conftest import lacking
 from tests.servers import Missing, SeaweedFS, free_ports
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-LANGUAGES = {"sh", "python", "yaml", "promql", "dockerfile", "text", ""}
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+LANGUAGES = {"sh", "python", "yaml", "promql", "dockerfile", "mermaid", "text", ""}
 DEADLINE = 300
 
 BLOCK = re.compile(
@@ -160,4 +161,26 @@ def test_every_link_leads_to_something(page: Path) -> None:
 
 def test_every_page_is_found_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert not [page.name for page in PAGES if page.name != "README.md" and f"docs/{page.name}" not in readme]
+    paths = [page.relative_to(ROOT).as_posix() for page in PAGES]
+    assert not [path for path in paths if path != "README.md" and f"({path}" not in readme]
+
+
+def test_what_contributing_names_is_there() -> None:
+    text = CONTRIBUTING.read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z-]+)(?=[ `\n])", text):
+        assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
+    for path in re.findall(r"(?:`|=\"?)((?:api|charts|daemon|docs|ipc|tests)/[\w./-]*)", text):
+        assert (ROOT / path).exists() or path.rstrip("/").endswith("ROOM"), path
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
+    for constant, path in re.findall(r"`([A-Z_]{4,})` of \[[\w./]+\]\(([\w./]+)\)", text):
+        assert re.search(rf"^{constant} = ", (ROOT / path).read_text(), re.M), f"{constant} of {path}"
+
+
+def test_every_folder_of_tests_is_a_rooms_or_contributing_says_why_not() -> None:
+    text = CONTRIBUTING.read_text()
+    folders = {path.name for path in (ROOT / "tests").iterdir() if (path / "__init__.py").exists()}
+    rooms = {path.name for path in (ROOT / "daemon").iterdir() if (path / "__init__.py").exists()}
+    assert not [name for name in folders - rooms if f"`tests/{name}/`" not in text]

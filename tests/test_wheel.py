@@ -22,7 +22,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.mkdir()
     for name in ("api", "daemon", "ipc"):
         (folder / name).rename(source / name)
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
     subprocess.run(command, check=True)
@@ -39,6 +39,13 @@ def test_the_wheel_holds_all_packages_and_their_types(wheel: Path) -> None:
     assert {f"weightd/{name}" for name in ours} <= names
     assert {f"weightd/{top}/py.typed" for top in tops} <= names
     assert not [name for name in names if not name.startswith("weightd")]
+
+
+def test_the_wheel_brings_its_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (information,) = {name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+        assert archive.read(f"{information}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+        assert b"License-Expression: Apache-2.0\n" in archive.read(f"{information}/METADATA")
 
 
 def test_in_an_empty_environment_without_torch_it_brings_httpx_and_imports(wheel: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a device kind offers. A new kind of device is one new file that offers this, and a line in KINDS."""
+"""What a device kind offers. A new kind of device is one new file that offers this, and a line in ``open_devices``."""
 
 from __future__ import annotations
 
@@ -95,10 +95,10 @@ class Copier(Protocol):
 class Buffers(Protocol):
     """Where bounce buffers come from."""
 
-    def take(self) -> mmap.mmap:
+    def acquire(self) -> mmap.mmap:
         """One buffer."""
 
-    def give(self, buffer: mmap.mmap) -> None:
+    def release(self, buffer: mmap.mmap) -> None:
         """Take back one that nothing uses any more."""
 
 

@@ -155,7 +155,7 @@ class HostDigests:
     def _some(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
         """Leaf digests of ranges that fit into one buffer together."""
         if not hasattr(self._own, "stream"):
-            self._own.buffer, self._own.stream = self._buffers.take(), Stream(self._gpu)
+            self._own.buffer, self._own.stream = self._buffers.acquire(), Stream(self._gpu)
             self._taken.append((self._own.buffer, self._own.stream))
         buffer, stream = self._own.buffer, self._own.stream
         target = address_of(buffer)
@@ -177,7 +177,7 @@ class HostDigests:
         self._pool.shutdown()
         for buffer, stream in self._taken:
             stream.close()
-            self._buffers.give(buffer)
+            self._buffers.release(buffer)
 
 
 _READ_BACK = 8 * LEAF

@@ -72,7 +72,7 @@ def _to_or_from_gpu(gpu: Segment, host: Segment, limits: FillLimits, *, to_gpu: 
                     return
             for start in range(at, at + size, limits.extent_bytes):
                 part = min(limits.extent_bytes, at + size - start)
-                buffer = buffers.take()
+                buffer = buffers.acquire()
                 try:
                     with memoryview(buffer) as view, view[:part] as bytes_of_it:
                         if to_gpu:
@@ -81,7 +81,7 @@ def _to_or_from_gpu(gpu: Segment, host: Segment, limits: FillLimits, *, to_gpu: 
                         if not to_gpu:
                             host.write(start, bytes_of_it)
                 finally:
-                    buffers.give(buffer)
+                    buffers.release(buffer)
         finally:
             copier.close()
 
@@ -112,13 +112,13 @@ def _gpu_to_gpu(source: Segment, target: Segment, limits: FillLimits) -> None:
     buffers = source.device.buffers(limits.extent_bytes)
 
     def copy(at: int, size: int) -> None:
-        buffer = buffers.take()
+        buffer = buffers.acquire()
         try:
             with memoryview(buffer) as view, view[:size] as part:
                 source.read_into(at, part)
                 target.write(at, part)
         finally:
-            buffers.give(buffer)
+            buffers.release(buffer)
 
     _in_threads(min(4, limits.threads), [(0, source.nbytes)], limits.extent_bytes, copy)
 

@@ -87,10 +87,10 @@ class HostBuffers:
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
 
-    def take(self) -> mmap.mmap:
+    def acquire(self) -> mmap.mmap:
         return mmap.mmap(-1, self._nbytes, mmap.MAP_PRIVATE)
 
-    def give(self, buffer: mmap.mmap) -> None:
+    def release(self, buffer: mmap.mmap) -> None:
         """It goes when its last view does."""
 
 

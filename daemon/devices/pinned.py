@@ -36,7 +36,7 @@ class PinnedBuffers:
         """Those that are pinned, by address."""
         self._lock = threading.Lock()
 
-    def take(self) -> mmap.mmap:
+    def acquire(self) -> mmap.mmap:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
@@ -62,7 +62,7 @@ class PinnedBuffers:
                 os.sched_setaffinity(0, self._cpus)
         return mmap.mmap(-1, self._nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
 
-    def give(self, buffer: mmap.mmap) -> None:
+    def release(self, buffer: mmap.mmap) -> None:
         with self._lock:
             self._idle.append(buffer)
 

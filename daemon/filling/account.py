@@ -137,20 +137,20 @@ class Account:
 
     # ------------------------------------------------------------------ what is to come
 
-    def take(self) -> Extent | None:
+    def next(self) -> Extent | None:
         """The next extent to read, in order; None when there is no more."""
         try:
             return self._queue.popleft()
         except IndexError:
             return None
 
-    def take_all(self) -> list[Extent]:
-        """All extents that nobody has taken: ``give`` puts them back."""
+    def drain(self) -> list[Extent]:
+        """All extents that nobody has taken: ``requeue`` puts them back."""
         found = list(self._queue)
         self._queue.clear()
         return found
 
-    def give(self, extents: Iterable[Extent]) -> None:
+    def requeue(self, extents: Iterable[Extent]) -> None:
         """Let the source's reader read these."""
         self._queue.extend(extents)
 
@@ -204,7 +204,7 @@ class Account:
             self.there[segment][first : first + count] = b"\1" * count
         self.on_landed(extent)
 
-    def tell(self, complete: Mapping[int, list[int]]) -> None:
+    def announce(self, complete: Mapping[int, list[int]]) -> None:
         """These entries, by segment, are verified; but for what was forgotten since."""
         with self._telling:
             for segment, entries in complete.items():
@@ -226,7 +226,7 @@ class Account:
                 complete.setdefault(segment, []).extend(entries)
         for extent in extents:
             self.mark(extent, self.late(extent, complete), from_peer=True)
-        self.tell(complete)
+        self.announce(complete)
 
     def _without_tensor(self, extent: Extent) -> None:
         """A checkpoint tensor is not hashed as such where a part of it came from a peer, laid out already."""

@@ -157,7 +157,7 @@ class Fill(Sink):
 
     def next(self) -> Extent | None:
         """The next extent to read, in order; None when there is no more, or the fill is stopped."""
-        return None if self.stopped else self.account.take()
+        return None if self.stopped else self.account.next()
 
     def landing(self, extent: Extent, *, wait: bool = True) -> Landing | None:
         """Where the extent's bytes go; None where no bounce buffer is free and waiting is not wanted (any more)."""
@@ -171,7 +171,7 @@ class Fill(Sink):
             return Landing(views, self._segments[first.segment].address + first.offset)
         ordered = self.sha256.get(extent.file)
         with self.phase("buffers"):
-            slot = self._slots.take(wait, self._stop, lambda: ordered is None or ordered.position == extent.offset)
+            slot = self._slots.acquire(wait, self._stop, lambda: ordered is None or ordered.position == extent.offset)
         if slot is None:
             return None
         return Landing([memoryview(slot)[: extent.nbytes]], address_of(slot), slot)
@@ -180,7 +180,7 @@ class Fill(Sink):
         """Give a landing back that nothing writes to any more."""
         landing.views.clear()
         if landing.slot is not None:
-            self._slots.give(landing.slot)
+            self._slots.release(landing.slot)
 
     def _let_go(self, landing: Landing) -> None:
         with self._lock:
@@ -244,7 +244,7 @@ class Fill(Sink):
                 self._hash(leaves, 0, self._segments[segment].view, entry.offset, entry.nbytes)
         self.account.mark(extent, late)
         self._let_go(landing)
-        self.account.tell(complete)
+        self.account.announce(complete)
 
     # ------------------------------------------------------------------ device memory
 
@@ -312,7 +312,7 @@ class Fill(Sink):
         for extent in extents:
             self.account.mark(extent, late_of[extent.index], from_peer=extent.index in self._by_peers)
         self._by_peers.difference_update(extent.index for extent in extents)
-        self.account.tell(complete)
+        self.account.announce(complete)
 
     def _compare_sent(self, segment: int, entry: int, first: int, count: int) -> None:
         """What a peer has brought was verified on the host: what lies on the device has to be the same."""

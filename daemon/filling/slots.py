@@ -25,7 +25,7 @@ class Slots:
         self._free: list[mmap.mmap] = []
         self._changed = threading.Condition()
 
-    def take(self, wait: bool, stop: threading.Event, urgent: Callable[[], bool]) -> mmap.mmap | None:
+    def acquire(self, wait: bool, stop: threading.Event, urgent: Callable[[], bool]) -> mmap.mmap | None:
         """One buffer; None where none is free and waiting is not wanted, or is over because of ``stop``."""
         with self._changed:
             while len(self._free) + self._left <= (0 if urgent() else 1):
@@ -34,11 +34,11 @@ class Slots:
                 self._changed.wait()
             if not self._free:
                 self._left -= 1
-                self._all.append(self._buffers.take())
+                self._all.append(self._buffers.acquire())
                 self._free.append(self._all[-1])
             return self._free.pop()
 
-    def give(self, slot: mmap.mmap) -> None:
+    def release(self, slot: mmap.mmap) -> None:
         """Nothing uses it any more."""
         with self._changed:
             self._free.append(slot)
@@ -53,6 +53,6 @@ class Slots:
         """Give them all back. Nothing may use any of them any more."""
         with self._changed:
             for buffer in self._all:
-                self._buffers.give(buffer)
+                self._buffers.release(buffer)
             self._all.clear()
             self._free.clear()

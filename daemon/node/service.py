@@ -24,10 +24,10 @@ from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.observing.refusals import Refusals
 from weightd.daemon.peers.finding.directory import Directory
 from weightd.daemon.peers.finding.fleet import Fleet
-from weightd.daemon.peers.pulling.reader import Pulling
 from weightd.daemon.sources.uris import Allow
 from weightd.daemon.stages import record
 from weightd.daemon.stages.eviction import now
+from weightd.daemon.stages.loading import Peers
 from weightd.daemon.stages.moves import move_segments
 from weightd.daemon.stages.planning import allocated, make_plan
 from weightd.daemon.stages.request import StageRequest
@@ -70,7 +70,9 @@ class Node:
         metrics: Metrics,
         fleet: Fleet | None = None,
         directory: Directory | None = None,
+        peers: Peers | None = None,
     ) -> None:
+        """``peers``: whom stages load from besides their sources."""
         self.fleet = fleet
         """None where there are to be no peers."""
         self.directory = directory
@@ -88,9 +90,7 @@ class Node:
         self.cache = cache
         self._fill_limits = fill_limits
         self._limits = limits
-        self._scheduler = Scheduler(
-            devices, residency, deposits, cache, metrics, fill_limits, limits, Pulling(fleet) if fleet else None
-        )
+        self._scheduler = Scheduler(devices, residency, deposits, cache, metrics, fill_limits, limits, peers)
         self._resolver = Resolver(
             residency.stages,
             devices,

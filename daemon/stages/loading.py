@@ -220,7 +220,7 @@ class Loading:
         if self._reader is not None:
             self._reader.close()
         self._reader = self.source.reader(self.plan.checkpoint.listing.weights, native=self._native)
-        account.give(again)
+        account.requeue(again)
         self._reader.run(self.fill)
         self.fill.finish()
         self._check_cancelled()

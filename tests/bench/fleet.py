@@ -16,7 +16,7 @@ from tests.bench.measure import Row, Sample, Section, Target, cores, interleave
 from tests.bench.session import Session
 from tests.network import Network, at_once, daemons_on
 from tests.servers import Daemon, Missing, SeaweedFS, until
-from weightd.daemon.peers.moving.mover import unavailable
+from weightd.daemon.peers.moving.movers import unavailable
 
 COUNT = 8
 RATE = 15_000_000

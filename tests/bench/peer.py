@@ -41,8 +41,8 @@ from tests.bench.session import Session
 from tests.network import Network, Node, at_once, daemons_on
 from tests.peers.fleet import movers_at_work
 from tests.servers import Daemon, Missing, free_ports
-from weightd.daemon.peers.finding.following import FORMAT
-from weightd.daemon.peers.moving.mover import unavailable
+from weightd.daemon.peers.finding.listening import FORMAT
+from weightd.daemon.peers.moving.movers import unavailable
 
 MAX_SIZE = 2 << 30
 LINK_RATE = 60_000_000

@@ -82,9 +82,18 @@ def test_the_shim_is_made_of_nothing_but_what_it_copies(dockerfile: Dockerfile) 
     assert {instruction.name for instruction in shim.instructions} == {"ARG", "COPY", "LABEL"}
 
 
+def test_what_builds_a_wheel_has_the_licence_that_goes_into_it(dockerfile: Dockerfile) -> None:
+    building = [
+        stage for stage in dockerfile.stages.values() if any("uv build" in run.value for run in stage.all("RUN"))
+    ]
+    assert len(building) == 2
+    for stage in building:
+        assert any("LICENSE" in copy.value for copy in stage.all("COPY")), stage.name
+
+
 def test_nothing_but_the_product_is_sent_to_the_builder(tmp_path: Path) -> None:
     wanted = ("api/app.py", "daemon/cli.py", "daemon/devices/xxh3.cu", "ipc/__init__.py", "ipc/pyproject.toml",
-              "requirements/cuda-13.txt", "requirements/trim.py", "pyproject.toml", "README.md")  # fmt: skip
+              "requirements/cuda-13.txt", "requirements/trim.py", "pyproject.toml", "README.md", "LICENSE")  # fmt: skip
     unwanted = (".env", ".git/config", ".venv/bin/python", "api/.env", "api/__pycache__/app.pyc", "build/lib/x.py",
                 "charts/weightd/Chart.yaml", "constraints.txt", "daemon/.ssh/id", "daemon/build/x.py", "docs/image.md",
                 "dist/a.whl", "ipc/weightd_ipc.egg-info/PKG-INFO", "notes.txt", "secrets/key.pem", "tests/a.py",

@@ -60,6 +60,8 @@ def test_it_holds_weightd_ipc_and_its_wheel_and_nothing_else(shim: Container) ->
     names = {name for name in zipfile.ZipFile(shim.root / wheel).namelist() if ".dist-info/" not in name}
     assert names == {f"weightd/{name}" for name in ours}
     assert wheel.startswith("wheels/weightd_ipc-")
+    (licence,) = (shim.root / "weightd").glob("weightd_ipc-*.dist-info/licenses/LICENSE")
+    assert licence.read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_it_is_of_the_same_version_and_asks_for_the_same_as_weightd() -> None:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from weightd.daemon.peers.moving.mover import Movers
-
 if TYPE_CHECKING:
     import ssl
 
@@ -57,7 +55,6 @@ class Fleet:
     count_slow: Callable[[str], None] = lambda better: None
     count_dropped: Callable[[str, str], None] = lambda peer, why: None
     gossip: Gossip = field(default_factory=lambda: Gossip())
-    movers: Movers = field(default_factory=Movers)
     traffic: dict[str, Traffic] = field(default_factory=dict)
     """Peer → what went to and fro."""
 
@@ -102,7 +99,7 @@ class Fleet:
 
 
 class Gossip:
-    """What stages that load tell those who listen to them, and hear from them. Its methods are for any thread."""
+    """What stages that load say to those who listen to them, and hear from them. Its methods are for any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -122,14 +119,14 @@ class Gossip:
         with self._lock:
             return {peer for peer, at in self._followers.get(key, {}).items() if at > since}
 
-    def tell(self, key: str, stamps: Mapping[str, int]) -> None:
-        """From now on this is what is told of a stage's readers; nothing: no longer."""
+    def publish(self, key: str, stamps: Mapping[str, int]) -> None:
+        """From now on this is what is said of a stage's readers; nothing: no longer."""
         with self._lock:
             self._stamps[key] = dict(stamps)
             if not stamps:
                 del self._stamps[key]
 
-    def told(self, key: str) -> dict[str, int]:
-        """What is to be told of a stage's readers."""
+    def published(self, key: str) -> dict[str, int]:
+        """What is to be said of a stage's readers."""
         with self._lock:
             return dict(self._stamps.get(key, {}))

@@ -14,60 +14,22 @@ Three things nothing here can mend, so that who holds an agent must be able to l
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import hashlib
-import importlib.util
-import mmap
-import os
-import re
 import secrets
-import struct
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from importlib.machinery import PathFinder
-from types import ModuleType
 from typing import Any
 
 from weightd.daemon.peers.moving import paths
-
-_BUILDS = {13: "nixl_cu13", 12: "nixl_cu12"}
-"""Packages by the major version of CUDA that they are built for."""
-
-_NEEDED = ("nixlAgent", "nixlAgentConfig", "nixlRegDList", "nixlXferDList", "nixlRemoteDisconnectError")
+from weightd.daemon.peers.moving.bindings import NixlUnavailable, load
+from weightd.daemon.peers.moving.metadata import NAME, pack, unpack
 
 _IDLE_POLL_US = 100_000
 """How often the progress thread looks by itself. It is woken by its descriptors; this is for lost wake-ups."""
 
 _LOOK_SECONDS = 1.0
 """For how long it is taken that a peer is still read by the same transport; UCX can go on by another one."""
-
-_ENVIRONMENT = {
-    "UCX_TCP_TX_SEG_SIZE": "64k",  # 8 KiB by default, at half the speed
-    "UCX_TCP_RX_SEG_SIZE": "64k",
-    "UCX_HANDLE_ERRORS": "none",  # no handlers for SIGSEGV and the like, which dump and may wait for a debugger
-    "UCX_DEBUG_SIGNO": "0",  # else UCX takes SIGHUP for itself
-    # Hooks below every munmap, whose making takes 0.4 s of CPU time, serve a cache of registrations that is of no use
-    # here: a region is registered once, and deregistered before it is unmapped.
-    "UCX_MEM_EVENTS": "no",
-    "UCX_RCACHE_ENABLE": "no",
-}
-"""Settings of UCX, where whoever runs the daemon has not chosen."""
-
-_MAGIC = b"weightd-nixl-1\n"
-_MAX_METADATA = 1 << 20
-_NAME = re.compile(rb"[0-9A-Za-z._-]{1,64}")
-_HEAD = b"nixlSerDes|Agent"  # what NIXL's own metadata begins with; then the name's length and the name
-
-_loading = threading.Lock()
-_kept: list[tuple[mmap.mmap, mmap.mmap]] = []
-"""Buffers of self-tests that have failed."""
-
-
-class NixlUnavailable(RuntimeError):
-    """NIXL is not installed, not the build for this driver, or does not work here; the message says what to do."""
 
 
 class TransferFailed(RuntimeError):
@@ -76,67 +38,6 @@ class TransferFailed(RuntimeError):
     def __init__(self, message: str, *, landing: bool = False) -> None:
         super().__init__(message)
         self.landing = landing
-
-
-def _driver_major() -> int | None:
-    """The major version of CUDA that the driver is for; None without a driver. Starts nothing on a GPU."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int()
-    if driver.cuDriverGetVersion(ctypes.byref(version)):
-        return None
-    return version.value // 1000
-
-
-def _choose() -> str:
-    """The package to load: of those installed, the newest that the driver is good for."""
-    loaded = [name for name in _BUILDS.values() if name in sys.modules or f"{name}._bindings" in sys.modules]
-    if loaded:  # both in one process clash: two copies of UCX, two of every C++ type
-        return loaded[0]
-    installed = {major: name for major, name in _BUILDS.items() if importlib.util.find_spec(name) is not None}
-    driver = _driver_major()
-    if not installed:
-        wanted = _BUILDS[12 if driver == 12 else 13]
-        raise NixlUnavailable(f"NIXL is not installed: pip install --no-deps {wanted}")
-    for major, name in installed.items():
-        if driver is None or major <= driver:
-            return name
-    raise NixlUnavailable(
-        f"{', '.join(installed.values())} is built for a newer CUDA than the driver's ({driver}): "
-        f"pip install --no-deps {_BUILDS[12]}"
-    )
-
-
-def load() -> ModuleType:
-    """NIXL's bindings, loaded once per process: 70 ms, 40 MiB. Raises NixlUnavailable.
-
-    The extension alone: importing the package would also import numpy, close the log handlers that there are, set
-    ``logging.raiseExceptions`` to False, and log to stdout; and its ``nixl_agent`` sets the progress thread's pause to
-    0, by which an idle agent takes a whole core.
-    """
-    with _loading:
-        package = _choose()
-        name = f"{package}._bindings"
-        if name in sys.modules:
-            return sys.modules[name]
-        parent = importlib.util.find_spec(package)
-        spec = PathFinder.find_spec(name, parent.submodule_search_locations) if parent else None
-        if spec is None or spec.loader is None:
-            raise NixlUnavailable(f"{package} has no bindings for Python {sys.version.split()[0]}: install its wheel")
-        for variable, value in _ENVIRONMENT.items():
-            os.environ.setdefault(variable, value)
-        try:
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        except (ImportError, OSError) as error:
-            raise NixlUnavailable(f"{package} cannot be loaded ({error}): reinstall it") from None
-        lacking = [attribute for attribute in _NEEDED if not hasattr(module, attribute)]
-        if lacking:
-            raise NixlUnavailable(f"{package} is not of the version that weightd knows, 1.5: no {', '.join(lacking)}")
-        sys.modules[name] = module
-        return module
 
 
 class Agent:
@@ -149,7 +50,7 @@ class Agent:
     def __init__(self, name: str | None = None) -> None:
         """``name`` is unique among all peers, for ever: by default it is random. Raises NixlUnavailable."""
         self.name = name or f"weightd-{secrets.token_hex(8)}"
-        if not _NAME.fullmatch(self.name.encode()):
+        if not NAME.fullmatch(self.name.encode()):
             raise ValueError(f"not a name for an agent: {self.name!r}")
         self.nixl: Any = load()
         self.regions: list[Region] = []
@@ -209,7 +110,7 @@ class Agent:
         Raises ValueError where it is not intact or not metadata, TransferFailed where the peer cannot be reached. What
         is intact is believed: one wrong byte in it can end this process, so it has to come from a trusted daemon.
         """
-        name, blob = _unpack(metadata)
+        name, blob = unpack(metadata)
         peer = Peer(self, name)
         if name == self.name or self.peers.setdefault(name, peer) is not peer:
             raise ValueError(f"there is an agent {name} already")
@@ -262,7 +163,7 @@ class Region:
         """What a peer needs to read this region, and no other of the agent: some hundred bytes, not secret, no key."""
         with self.agent.calling():
             blob: bytes = self.agent.raw.getLocalPartialMD(self.descriptors, True, [self.agent.backend])
-        return _MAGIC + hashlib.sha256(blob).digest() + blob
+        return pack(blob)
 
     def close(self) -> None:
         """Deregister it. Raises RuntimeError while transfers may still write to it. Idempotent.
@@ -295,7 +196,7 @@ class Peer:
 
         Regions are never forgotten: when the peer has replaced one, close this and add it again.
         """
-        name, blob = _unpack(metadata)
+        name, blob = unpack(metadata)
         if name != self.name:
             raise ValueError(f"metadata of {name}, not of {self.name}")
         self.load(blob)
@@ -472,48 +373,3 @@ class Transfer:
 def kind(agent: Agent, gpu: int | None) -> Any:
     """NIXL's kind of memory for a GPU's ordinal, or for None, host memory."""
     return agent.nixl.DRAM_SEG if gpu is None else agent.nixl.VRAM_SEG
-
-
-def _unpack(metadata: bytes) -> tuple[str, bytes]:
-    """The agent's name and NIXL's own metadata. Raises ValueError.
-
-    The digest is for accidents. NIXL has none, and reads past the end, or keeps half of it, of what is damaged.
-    """
-    if not len(_MAGIC) + 32 < len(metadata) <= _MAX_METADATA or not metadata.startswith(_MAGIC):
-        raise ValueError(f"{len(metadata)} bytes that are not metadata of a weightd agent")
-    digest, blob = metadata[len(_MAGIC) : len(_MAGIC) + 32], metadata[len(_MAGIC) + 32 :]
-    if hashlib.sha256(blob).digest() != digest:
-        raise ValueError("the metadata is damaged")
-    start = len(_HEAD) + 8
-    if not blob.startswith(_HEAD) or len(blob) < start:
-        raise ValueError("metadata of another version of NIXL")
-    (length,) = struct.unpack_from("<Q", blob, len(_HEAD))
-    name = blob[start : start + length]
-    if not _NAME.fullmatch(name):
-        raise ValueError("the metadata has no name that an agent of weightd could have")
-    return name.decode(), blob
-
-
-def self_test(agent: Agent) -> None:
-    """Read random bytes from the agent to itself, at odd offsets, and compare. Raises NixlUnavailable. Some ms."""
-    size = 1 << 20
-    source, target = mmap.mmap(-1, size), mmap.mmap(-1, size)
-    source[:] = secrets.token_bytes(size)
-    expected = bytearray(size)
-    pairs = [(13, 1, 100_003), (100_017, 200_001, 1), (100_019, 300_007, 700_001)]
-    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in (source, target)]
-    regions: list[Region] = []
-    try:
-        regions += [agent.register(address, size) for address in addresses]
-        there = [(addresses[1] + to, addresses[0] + at, nbytes) for to, at, nbytes in pairs]
-        transfer = Peer(agent, agent.name).read(there, regions[1])
-        transfer.wait(10)
-    except (TransferFailed, TimeoutError, ValueError) as error:
-        _kept.append((source, target))  # they may still be written to
-        raise NixlUnavailable(f"NIXL's self-test failed ({error}): look at UCX_TLS and UCX_NET_DEVICES") from error
-    for region in regions:
-        region.close()
-    for to, at, nbytes in pairs:
-        expected[to : to + nbytes] = source[at : at + nbytes]
-    if target[:] != expected:
-        raise NixlUnavailable("NIXL's self-test failed: other bytes than were sent: do not use it on this machine")

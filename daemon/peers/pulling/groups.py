@@ -7,37 +7,37 @@ entry together, where its bytes are gathered from strides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from weightd.daemon.filling.account import Account
 from weightd.daemon.layouts.digests import LEAF, leaf_count
 from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.layouts.recipe import Recipe
+from weightd.daemon.peers.moving.parts import PART, Part, Span
 
 _STRIPE = 8 << 20
-PART = 8 << 20
 _MAX_SPANS = 256
 
 
-class Span(NamedTuple):
-    """Whole leaves of one entry: where they lie in the segment, and the number of the first."""
-
-    segment: int
-    entry: int
-    offset: int
-    nbytes: int
-    leaf: int
-
-
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Group:
-    """``extents`` bring it from the origin, ``spans`` are where it lies."""
+    """``extents`` bring it from the origin, ``spans`` are where it lies; and how far it is."""
 
     index: int
     extents: list[Extent]
     spans: list[Span]
+    extents_left: int = field(init=False)
+    """That are still to land: what is forgotten before it was told of as landed is to land twice."""
+    brought_by: str | None = None
+    """The peer that has brought all of it."""
+    _parts_left: int = 0
+    """That are still to come, while a peer brings it."""
+    _digests: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """(segment, entry, leaf, digest) of those of its parts that have come."""
+
+    def __post_init__(self) -> None:
+        self.extents_left = len(self.extents)
 
     @property
     def stripe(self) -> str:
@@ -45,38 +45,44 @@ class Group:
         first = self.extents[0]
         return f"{first.file}:{first.offset // _STRIPE}"
 
+    def landed(self) -> bool:
+        """One of its extents has landed; whether all have now."""
+        self.extents_left -= 1
+        return not self.extents_left
 
-@dataclass(eq=False, slots=True)
-class Part:
-    """What is asked of a peer at once: whole leaves of a group, ``PART`` bytes at most, from one segment."""
+    def begin_parts(self) -> list[Part]:
+        """A peer is to bring it: the parts that it is asked for in."""
+        parts: list[Part] = []
+        room = 0
+        for span in self.spans:
+            at = 0
+            while at < span.nbytes:
+                if room < LEAF or parts[-1].spans[-1].segment != span.segment or len(parts[-1].spans) == _MAX_SPANS:
+                    parts.append(Part(self.index, []))
+                    room = PART
+                nbytes = min(span.nbytes - at, room - room % LEAF)
+                parts[-1].spans.append(Span(span.segment, span.entry, span.offset + at, nbytes, span.leaf + at // LEAF))
+                at += nbytes
+                room -= nbytes
+        self._parts_left = len(parts)
+        return parts
 
-    group: int
-    spans: list[Span]
-    slot: int | None = None
-    """Where it waits on the way to a GPU."""
-    at: int | None = None
-    """Where the peer has put it, on its way from a GPU."""
+    def part_came(self, peer: str, found: Iterable[tuple[Span, int, int]]) -> bool:
+        """A part has come from a peer, verified, with (span, leaf, digest); whether all have now."""
+        self._digests.extend((span.segment, span.entry, leaf, digest) for span, leaf, digest in found)
+        self._parts_left -= 1
+        if not self._parts_left:
+            self.brought_by = peer
+        return not self._parts_left
 
-    @property
-    def nbytes(self) -> int:
-        return sum(span.nbytes for span in self.spans)
+    def take_digests(self) -> list[tuple[int, int, int, int]]:
+        """Those of all its parts, once all have come."""
+        found, self._digests = self._digests, []
+        return found
 
-
-def parts_of(group: Group) -> list[Part]:
-    """The parts that a group is asked for in."""
-    parts: list[Part] = []
-    room = 0
-    for span in group.spans:
-        at = 0
-        while at < span.nbytes:
-            if room < LEAF or parts[-1].spans[-1].segment != span.segment or len(parts[-1].spans) == _MAX_SPANS:
-                parts.append(Part(group.index, []))
-                room = PART
-            nbytes = min(span.nbytes - at, room - room % LEAF)
-            parts[-1].spans.append(Span(span.segment, span.entry, span.offset + at, nbytes, span.leaf + at // LEAF))
-            at += nbytes
-            room -= nbytes
-    return parts
+    def let_go(self) -> None:
+        """The peer that was to bring it does not."""
+        self._digests = []
 
 
 class Groups:
@@ -89,28 +95,28 @@ class Groups:
         self.all = plan_groups(extents, recipes)
         self._starts = starts
         self._of_extent = {extent.index: group for group in self.all for extent in group.extents}
-        self._by_leaf: list[dict[int, int]] = [{} for _ in starts]
+        self._by_leaf: list[dict[int, Group]] = [{} for _ in starts]
         for group in self.all:
-            for segment, first, count in self.leaves(group.index):
-                self._by_leaf[segment].update(dict.fromkeys(range(first, first + count), group.index))
+            for segment, first, count in self.leaves(group):
+                self._by_leaf[segment].update(dict.fromkeys(range(first, first + count), group))
 
     def of(self, extent: Extent) -> Group:
         """The one that an extent is in."""
         return self._of_extent[extent.index]
 
-    def leaves(self, group: int) -> list[tuple[int, int, int]]:
+    def leaves(self, group: Group) -> list[tuple[int, int, int]]:
         """(segment, first leaf counted over all its entries, leaves) of what a group brings."""
         return [
             (span.segment, self._starts[span.segment][span.entry] + span.leaf, leaf_count(span.nbytes))
-            for span in self.all[group].spans
+            for span in group.spans
         ]
 
-    def at(self, segment: int, first: int, count: int) -> list[int]:
+    def at(self, segment: int, first: int, count: int) -> list[Group]:
         """Those that bring any of these leaves."""
         by_leaf = self._by_leaf[segment]
         return list(dict.fromkeys(by_leaf[leaf] for leaf in range(first, first + count) if leaf in by_leaf))
 
-    def of_leaf(self, segment: int, leaf: int) -> int | None:
+    def of_leaf(self, segment: int, leaf: int) -> Group | None:
         """The one that brings a leaf; None where that was there already."""
         return self._by_leaf[segment].get(leaf)
 
@@ -126,7 +132,7 @@ def begin_parts_anew(extents: Sequence[Extent], recipes: Sequence[Recipe], accou
         landed = [extent for extent in group.extents if account.has(extent)]
         if 0 < len(landed) < len(group.extents):
             account.forget(landed)
-            account.give(landed)
+            account.requeue(landed)
 
 
 def plan_groups(extents: Sequence[Extent], recipes: Sequence[Recipe]) -> list[Group]:
@@ -155,14 +161,6 @@ def _spans(extents: Sequence[Extent], recipes: Sequence[Recipe]) -> list[Span]:
                 span = Span(piece.segment, piece.entry, entry.offset, entry.nbytes, 0)
             spans[span.segment, span.entry, span.leaf] = span
     return sorted(spans.values())
-
-
-def leaf_ranges(span: Span) -> list[tuple[int, int, int]]:
-    """Each leaf of a span: its number, and where it lies in the segment: offset, bytes."""
-    return [
-        (span.leaf + i, span.offset + i * LEAF, min(LEAF, span.nbytes - i * LEAF))
-        for i in range(leaf_count(span.nbytes))
-    ]
 
 
 class _Joined:

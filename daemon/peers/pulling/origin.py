@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from weightd.daemon.errors import SourceFailed
 from weightd.daemon.filling.fill import Fill
 from weightd.daemon.filling.sink import Share
-from weightd.daemon.peers.pulling.groups import Group, leaf_ranges
+from weightd.daemon.peers.moving.parts import leaf_ranges
+from weightd.daemon.peers.pulling.groups import Group
 from weightd.daemon.peers.pulling.pace import Pace
 from weightd.daemon.sources.base import Reader
 
@@ -67,7 +68,7 @@ class Origin:
                 for group in groups
                 for span in group.spans
             )
-            self._account.give(extent for group in groups for extent in group.extents)
+            self._account.requeue(extent for group in groups for extent in group.extents)
         if self._account.queued and self._thread is None:
             self._thread = threading.Thread(target=self._run, name="origin", daemon=True)
             self._thread.start()
@@ -91,7 +92,7 @@ class Origin:
         if not isinstance(self.error, SourceFailed):
             raise self.error
         log.warning("the origin fails, what is missing is to come from peers: %s", self.error)
-        self._account.take_all()
+        self._account.drain()
         left, self.groups = self.groups, set()
         return left
 

@@ -6,11 +6,12 @@ falls to this node. Bytes come through a mover process, and are put where they b
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from weightd.daemon.devices.base import Segment
 from weightd.daemon.errors import DigestMismatch, SourceFailed
@@ -19,47 +20,39 @@ from weightd.daemon.filling.sink import Sink
 from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.layouts.recipe import Recipe
 from weightd.daemon.peers.finding.fleet import Fleet
-from weightd.daemon.peers.finding.following import FORMAT, Following, Peer
-from weightd.daemon.peers.moving.mover import Arrival, MoverFailed
-from weightd.daemon.peers.moving.transfers import Transfers
+from weightd.daemon.peers.finding.following import Following
+from weightd.daemon.peers.finding.listening import FORMAT, Absent, Answered, Gone, Peer, Said
+from weightd.daemon.peers.moving.lane import Lane
+from weightd.daemon.peers.moving.movers import Arrival, MoverFailed, Movers
+from weightd.daemon.peers.moving.parts import PART, Part, PartState
+from weightd.daemon.peers.moving.transfers import Put, Settled, Transfers
 from weightd.daemon.peers.pulling.assignment import Assignment
-from weightd.daemon.peers.pulling.groups import PART, Group, Groups, Part, Span, begin_parts_anew, parts_of
+from weightd.daemon.peers.pulling.groups import Group, Groups
 from weightd.daemon.peers.pulling.origin import Origin
 from weightd.daemon.peers.pulling.pace import Pace
+from weightd.daemon.peers.pulling.truth import Truth
 from weightd.daemon.sources.base import Reader
 
 
-class Pulling:
-    """The fleet, as stages load from it."""
+class Landed(NamedTuple):
+    """An extent is there, from wherever."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-
-    @property
-    def off(self) -> str:
-        return self._fleet.off
-
-    def reader(
-        self,
-        key: str,
-        recipes: Sequence[Recipe],
-        segments: Sequence[Segment],
-        extents: Sequence[Extent],
-        fill: Fill,
-        origin: Callable[[], Reader] | None,
-    ) -> Reader:
-        begin_parts_anew(extents, recipes, fill.account)
-        return PeerReader(key, self._fleet, recipes, segments, fill, origin)
+    extent: Extent
 
 
 class PeerReader:
     """A reader for one ``fill`` that has what peers can bring from them; ``origin`` makes the reader of the stage's
-    source; None where all has to come from peers."""
+    source; None where all has to come from peers.
+
+    It decides, and keeps no state of what it decides about: who is listened to is ``Following``'s, how far parts are
+    ``Transfers``' lanes', how far groups are the groups' own, whose turn they are ``Assignment``'s.
+    """
 
     def __init__(
         self,
         key: str,
         fleet: Fleet,
+        movers: Movers,
         recipes: Sequence[Recipe],
         segments: Sequence[Segment],
         fill: Fill,
@@ -71,41 +64,37 @@ class PeerReader:
         self._recipes = recipes
         self._segments = segments
         self._origin = Origin(origin)
-        self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._transfers = Transfers(fleet, segments, self._events)
+        self._events: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._transfers = Transfers(fleet, movers, segments, self._events.put)
         self._pace = Pace(2.0, most=256)
-        self._parts_left: dict[int, int] = {}
-        """Group → parts that are still to come of it, while a peer brings it."""
-        self._from: dict[int, str] = {}
-        """Group → the peer that brought it."""
 
     def run(self, sink: Sink) -> None:
         assert sink is self._fill
         fill, account = self._fill, self._account
-        missing = account.take_all()
+        missing = account.drain()
         if not missing:
             return
         self._groups = Groups(missing, self._recipes, [account.leaf_starts(s) for s in range(len(self._recipes))])
-        self._left = {group.index: len(group.extents) for group in self._groups.all}
-        """Group → ``landed`` events that are to come: what is forgotten before its event was taken has two."""
-        self._following = Following(self._fleet, self._key, account, self._events)
+        self._truth = Truth(account, self._groups, self._recipes)
+        self._following = Following(self._fleet, self._key, account, self._events.put)
         stripes = [group.stripe for group in self._groups.all]
         self._assignment = Assignment(self._fleet.me, stripes, self._following.readers, self._fleet.stall)
         self._here = 0
         """Groups that have come."""
         self._origin.begin(fill)
         self._progress = time.monotonic()
-        account.on_landed = lambda extent: self._events.put(("landed", extent))
+        account.on_landed = lambda extent: self._events.put(Landed(extent))
         try:
             while not self._assignment.finished and not fill.stopped:
                 now = time.monotonic()
-                for name in self._following.look(now):
-                    self._assignment.lost(name)
-                self._following.tell(now, reads=self._origin.works)
+                for peer in self._following.look(now, idle=lambda peer: self._transfers.lane(peer).empty):
+                    self._transfers.forget(peer)
+                    self._assignment.lost(peer.name)
+                self._following.announce(now, reads=self._origin.works)
                 with self._waiting():
-                    happened = self._transfers.happened(0.02)
-                for kind, what in happened:
-                    self._take(kind, what)
+                    happened = self._happened(0.02)
+                for event in happened:
+                    self._take(event)
                 now = time.monotonic()
                 self._drop_dead(now)
                 self._ask_peers(now)
@@ -121,38 +110,53 @@ class PeerReader:
         self._origin.close()
         self._transfers.close()
 
+    def _lanes(self) -> list[Lane]:
+        """Those of the peers that are listened to."""
+        return [self._transfers.lane(peer) for peer in self._following]
+
     def _waiting(self) -> AbstractContextManager[None]:
         """Waiting for peers; where only others are at work, the origin or threads that settle, they say what at."""
-        others = self._origin.groups or any(peer.settling for peer in self._following)
-        alone = others and not any(peer.busy for peer in self._following)
+        lanes = self._lanes()
+        others = self._origin.groups or any(lane.parts(PartState.SETTLING) for lane in lanes)
+        alone = others and not any(lane.busy for lane in lanes)
         return nullcontext() if alone else self._fill.phase("source", "peer")
 
-    def _take(self, kind: str, what: Any) -> None:
-        """Something has happened: events of ``listen``, of ``Transfers``, and ``landed``, with the extent."""
-        if kind == "landed":
-            self._landed(what)
-        elif kind == "put":
-            self._put(*what)
-        elif kind == "arrived":
-            self._arrived(what)
-        elif kind == "settled":
-            self._settled(*what)
-        elif kind == "absent":
-            self._following.absent(what)
-        elif kind == "said":
-            self._heard(*what)
-        else:
-            peer, why = what
-            if peer in self._following:
-                self._strike(peer, "gone", str(why))
+    def _happened(self, timeout: float) -> list[object]:
+        """Events, at most ``timeout`` seconds after now; reads that have ended before all else."""
+        found: list[object] = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._events.get(timeout=timeout))
+            while len(found) < 1000:
+                found.append(self._events.get_nowait())
+        return sorted(found, key=lambda event: not isinstance(event, Arrival))
+
+    def _take(self, event: object) -> None:
+        match event:
+            case Landed(extent):
+                self._landed(extent)
+            case Put(lane, part, address, error):
+                self._put(lane, part, address, error)
+            case Arrival():
+                self._arrived(event)
+            case Settled(lane, part):
+                self._settled(lane, part)
+            case Absent(peer):
+                self._following.absent(peer)
+                self._transfers.forget(peer)
+            case Answered(peer):
+                peer.answered = True
+            case Said(peer, said):
+                self._heard(peer, said)
+            case Gone(peer, why):
+                if peer in self._following:
+                    self._strike(peer, "gone", why)
 
     def _landed(self, extent: Extent) -> None:
-        group = self._groups.of(extent).index
-        self._left[group] -= 1
-        if not self._left[group]:
-            self._assignment.done(group)
+        group = self._groups.of(extent)
+        if group.landed():
+            self._assignment.done(group.index)
             self._here += 1
-            if self._origin.brought(group):
+            if self._origin.brought(group.index):
                 self._compare_claims(group)
         self._progress = time.monotonic()
 
@@ -161,7 +165,7 @@ class PeerReader:
         if left := self._origin.left_over():
             self._fill.drain()  # what is on its way to a GPU is there before a peer may bring it again
             for group in left:
-                if self._left[group]:
+                if self._groups.all[group].extents_left:
                     self._assignment.failed(group)
         quiet = now - self._progress
         if not self._origin.exists and quiet > self._fleet.stall:
@@ -194,9 +198,7 @@ class PeerReader:
 
     def _understand(self, peer: Peer, said: Mapping[str, Any]) -> None:
         kind = said["type"]
-        if kind == "answered":
-            peer.answered = True
-        elif kind == "hello":
+        if kind == "hello":
             if said["format"] != FORMAT:
                 self._drop(peer, "version", f"it speaks format {str(said['format'])[:20]}, and this daemon {FORMAT}")
                 return
@@ -204,9 +206,9 @@ class PeerReader:
         elif kind == "segments":
             peer.introduce(said, len(self._segments))
             peer.use.through_host = self._transfers.on_device or peer.reader is not None
-            self._transfers.connect(peer)
+            self._transfers.connect(self._transfers.lane(peer))
         elif kind == "readers":
-            self._following.told_of_readers(peer, said["stamps"])
+            self._following.hear_readers(peer, said["stamps"])
         elif kind == "complete":
             peer.heard = True
         elif kind in ("leaves", "coming"):
@@ -215,20 +217,20 @@ class PeerReader:
             if kind == "coming":
                 count = int(said["count"])
                 segment, first = peer.claims.at(said, count)
-                self._assignment.coming(peer.name, self._groups.at(segment, first, count))
+                self._assignment.coming(peer.name, [group.index for group in self._groups.at(segment, first, count)])
                 return
-            segment, first, count = peer.claims.take(said)
+            segment, first, count = peer.claims.add(said)
             if not self._contradicted(peer, segment, first, count):
                 self._believe(peer, self._groups.at(segment, first, count))
         elif kind == "gone":
             self._strike(peer, "gone", "it gives nothing any more", counts=False)
 
-    def _believe(self, peer: Peer, groups: Sequence[int]) -> None:
+    def _believe(self, peer: Peer, groups: Sequence[Group]) -> None:
         """Of these groups it may bring those of which it claims to have all."""
-        whole = [group for group in groups if peer.claims.has_all(self._groups.leaves(group))]
+        whole = [group.index for group in groups if peer.claims.has_all(self._groups.leaves(group))]
         self._assignment.has(peer.name, whole)
 
-    def _compare_claims(self, group: int) -> None:
+    def _compare_claims(self, group: Group) -> None:
         """What has come from the origin tells whether peers claim the truth."""
         for peer in self._following:
             for segment, first, count in self._groups.leaves(group):
@@ -237,137 +239,104 @@ class PeerReader:
 
     def _contradicted(self, peer: Peer, segment: int, first: int, count: int) -> bool:
         """Whether this node has one of these leaves from the origin with another digest: then the peer is given up."""
-        there, claims = self._account.there[segment], peer.claims
-        if not there.count(1, first, first + count):
-            return False
-        for leaf in range(first, first + count):
-            group = self._groups.of_leaf(segment, leaf)
-            if there[leaf] and claims.there[segment][leaf] and group is not None and group not in self._from:
-                entry, at = self._account.leaf_at(segment, leaf)
-                if self._account.leaves[segment][entry][at] != claims.digests[segment][leaf]:
-                    name = self._recipes[segment].entries[entry].name
-                    self._liar(peer, f"tensor {name!r}, leaf {at}: not the digest that the origin's bytes have")
-                    return True
-        return False
+        wrong = self._truth.wrong_claim(peer.claims, segment, first, count)
+        if wrong:
+            self._liar(peer, wrong)
+        return bool(wrong)
 
     # ------------------------------------------------------------------ what peers bring
 
     def _ask_peers(self, now: float) -> None:
         """Ask for as much as comes in a second or so, of those first who bring it soonest."""
-        asked = sum(peer.busy for peer in self._following)
-        willing = [peer for peer in self._following if peer.metadata and peer.has_room]
-        fastest = max((peer.rate for peer in willing), default=0.0)
+        lanes = self._lanes()
+        asked = sum(lane.busy for lane in lanes)
+        willing = [lane for lane in lanes if lane.peer.metadata and lane.has_room]
+        fastest = max((lane.rate for lane in willing), default=0.0)
         while willing and asked < self._pace.at_once:
-            peer = min(willing, key=lambda peer: (peer.busy + 1) / (peer.rate or fastest or 1.0))
-            if not peer.parts and (group := self._assignment.from_peer(peer.name)) is not None:
-                peer.parts.extend(parts_of(self._groups.all[group]))
-                self._parts_left[group] = len(peer.parts)
-            if not peer.parts or not self._transfers.find_place(peer.parts[0]):
-                willing.remove(peer)
-                continue
-            if not self._ask(peer, peer.parts.popleft(), now):
-                willing.remove(peer)
+            lane = min(willing, key=lambda lane: (lane.busy + 1) / (lane.rate or fastest or 1.0))
+            if lane.next is None and (group := self._assignment.from_peer(lane.peer.name)) is not None:
+                lane.queue(self._groups.all[group].begin_parts())
+            part = lane.next
+            if part is None or not self._transfers.find_place(part) or not self._ask(lane, part, now):
+                willing.remove(lane)
                 continue
             asked += 1
-            if not peer.has_room:
-                willing.remove(peer)
-        for peer in self._following:
-            if peer.given and not peer.busy:
-                self._transfers.give_back(peer)
+            if not lane.has_room:
+                willing.remove(lane)
+        for lane in self._lanes():
+            if lane.read_out and not lane.busy:
+                self._transfers.give_back(lane)
 
-    def _ask(self, peer: Peer, part: Part, now: float) -> bool:
+    def _ask(self, lane: Lane, part: Part, now: float) -> bool:
         """Ask a peer for a part, which has its place; whether that could be done."""
-        if not peer.busy and not peer.full:
-            peer.arrived = now
+        lane.begin(now)
         try:
-            self._transfers.ask(peer, part)
+            self._transfers.ask(lane, part)
         except MoverFailed as error:
-            self._unreachable(peer, part, error)
+            self._unreachable(lane.peer, error)
             return False
         return True
 
-    def _put(self, peer: Peer, part: Part, address: object, error: str) -> None:
+    def _put(self, lane: Lane, part: Part, address: object, error: str) -> None:
         """A peer says where a part can be read; None: it has no room now."""
-        if peer not in self._following or part not in peer.awaited:
+        if part.state is not PartState.AWAITED:
             if isinstance(address, int):  # nobody waits for it any more
-                peer.given.append(address)
+                lane.read_out.append(address)
             return
         if error or not (address is None or (isinstance(address, int) and 0 <= address < 1 << 62)):
-            self._strike(peer, "failed", error or "it says of no address where it has put what was asked for")
+            self._strike(lane.peer, "failed", error or "it says of no address where it has put what was asked for")
             return
-        peer.awaited.discard(part)
         if address is None:
-            peer.full = True
-            self._transfers.free_place(part)
-            peer.parts.appendleft(part)
+            self._transfers.put_back(lane, part)
             return
         part.at = address
         try:
-            self._transfers.read(peer, part)
+            self._transfers.read(lane, part)
         except MoverFailed as failure:
-            self._unreachable(peer, part, failure)
+            self._unreachable(lane.peer, failure)
 
-    def _unreachable(self, peer: Peer, part: Part, error: MoverFailed) -> None:
-        peer.awaited.add(part)  # so that it is given up with the peer
+    def _unreachable(self, peer: Peer, error: MoverFailed) -> None:
         self._strike(peer, "unreachable", f"it cannot be read: {error}")
 
     def _arrived(self, arrival: Arrival) -> None:
         """A read has ended."""
-        peer = next((peer for peer in self._following if arrival.ticket in peer.in_flight), None)
-        if peer is None:
+        found = self._transfers.reading(arrival.ticket)
+        if found is None:
             return
+        lane, part = found
         if arrival.error is not None:
-            self._strike(peer, "failed", arrival.error)  # parts of it may still land: with the ticket, the mover goes
+            self._strike(lane.peer, "failed", arrival.error)  # parts may still land: with the ticket, the mover goes
             return
-        part = peer.in_flight.pop(arrival.ticket)
-        if part.at is not None:
-            peer.given.append(part.at)
         self._progress = now = time.monotonic()
-        peer.use.seconds += now - peer.arrived
-        peer.arrived, peer.full = now, False
-        self._transfers.came_by(peer, arrival.transport)
-        self._transfers.settle(peer, part, self._fill)
+        lane.came(part, now)
+        self._transfers.came_by(lane.peer, arrival.transport)
+        self._transfers.settle(lane, part, self._fill)
 
-    def _settled(self, peer: Peer, part: Part) -> None:
+    def _settled(self, lane: Lane, part: Part) -> None:
         """A part that has come lies where it belongs, and was hashed."""
-        settling = peer.settling.pop(part, None)
-        if settling is None:  # the peer was given up meanwhile
+        if part.state is not PartState.SETTLING:  # the peer was given up meanwhile
             return
-        found = settling.result()
-        if wrong := self._wrong_in(peer, found):
-            peer.awaited.add(part)  # so that it is given up with the peer
+        assert part.settling is not None
+        peer, found = lane.peer, part.settling.result()
+        if wrong := self._truth.wrong_bytes(peer.claims, found):
             self._liar(peer, wrong)
             return
-        peer.digests.setdefault(part.group, []).extend(
-            (span.segment, span.entry, leaf, digest) for span, leaf, digest in found
-        )
+        lane.move(part, PartState.SETTLED)
         peer.use.nbytes += part.nbytes
-        self._fleet.arrived(peer.name, peer.use.transport, part.nbytes, peer.rate)
+        self._fleet.arrived(peer.name, peer.use.transport, part.nbytes, lane.rate)
         self._pace.came()
         if self._transfers.on_device:
             views = zip(part.spans, self._transfers.views(part), strict=True)
             whole = [(span.segment, span.offset, view) for span, view in views]
             self._fill.send(whole, lambda: self._transfers.free_place(part))
-        self._parts_left[part.group] -= 1
-        if not self._parts_left[part.group]:
-            self._has_come(peer, self._groups.all[part.group])
+        group = self._groups.all[part.group]
+        if group.part_came(peer.name, found):
+            self._has_come(group)
 
-    def _wrong_in(self, peer: Peer, found: Sequence[tuple[Span, int, int]]) -> str:
-        """What is wrong with digests of what a peer has brought; empty where nothing is."""
-        for span, leaf, digest in found:
-            first = self._account.leaf_starts(span.segment)[span.entry]
-            claimed = peer.claims.digests[span.segment][first + leaf] == digest
-            if not claimed or self._account.expected_leaf(span.segment, span.entry, leaf) not in (None, digest):
-                name = self._recipes[span.segment].entries[span.entry].name
-                what = "not the expected bytes" if claimed else "not the bytes that it claims"
-                return f"tensor {name!r}, leaf {leaf}: {what}"
-        return ""
-
-    def _has_come(self, peer: Peer, group: Group) -> None:
+    def _has_come(self, group: Group) -> None:
         """All parts of a group have come from a peer, verified."""
-        self._from[group.index] = peer.name
         extents = [extent for extent in group.extents if not self._account.has(extent)]
-        digests = peer.digests.pop(group.index)
+        digests = group.take_digests()
         if self._transfers.on_device:
             self._fill.arrived_on_device(extents, digests)
         else:
@@ -377,13 +346,13 @@ class PeerReader:
 
     def _drop_dead(self, now: float) -> None:
         if self._transfers.died:
-            for peer in [peer for peer in self._following if peer.in_flight]:
+            for peer in [lane.peer for lane in self._lanes() if lane.parts(PartState.READING)]:
                 self._strike(peer, "failed", "the process that read from it died")
-        for peer in self._following:
+        for lane in self._lanes():
             # A read says nothing before it ends, and how long it takes is known only once some have.
-            patience = self._fleet.stall + (2 * peer.busy * PART / peer.rate if peer.rate else 0.0)
-            if peer.busy and now - peer.arrived > patience:
-                self._drop(peer, "stalled", f"nothing came for {patience:.1f} s")
+            patience = self._fleet.stall + (2 * lane.busy * PART / lane.rate if lane.rate else 0.0)
+            if lane.busy and now - lane.arrived > patience:
+                self._drop(lane.peer, "stalled", f"nothing came for {patience:.1f} s")
 
     def _strike(self, peer: Peer, why: str, words: str, *, counts: bool = True) -> None:
         """Give a peer up for now; after some times for good."""
@@ -392,30 +361,33 @@ class PeerReader:
     def _liar(self, peer: Peer, words: str) -> None:
         """Give a peer up that serves what is wrong, and all that it has brought."""
         self._drop(peer, "wrong_bytes", words)
-        brought = [group for group, name in self._from.items() if name == peer.name]
-        again = self._account.from_peers(extent for group in brought for extent in self._groups.all[group].extents)
+        brought = [group for group in self._groups.all if group.brought_by == peer.name]
+        again = self._account.from_peers(extent for group in brought for extent in group.extents)
         if not self._account.forget(again):
             raise DigestMismatch(f"peer {peer.name} serves wrong bytes, and clients use what it has brought: {words}")
         for extent in again:
-            self._left[self._groups.of(extent).index] += 1
+            self._groups.of(extent).extents_left += 1
         for group in brought:
-            del self._from[group]
-        self._assignment.again(brought)
+            group.brought_by = None
+        self._assignment.again([group.index for group in brought])
         for other in self._following:
             self._believe(other, brought)
 
     def _drop(self, peer: Peer, why: str, words: str, *, for_good: bool = True) -> None:
         """Have nothing more of a peer. What it was to bring is free again, once nothing can write there any more."""
         self._following.give_up(peer, why, words, for_good=for_good)
-        if peer.in_flight:
+        lane = self._transfers.lane(peer)
+        if lane.parts(PartState.READING):
             # A transfer cannot be called back. The process that makes it can be ended, and with it all others' are.
             self._transfers.kill()
-            for other in self._following:
+            for other in self._lanes():
                 self._let_go(other)
         self._fill.drain()  # nor is anything on its way to a GPU when others bring it
-        self._let_go(peer)
+        self._let_go(lane)
+        self._transfers.forget(peer)
         self._assignment.lost(peer.name)
 
-    def _let_go(self, peer: Peer) -> None:
-        for group in self._transfers.let_go(peer):
-            self._assignment.failed(group)
+    def _let_go(self, lane: Lane) -> None:
+        for number in self._transfers.let_go(lane):
+            self._groups.all[number].let_go()
+            self._assignment.failed(number)

@@ -11,19 +11,17 @@ import base64
 import contextlib
 import logging
 import secrets
-import sys
 import time
-from array import array
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from weightd.daemon.errors import DeviceFailed, InvalidRequest, UnknownStage
 from weightd.daemon.peers.finding.fleet import Fleet
-from weightd.daemon.peers.finding.following import FORMAT
-from weightd.daemon.peers.moving.mover import Mover, MoverFailed
-from weightd.daemon.peers.moving.window import Offer
+from weightd.daemon.peers.finding.listening import FORMAT
+from weightd.daemon.peers.moving.movers import Mover, MoverFailed, Movers
+from weightd.daemon.peers.serving.news import News
+from weightd.daemon.peers.serving.offer import Offer
 from weightd.daemon.stages.residency import Residency
-from weightd.daemon.stages.segments import segment_leaves
 from weightd.daemon.stages.stage import Stage
 from weightd.ipc.errors import CudaError
 
@@ -34,16 +32,15 @@ T = TypeVar("T")
 _LOOK = 0.05
 """Seconds between looks at what has come of a stage that loads."""
 _HEARTBEAT = 1.0
-_MAX_LEAVES = 4096
-"""Leaf digests in one event."""
 
 
 class Serving:
     """Lends segments to peers, and says what there is."""
 
-    def __init__(self, residency: Residency, fleet: Fleet) -> None:
+    def __init__(self, residency: Residency, fleet: Fleet, movers: Movers) -> None:
         self._residency = residency
         self._fleet = fleet
+        self._movers = movers
         self._mover: Mover | None = None
         self._ending = False
         self._readers: dict[str, Offer] = {}
@@ -86,7 +83,7 @@ class Serving:
         reader = secrets.token_hex(16)
         try:
             yield {"type": "hello", "format": FORMAT, "epoch": offering.epoch, "ready": stage.state == "ready"}
-            async for event in self._tell(stage, offering, reader):
+            async for event in self._events(stage, offering, reader):
                 yield event
             yield {"type": "gone"}
             # It hangs up once nothing of its reads is under way; unmapping what it reads would end our process.
@@ -98,15 +95,15 @@ class Serving:
         finally:
             # Nothing here waits: whoever hangs up cancels every wait.
             if (left := self._readers.pop(reader, None)) is not None:
-                left.give(reader)
+                left.release(reader)
             self._residency.leases.end_for_peer(lease)
             offering.listeners -= 1
             if not offering.listeners:
                 self._withdraw(stage, offering)
 
-    async def _tell(self, stage: Stage, offering: _Offering, reader: str) -> AsyncIterator[dict[str, Any]]:
+    async def _events(self, stage: Stage, offering: _Offering, reader: str) -> AsyncIterator[dict[str, Any]]:
         """What there is to say of a stage, as long as it can be read. Raises MoverFailed, OSError."""
-        told = Told(offering.epoch)
+        news = News(offering.epoch)
         mapped = False
         spoke = stamped = 0.0
         # Where it lies is known in a moment, once the process runs; working out what to say of leaves takes longer.
@@ -122,11 +119,11 @@ class Serving:
             if now - stamped >= _HEARTBEAT and (stamps := self._stamps(stage)):
                 stamped = now
                 batch.append({"type": "readers", "stamps": stamps})
-            if told.behind(stage):
+            if news.behind(stage):
                 with contextlib.suppress(IndexError):  # it ends at this very moment: the next look says how
-                    batch += await asyncio.to_thread(told.news, stage)
-            elif stage.state == "ready" and not told.complete:
-                told.complete = True
+                    batch += await asyncio.to_thread(news.catch_up, stage)
+            elif stage.state == "ready" and not news.complete:
+                news.complete = True
                 batch.append({"type": "complete"})
             elif not batch and now - spoke >= _HEARTBEAT:
                 batch.append({"type": "alive"})
@@ -134,13 +131,13 @@ class Serving:
                 spoke = now
                 yield event
             if mapped or not offering.made.done():
-                await stage.changed(_HEARTBEAT if told.complete else _LOOK)
+                await stage.changed(_HEARTBEAT if news.complete else _LOOK)
 
     def _stamps(self, stage: Stage) -> dict[str, int]:
         """Who reads the origin: as long as this node has it all, nobody has to take its place."""
         if stage.state == "ready":
             return {self._fleet.me: time.time_ns() // 1_000_000} if self._fleet.me else {}
-        return self._fleet.gossip.told(stage.key)
+        return self._fleet.gossip.published(stage.key)
 
     def _offered(self, stage: Stage) -> _Offering:
         found = self._offers.get(stage.id)
@@ -158,7 +155,7 @@ class Serving:
         """The process that peers read from, started if need be. Raises MoverFailed."""
         async with self._lock:
             if self._mover is None or not self._mover.alive:
-                self._mover = await asyncio.to_thread(self._fleet.movers.take)
+                self._mover = await asyncio.to_thread(self._movers.take)
             return self._mover
 
     async def fetch(
@@ -172,7 +169,7 @@ class Serving:
         offer = self._readers.get(reader)
         if offer is None or offer.window is None:
             raise UnknownStage("nobody listens by that name, or not to what is on a GPU")
-        offer.give(reader, given)
+        offer.release(reader, given)
         if not pieces:
             return None
         try:
@@ -252,81 +249,6 @@ def _segments(offer: Offer, reader: str, epoch: str) -> dict[str, Any]:
             for offered in offer.offered
         ],
     }
-
-
-class Told:
-    """What one peer has been told of a stage's leaves."""
-
-    def __init__(self, epoch: str) -> None:
-        self.complete = False
-        self._epoch = epoch
-        self._there: list[bytearray] | None = None
-        self._coming: list[bytearray] = []
-        self._all = False
-
-    def behind(self, stage: Stage) -> bool:
-        """Whether there is anything new to tell."""
-        if stage.fill is None:
-            return stage.state == "ready" and not self._all
-        account = stage.fill.account
-        return account.there != self._there or account.coming != self._coming
-
-    def news(self, stage: Stage) -> list[dict[str, Any]]:
-        """Events about leaves that are there, or coming, and that it has not been told of."""
-        fill = stage.fill
-        if fill is not None:
-            account = fill.account
-            if self._there is None:
-                self._there = [bytearray(len(flags)) for flags in account.there]
-                self._coming = [bytearray(len(flags)) for flags in account.there]
-            events: list[dict[str, Any]] = []
-            for segment, flags in enumerate(account.there):
-                for first, count in _fresh(self._coming[segment], account.coming[segment]):
-                    events.append(self._event("coming", segment, first, count=count))
-                for first, count in _fresh(self._there[segment], flags):
-                    digests = _hex(account.leaves_at(segment, first, count))
-                    events.append(self._event("leaves", segment, first, digests=digests))
-            return events
-        if stage.state != "ready" or self._all:
-            return []
-        self._all = True
-        return list(self._rest(stage))
-
-    def _rest(self, stage: Stage) -> Iterator[dict[str, Any]]:
-        """Of a ready stage, what it was not told while that was loading."""
-        for segment in range(len(stage.segments)):
-            told = self._there and self._there[segment]
-            leaves = array("Q", b"".join(segment_leaves(stage, segment)))
-            for first in range(0, len(leaves), _MAX_LEAVES):
-                digests = leaves[first : first + _MAX_LEAVES]
-                if not told or told.count(1, first, first + len(digests)) < len(digests):
-                    yield self._event("leaves", segment, first, digests=_hex(digests))
-
-    def _event(self, kind: str, segment: int, first: int, **more: Any) -> dict[str, Any]:
-        """``first`` counts leaves over all entries of the segment."""
-        return {"type": kind, "epoch": self._epoch, "segment": segment, "first": first, **more}
-
-
-def _fresh(told: bytearray, flags: bytearray) -> Iterator[tuple[int, int]]:
-    """(first leaf, leaves) of what is flagged and was not told of, which ``told`` then says."""
-    now, before = int.from_bytes(flags, "little"), int.from_bytes(told, "little")  # of 100,000 leaves in no time
-    told[:] = (now & before).to_bytes(len(told), "little")
-    fresh = (now & ~before).to_bytes(len(told), "little")
-    at = fresh.find(1)
-    while at >= 0:
-        end = fresh.find(0, at)
-        end = min(len(fresh) if end < 0 else end, at + _MAX_LEAVES)
-        told[at:end] = b"\1" * (end - at)
-        yield at, end - at
-        at = fresh.find(1, end)
-
-
-def _hex(leaves: array[int]) -> str:
-    """16 hexadecimal digits of each."""
-    found = leaves[:]
-    if sys.byteorder == "little":
-        found.byteswap()
-    return found.tobytes().hex()
 
 
 def _servable(stage: Stage) -> bool:

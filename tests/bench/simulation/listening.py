@@ -41,7 +41,7 @@ def told(
 
 
 def look(fleet: Fleet, node: Node) -> None:
-    """As ``Following.look`` and ``tell``, every second."""
+    """As ``Following.look`` and ``announce``, every second."""
     if not node.loading:
         return
     _follow_new(fleet, node)

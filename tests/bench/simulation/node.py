@@ -48,7 +48,7 @@ class Window:
 
 
 class Peer:
-    """As ``following.Peer``: what one node knows of another."""
+    """As ``listening.Peer`` and ``lane.Lane``: what one node knows of another."""
 
     __slots__ = ("answered", "arrived", "dry", "gone", "heard", "in_flight", "leaving", "nbytes", "node", "readable",
                  "seconds", "told")  # fmt: skip

@@ -25,7 +25,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from weightd.daemon.peers.moving.nixl import Agent, NixlUnavailable, Peer, Region, Transfer, TransferFailed, self_test
+from weightd.daemon.peers.moving.bindings import NixlUnavailable
+from weightd.daemon.peers.moving.nixl import Agent, Peer, Region, Transfer, TransferFailed
+from weightd.daemon.peers.moving.self_test import self_test
 
 
 class Memory:

@@ -20,9 +20,9 @@ import pytest
 from tests.conftest import lacking
 from tests.servers import until
 from weightd.daemon.devices.cpu import CpuDevice
-from weightd.daemon.peers.moving.mover import Arrival, Mover, MoverFailed, Movers
-from weightd.daemon.peers.moving.window import Inlet
-from weightd.daemon.peers.pulling.groups import Part, Span
+from weightd.daemon.peers.moving.inlet import Inlet
+from weightd.daemon.peers.moving.movers import Arrival, Mover, MoverFailed, Movers
+from weightd.daemon.peers.moving.parts import Part, Span
 
 MiB = 1 << 20
 DEADLINE = 60.0
@@ -40,7 +40,7 @@ def movers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Mover]]:
     def make() -> Mover:
         arrivals: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
         made.append(Mover())
-        made[-1].tell = arrivals.put
+        made[-1].on_arrival = arrivals.put
         ARRIVALS[made[-1]] = arrivals
         return made[-1]
 
@@ -141,7 +141,7 @@ def test_after_it_was_killed_nothing_writes_to_the_memory_any_more(movers: Calla
 def test_it_ends_with_its_daemon(movers: Callable[[], Mover], tmp_path: Path) -> None:
     script = (
         "import os, sys, time\n"
-        "from weightd.daemon.peers.moving.mover import Mover\n"
+        "from weightd.daemon.peers.moving.movers import Mover\n"
         "mover = Mover()\n"
         "mover.offer(int(sys.argv[1]), 4096)\n"
         "print(mover._process.pid, flush=True)\n"
@@ -208,8 +208,8 @@ def test_parts_land_where_they_belong_whichever_way_they_go(movers: Callable[[],
     inlet = Inlet([segment], slots=1)
     inlet.connect(taker)
     part = Part(0, [Span(0, 0, 256, MiB + 3, 0), Span(0, 1, 3 * MiB, MiB // 2, 0)])
-    assert inlet.take(part)
-    assert inlet.take(Part(1, [])) == (not buffered), "there is one slot"
+    assert inlet.acquire(part)
+    assert inlet.acquire(Part(1, [])) == (not buffered), "there is one slot"
     places = inlet.places(part)
     pairs = [
         (offset, offered.address + span.offset, span.nbytes)
@@ -223,7 +223,7 @@ def test_parts_land_where_they_belong_whichever_way_they_go(movers: Callable[[],
     for span, view in zip(part.spans, inlet.views(part), strict=True):
         assert bytes(view) == content[span.offset : span.offset + span.nbytes]
         view.release()
-    assert inlet.take(Part(2, [])), "its slot is free again"
+    assert inlet.acquire(Part(2, [])), "its slot is free again"
     taker.kill()
     inlet.close()
     segment.seal()

@@ -18,8 +18,8 @@ import pytest
 
 from tests.conftest import lacking
 from tests.peers.moving.nixl_agent import Process, Refused
-from weightd.daemon.peers.moving import nixl
-from weightd.daemon.peers.moving.nixl import NixlUnavailable
+from weightd.daemon.peers.moving import bindings
+from weightd.daemon.peers.moving.bindings import NixlUnavailable
 
 MiB = 1 << 20
 TRANSPORTS = ("tcp", "all")
@@ -306,16 +306,16 @@ def test_unusable_transports(spawn: Callable[..., Process]) -> None:
 )
 def test_choice_of_build(monkeypatch: pytest.MonkeyPatch, installed: set[str], driver: int | None, chosen: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
-    monkeypatch.setattr(nixl, "_driver_major", lambda: driver)
+    monkeypatch.setattr(bindings, "_driver_major", lambda: driver)
     if chosen in installed:
-        assert nixl._choose() == chosen
+        assert bindings._choose() == chosen
     else:
         with pytest.raises(NixlUnavailable, match=chosen):
-            nixl._choose()
+            bindings._choose()
 
 
 def test_never_both_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nixl_cu12", object())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(nixl, "_driver_major", lambda: 13)
-    assert nixl._choose() == "nixl_cu12"
+    monkeypatch.setattr(bindings, "_driver_major", lambda: 13)
+    assert bindings._choose() == "nixl_cu12"

@@ -16,8 +16,9 @@ from weightd.daemon.layouts.checkpoint import checkpoint_layout
 from weightd.daemon.layouts.digests import LEAF
 from weightd.daemon.layouts.extents import Demands, plan_extents
 from weightd.daemon.peers.finding.membership import READERS, Readers, weight
+from weightd.daemon.peers.moving.parts import leaf_ranges
 from weightd.daemon.peers.pulling.assignment import Assignment
-from weightd.daemon.peers.pulling.groups import begin_parts_anew, leaf_ranges, plan_groups
+from weightd.daemon.peers.pulling.groups import begin_parts_anew, plan_groups
 
 SHARDS = (
     {"embed": tensor("BF16", (3000, 512), 1), "norm": tensor("F32", (7,), 2), "empty": tensor("F16", (0, 4), 3)},
@@ -85,7 +86,7 @@ def test_groups_that_are_there_in_part_begin_anew(tmp_path: Path) -> None:
         assert all(len({account.has(extent) for extent in group.extents}) == 1 for group in groups)
         assert any(account.has(extent) for extent in filled.extents)
         assert account.bytes_read == sum(extent.nbytes for extent in filled.extents if account.has(extent))
-        assert sorted(e.index for e in account.take_all()) == [e.index for e in filled.extents if not account.has(e)]
+        assert sorted(e.index for e in account.drain()) == [e.index for e in filled.extents if not account.has(e)]
 
 
 def test_what_is_forgotten_is_taken_back_and_told_of_again_once_it_has_come(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_what_is_forgotten_is_taken_back_and_told_of_again_once_it_has_come(tmp_
         assert account.forget([first])
         assert taken == [{(0, entry)}]
         assert not account.has(first)
-        account.tell({0: [entry]})
+        account.announce({0: [entry]})
         assert sorted(filled.verified[0]) == [0, 1], "who landed the rest of it meanwhile tells nobody"
         with pytest.raises(SourceFailed, match="have not come"):
             account.check_complete()

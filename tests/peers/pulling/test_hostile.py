@@ -16,7 +16,7 @@ import schemathesis
 
 from tests.peers.fleet import Fleet, same, serve_events
 from tests.servers import Daemon, SeaweedFS, free_ports
-from weightd.daemon.peers.finding.following import FORMAT
+from weightd.daemon.peers.finding.listening import FORMAT
 
 
 class Trap:
