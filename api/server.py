@@ -15,6 +15,7 @@ from weightd.api.probes import Port, health_routes, metrics_routes
 from weightd.api.uvicorn_server import Server
 from weightd.daemon.addresses import parse_listen
 from weightd.daemon.checkpoints.cache import Cache
+from weightd.daemon.devices.cpu import held_bytes
 from weightd.daemon.devices.discovery import open_devices
 from weightd.daemon.devices.quarantine import Quarantine
 from weightd.daemon.errors import InvalidRequest
@@ -56,7 +57,7 @@ def serve(settings: Settings) -> int:
     quarantine = Quarantine(deposits, held)
     cuda.on_sticky(lambda error: _crash(deposits, quarantine, error))
     capacity = {name: int(size) for name, size in settings.capacity.items()}
-    devices = open_devices(capacity, settings.cuda_limits, settings.host_fill)
+    devices = open_devices(capacity, settings.cuda_limits, settings.host_fill, held=held_bytes(held.values()))
     for device in devices.values():
         device.quarantined = quarantine.reason(device.uuid)
     allow = Allow(settings.allow)

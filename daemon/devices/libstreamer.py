@@ -140,6 +140,8 @@ class _Users:
         self.unsettled: list[_Ended] = []
         """That may still write to where they were told to, until they are ended."""
         self.ends = 0
+        self.waiting = 0
+        """Who wait for that end: nobody else begins until it has come, or it might never."""
 
     def end_all(self) -> None:
         """Nobody uses any: end them. With ``changed`` held."""
@@ -172,6 +174,7 @@ class Streamer:
         self._unsettled = False
         self._own = bool(credentials)
         with _users.changed:
+            _users.changed.wait_for(lambda: not _users.waiting)
             again = next((ended for ended in _users.idle if ended.context is None), None)
             if again is not None and not credentials:
                 _users.idle.remove(again)
@@ -263,7 +266,10 @@ class Streamer:
                 _users.end_all()
             elif self._unsettled:
                 ends = _users.ends
+                _users.waiting += 1
                 _users.changed.wait_for(lambda: _users.ends != ends)
+                _users.waiting -= 1
+                _users.changed.notify_all()
 
     def _drain(self, handle: ctypes.c_void_p) -> None:
         """Wait for all that was asked for, others being there whom an end would break."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import os
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,22 +34,28 @@ class _Due(NamedTuple):
 class StreamerReader:
     """Keeps a bounded number of bytes in flight in one native streamer, and takes ranges as they land.
 
-    ``uris`` are the files', as the library takes them: an object's, or a path. Bytes go to host memory, or straight to
-    a GPU where the sink's landing says so.
+    ``uris`` are the files', as the library takes them: an object's, or a path. Where ``opened`` has the files'
+    descriptors, which are the reader's own until it is closed, it is these that are read. Bytes go to host memory, or
+    straight to a GPU where the sink's landing says so.
 
     A streamer serves one stage, and so one set of credentials, however many files there are: closing it is the
     library's only way to say that nothing writes to this stage's memory any more.
     """
 
-    def __init__(self, source: Source, files: Sequence[SourceFile], uris: Sequence[str]) -> None:
+    def __init__(
+        self, source: Source, files: Sequence[SourceFile], uris: Sequence[str], opened: Sequence[int] = ()
+    ) -> None:
         self._source = source
         self._files = files
         self._uris = uris
+        self._opened = list(opened)
+        self._read_as = [f"/proc/self/fd/{fd}" for fd in opened] or uris
         self._gpu: int | None = None
         """A GPU that bytes were sent to."""
         try:
             self._streamer = libstreamer.Streamer()
         except (libstreamer.StreamerUnavailable, OSError) as error:
+            self._close_files()
             raise SourceFailed(f"{uris[0]}: {error}") from None
 
     def run(self, sink: Sink) -> None:
@@ -94,7 +101,7 @@ class StreamerReader:
             again = [(extent, landing)]
             if response.code == libstreamer.UNKNOWN:
                 # All that is in flight is asked for anew, once nothing of the old streamer can still write.
-                self.close()
+                self._close_streamer()
                 self._streamer = libstreamer.Streamer()
                 again += in_flight.values()
                 in_flight.clear()
@@ -132,11 +139,21 @@ class StreamerReader:
         while True:
             try:
                 return self._streamer.submit(
-                    self._uris[extent.file], [extent.offset], [extent.nbytes], [landing.address], landing.device
+                    self._read_as[extent.file], [extent.offset], [extent.nbytes], [landing.address], landing.device
                 )
             except OSError as error:
                 sink.wait(sink.failed(extent, self._uris[extent.file], str(error)))
 
     def close(self) -> None:
+        try:
+            self._close_streamer()
+        finally:
+            self._close_files()
+
+    def _close_files(self) -> None:
+        while self._opened:
+            os.close(self._opened.pop())
+
+    def _close_streamer(self) -> None:
         # The library lets go of what it had on a GPU in whatever context it finds.
         self._streamer.close(gpus()[self._gpu].context if self._gpu is not None else None)
