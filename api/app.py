@@ -24,8 +24,10 @@ from weightd.api.models import (
     SegmentManifest,
     StageList,
     StageRecord,
+    Unadopted,
+    UnadoptedList,
     fit_record,
-    manifest_record,
+    manifest_json,
     stage_record,
 )
 from weightd.api.overview import NodeEvent, node_record, rows, version
@@ -108,14 +110,14 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
         """One stage."""
         return stage_record(node.get(stage_id))
 
-    @app.get("/v1/stage/{stage_id}/manifest", responses=responses(404, 409))
+    @app.get("/v1/stage/{stage_id}/manifest", response_model=SegmentManifest, responses=responses(404, 409))
     async def manifest(
         stage_id: StageId,
         tp_rank: Annotated[
             int | None, Query(ge=0, description="Which segment; needed where there are several.")
         ] = None,
         leaves: Annotated[bool, Query(description="Also the leaf digests.")] = False,
-    ) -> SegmentManifest:
+    ) -> Response:
         """What one of its segments holds."""
         found = node.get(stage_id)
         if found.plan is None and not found.manifests:
@@ -126,7 +128,8 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
         if tp_rank is not None and tp_rank not in ranks:
             raise InvalidRequest(f"tp_rank: stage {found.id} has no rank {tp_rank}, it has {list(ranks)}")
         index = 0 if tp_rank is None else ranks.index(tp_rank)
-        return await asyncio.to_thread(manifest_record, found, index, leaves)
+        text = await asyncio.to_thread(manifest_json, found, index, leaves)
+        return Response(text, media_type="application/json")
 
     @app.get("/v1/stage/{stage_id}/events", response_class=EventSourceResponse, responses=responses(404))
     async def events(found: Annotated[Stage, Depends(known_stage)]) -> AsyncIterator[ServerSentEvent]:
@@ -222,6 +225,11 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
     async def describe() -> NodeRecord:
         """The daemon and its devices."""
         return node_record(node, await node.residency.mapped_elsewhere())
+
+    @app.delete("/v1/unadopted")
+    async def remove_unadopted() -> UnadoptedList:
+        """Drop what the keeper holds and this daemon could not adopt: ``unadopted`` of ``/v1/node``."""
+        return UnadoptedList(unadopted=[Unadopted(**left) for left in node.residency.drop_unadopted()])
 
     async def watching(http: Request) -> AsyncIterator[Watcher]:
         with feed.watcher(http.scope.get("state", {}).get("hang_up", lambda: None)) as watcher:

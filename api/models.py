@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from weightd.api.peer_models import PeersState, PeerUseRecord, peers_of
 from weightd.daemon.devices.base import Device
+from weightd.daemon.errors import UnknownStage
 from weightd.daemon.node.preload import Wanted
 from weightd.daemon.node.service import Fit
 from weightd.daemon.observing.clock import by_phase
@@ -111,6 +113,10 @@ class StageRecord(BaseModel):
     selection: SelectionRecord | None = Field(description="The files that it is of, once its URI was listed.")
     priority: int = Field(description="Priority, the highest that anybody asked for.")
     pin: bool = Field(description="Whether anybody asked for it never to be evicted.")
+    ttl_seconds: float | None = Field(
+        description="Seconds without a lease after which it is evicted, the most that anybody asked for; null: only "
+        "where room is needed."
+    )
     leases: int = Field(description="Leases held on it.")
     revoked_until: float | None = Field(
         description="By when its lessees have to let go, once it was dropped by force: seconds since the epoch."
@@ -163,6 +169,12 @@ class Unadopted(BaseModel):
     reason: str = Field(description="Why it was not adopted.")
 
 
+class UnadoptedList(BaseModel):
+    """What the keeper held, was not adopted, and is dropped now."""
+
+    unadopted: list[Unadopted] = Field(description="Everything that was dropped.")
+
+
 class StageList(BaseModel):
     """All stages, oldest first."""
 
@@ -203,6 +215,10 @@ class SegmentManifest(BaseModel):
     metadata: str | None = Field(description="Folder with the checkpoint's configuration and tokenizer files.")
     files: list[ManifestFile] = Field(description="The checkpoint's files with weights.")
     tensors: list[ManifestTensor] = Field(description="Its tensors in the order of their offsets.")
+
+
+_TENSORS: TypeAdapter[list[ManifestTensor]] = TypeAdapter(list[ManifestTensor])
+_TENSORS_AT_ONCE = 256
 
 
 class LeaseRecord(BaseModel):
@@ -390,6 +406,7 @@ def stage_record(stage: Stage) -> StageRecord:
         selection=selection_record(stage),
         priority=stage.priority,
         pin=stage.pin,
+        ttl_seconds=stage.ttl_seconds,
         leases=len(stage.leases),
         revoked_until=stage.revoked_until,
     )
@@ -442,17 +459,23 @@ def device_record(device: Device, residency: Residency) -> DeviceRecord:
     )
 
 
-def manifest_record(stage: Stage, index: int, leaves: bool) -> SegmentManifest:
-    """A planned stage's segment as the API shows it; ``leaves`` once it is ready."""
+def manifest_json(stage: Stage, index: int, leaves: bool) -> bytes:
+    """A planned stage's segment as the API shows it, a SegmentManifest; ``leaves`` once it is ready. For a thread: of
+    many tensors it takes long, and holds the interpreter for a part of them at a time.
+
+    Raises UnknownStage where the stage goes meanwhile.
+    """
     assert stage.listing is not None
-    plan = stage.plan
-    if plan is None or stage.manifests:
-        manifest, sources = stage.manifests[index].read()
-    else:
+    plan, manifests = stage.plan, stage.manifests
+    if manifests:
+        manifest, sources = manifests[index].read()
+    elif plan is not None:
         manifest, sources = segment_manifest(stage, plan, index), entry_files(plan, index)
+    else:
+        raise UnknownStage(f"stage {stage.id} has gone meanwhile: stage it again")
     files = stage.listing.weights
-    digests = segment_leaves(stage, index) if leaves and stage.manifests else None
-    return SegmentManifest(
+    digests = segment_leaves(stage, index) if leaves and manifests else None
+    head = SegmentManifest(
         stage=manifest.stage,
         model=manifest.model,
         tp_rank=manifest.tp_rank,
@@ -462,17 +485,22 @@ def manifest_record(stage: Stage, index: int, leaves: bool) -> SegmentManifest:
         checkpoint_digest=manifest.checkpoint_digest,
         metadata=manifest.metadata,
         files=[ManifestFile(**file._asdict()) for file in files],
-        tensors=[
-            ManifestTensor(
-                name=entry.name,
-                dtype=entry.dtype,
-                shape=list(entry.shape),
-                offset=entry.offset,
-                nbytes=entry.nbytes,
-                file=files[sources[i]].name,
-                digest=manifest.digests[i] if manifest.digests else None,
-                leaves=[f"{leaf:016x}" for leaf in digests[i]] if digests else None,
-            )
-            for i, entry in enumerate(manifest)
-        ],
+        tensors=[],
     )
+    tensors = (
+        ManifestTensor(
+            name=entry.name,
+            dtype=entry.dtype,
+            shape=list(entry.shape),
+            offset=entry.offset,
+            nbytes=entry.nbytes,
+            file=files[sources[i]].name,
+            digest=manifest.digests[i] if manifest.digests else None,
+            leaves=[f"{leaf:016x}" for leaf in digests[i]] if digests else None,
+        )
+        for i, entry in enumerate(manifest)
+    )
+    parts = []
+    while part := list(itertools.islice(tensors, _TENSORS_AT_ONCE)):
+        parts.append(_TENSORS.dump_json(part)[1:-1])
+    return head.model_dump_json().removesuffix("]}").encode() + b",".join(parts) + b"]}"

@@ -15,6 +15,7 @@ from weightd.api.probes import Port, health_routes, metrics_routes
 from weightd.api.uvicorn_server import Server
 from weightd.daemon.addresses import parse_listen
 from weightd.daemon.checkpoints.cache import Cache
+from weightd.daemon.devices.cpu import held_bytes
 from weightd.daemon.devices.discovery import open_devices
 from weightd.daemon.devices.quarantine import Quarantine
 from weightd.daemon.errors import InvalidRequest
@@ -55,7 +56,7 @@ def serve(settings: Settings) -> int:
     held = deposits.collect()
     quarantine = Quarantine(deposits, held)
     capacity = {name: int(size) for name, size in settings.capacity.items()}
-    devices = open_devices(capacity, settings.cuda_limits, settings.host_fill)
+    devices = open_devices(capacity, settings.cuda_limits, settings.host_fill, held=held_bytes(held.values()))
     # From here on: GPUs that err as they are looked for are not used, and no reason to end.
     cuda.on_sticky(lambda error: _crash(deposits, quarantine, error))
     for device in devices.values():

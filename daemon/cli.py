@@ -200,9 +200,10 @@ def _follow(client: Client, record: dict[str, Any]) -> dict[str, Any]:
 
 @app.command("ls")
 def list_stages(as_json: Json = False) -> None:
-    """List all stages."""
+    """List all stages, and what the keeper holds of stages that could not be adopted (not in the JSON)."""
     with Client() as client:
         stages = client.stages()
+        unadopted = [] if as_json else client.node()["unadopted"]
 
     def table(stages: list[dict[str, Any]]) -> None:
         view = Table(box=None, header_style="bold")
@@ -213,7 +214,11 @@ def list_stages(as_json: Json = False) -> None:
             view.add_row(
                 record["id"], record["state"], _size(size), record["device"], str(record["leases"]), record["model"]
             )
+        for left in unadopted:
+            view.add_row(left["name"], "unadopted", _size(left["nbytes"]), "", "", left["reason"].replace("[", "\\["))
         out.print(view)
+        if unadopted:
+            out.print("weightd rm --unadopted frees what was not adopted", markup=False)
 
     _print(stages, as_json, table)
 
@@ -227,15 +232,23 @@ def show(stage_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json =
 
 @app.command("rm")
 def remove(
-    stage_id: Annotated[str, typer.Argument(metavar="ID")],
+    stage_id: Annotated[str | None, typer.Argument(metavar="ID")] = None,
     force: Annotated[bool, typer.Option("--force", help="Take it away from those who lease it.")] = False,
     grace: Annotated[
         float | None, typer.Option(help="Seconds that they have to let go; default: the daemon's.")
     ] = None,
+    unadopted: Annotated[
+        bool, typer.Option("--unadopted", help="Instead of a stage: all that the keeper holds and nobody could adopt.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Cancel a stage that is on its way, or drop one that nobody leases."""
+    if (stage_id is None) != unadopted:
+        raise typer.BadParameter("name either a stage's ID or --unadopted")
     with Client() as client:
+        if stage_id is None:
+            _print(client.remove_unadopted(), as_json, _show_dropped)
+            return
         _print(client.remove(stage_id, force=force, grace=grace), as_json, _show)
 
 
@@ -357,6 +370,11 @@ def _print(value: Any, as_json: bool, human: Callable[[Any], None]) -> None:
         print(json.dumps(value, indent=2))
     else:
         human(value)
+
+
+def _show_dropped(dropped: list[dict[str, Any]]) -> None:
+    for left in dropped:
+        out.print(f"{left['name']} dropped, {_size(left['nbytes'])} of host memory", markup=False)
 
 
 def _show(record: dict[str, Any]) -> None:

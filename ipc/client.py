@@ -71,6 +71,11 @@ class Client:
         params = {"force": force} if grace is None else {"force": force, "grace": grace}
         return self._call("DELETE", f"/v1/stage/{stage}", params=params)
 
+    def remove_unadopted(self) -> list[dict[str, Any]]:
+        """``DELETE /v1/unadopted``: drop what the keeper holds and the daemon could not adopt; returns that."""
+        dropped: list[dict[str, Any]] = self._call("DELETE", "/v1/unadopted")["unadopted"]
+        return dropped
+
     def change(self, stage: str, *, pin: bool | None = None, priority: int | None = None) -> dict[str, Any]:
         """``PATCH /v1/stage/{id}``: change its pin or its priority."""
         return self._call("PATCH", f"/v1/stage/{stage}", json={"pin": pin, "priority": priority})

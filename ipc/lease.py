@@ -136,11 +136,15 @@ class LeaseConnection:
             try:
                 reply, fds = self.receive(None)
                 wire.close_all(fds)
-                if reply["type"] == "revoked":
-                    on_revoked(float(reply["seconds"]))
             except (OSError, WeightdError):
                 if self._closed or not self._renew():
                     return
+                continue
+            if reply["type"] == "revoked":
+                try:
+                    on_revoked(float(reply["seconds"]))
+                except BaseException:  # it is somebody else's code, and this thread is what keeps the lease
+                    log.exception("weightd: what was to be done when the lease is revoked has failed")
 
     def _renew(self) -> bool:
         """Lease the same again once a daemon is back; whether that worked."""

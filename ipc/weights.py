@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import threading
@@ -30,6 +31,8 @@ from weightd.ipc.mapping import Mapping as SegmentMapping
 if TYPE_CHECKING:
     import cupy
     import torch
+
+log = logging.getLogger(__name__)
 
 
 def attach(
@@ -169,7 +172,10 @@ class Weights(Mapping[str, "torch.Tensor"]):
             self._revoked = time.monotonic() + seconds
             callbacks = list(self._callbacks)
         for callback in callbacks:
-            callback(seconds)
+            try:
+                callback(seconds)
+            except BaseException:  # one of them failing keeps neither the others from being told nor the lease
+                log.exception("weightd: a callback of on_revoke has failed")
 
     def on_revoke(self, callback: Callable[[float], None]) -> None:
         """Call ``callback(seconds)`` when the lease is to be given up within so many seconds, by ``close``.

@@ -13,7 +13,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-Kind = Literal["reset", "stall", "truncate", "503", "flip"]
+Kind = Literal["reset", "stall", "truncate", "503", "403", "expired", "flip"]
+
+REFUSALS: dict[str, tuple[str, str]] = {
+    "503": ("503 Slow Down", "SlowDown"),
+    "403": ("403 Forbidden", "AccessDenied"),
+    "expired": ("400 Bad Request", "ExpiredToken"),
+}
+"""What an S3 server answers with: the status, and its code."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +121,14 @@ class FaultProxy:
         kind = await self._loop.run_in_executor(self._threads, self.fault, request)  # it may wait, and hold up nobody
         if kind:
             self.done.append((request, kind))
-        if kind == "503":
-            writer.write(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        if kind in REFUSALS:
+            status, code = REFUSALS[kind]
+            body = b"" if method == "HEAD" else f"<Error><Code>{code}</Code></Error>".encode()
+            refusal = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            writer.write(refusal.encode() + body)
             await writer.drain()
+            return False
+        if kind == "reset" and request.nbytes == 0:  # there may be no body in whose midst to do it
             return False
         upstream_writer.write(head)
         left = int(headers.get("content-length", 0))

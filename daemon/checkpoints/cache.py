@@ -101,22 +101,22 @@ class Cache:
                     raise
 
     def keep_headers(self, checkpoint: Checkpoint) -> None:
-        """Keep what peers without a way to the origin need to plan: the listing, and the files' headers."""
+        """Keep what is needed to plan without a way to the origin: the listing, and the files' headers."""
         listing = checkpoint.listing
         folder = self.folder / "headers" / listing.identity
         try:
             if not folder.is_dir():
                 with self._folder_to_be(folder) as partial:
-                    text = json.dumps({"uri": listing.uri, "weights": listing.weights, "metadata": listing.metadata})
-                    (partial / "listing.json").write_text(text)
+                    kept = {"uri": listing.uri, "weights": listing.weights, "metadata": listing.metadata}
+                    (partial / "listing.json").write_text(json.dumps({**kept, "index": listing.index}))
                     for index, prefix in enumerate(checkpoint.prefixes):
                         (partial / str(index)).write_bytes(prefix)
             _used(folder)
         except OSError as error:
-            log.warning("%s: cannot keep headers for peers in %s: %s", listing.uri, self.folder, error)
+            log.warning("%s: cannot keep headers in %s: %s", listing.uri, self.folder, error)
 
     def kept_listing(self, identity: str) -> dict[str, Any] | None:
-        """What ``keep_headers`` kept of a listing: uri, weights and metadata, each of (name, size, version)."""
+        """What ``keep_headers`` kept of a listing: uri, index, weights, metadata, these of (name, size, version)."""
         try:
             found: dict[str, Any] = json.loads((self.folder / "headers" / identity / "listing.json").read_bytes())
         except (OSError, ValueError):

@@ -340,10 +340,7 @@ def _indexed(
 ) -> Selection:
     """What an index names, in its own folder unless another is given."""
     folder = posixpath.dirname(index) if folder is None else folder
-    weight_map = {
-        tensor: posixpath.normpath(posixpath.join(folder, shard))
-        for tensor, shard in read_index(index, read(index)).items()
-    }
+    weight_map = index_map(index, read(index), folder)
     names = sorted(set(weight_map.values()))
     if missing := [name for name in names if name not in here]:
         raise CheckpointNotFound(
@@ -351,6 +348,13 @@ def _indexed(
             missing=[_printable(name) for name in missing[:100]],
         )
     return Selection(rule, tuple(names), index, weight_map)
+
+
+def index_map(index: str, text: bytes, folder: str) -> dict[str, str]:
+    """Tensor name → file of an index whose shards are in a folder. Raises InvalidCheckpoint."""
+    return {
+        tensor: posixpath.normpath(posixpath.join(folder, shard)) for tensor, shard in read_index(index, text).items()
+    }
 
 
 def read_index(name: str, text: bytes) -> dict[str, str]:

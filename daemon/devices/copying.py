@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
@@ -18,9 +20,10 @@ _PIN = 64 << 20
 
 
 def copy_segment(source: Segment, target: Segment, limits: FillLimits) -> None:
-    """Copy all bytes. Raises OSError, CudaError."""
+    """Copy all bytes to a segment that has none yet. Raises OSError, CudaError."""
     if source.device.uuid is None and target.device.uuid is None:
-        _in_threads(limits.threads, source.nbytes, _CHUNK, lambda at, size: _host_to_host(source, target, at, size))
+        # What was never written takes no memory there, and is to take none here.
+        _in_threads(limits.threads, _written(source), _CHUNK, lambda at, size: _host_to_host(source, target, at, size))
     elif target.device.uuid is None:
         _to_or_from_gpu(source, target, limits, to_gpu=False)
     elif source.device.uuid is None:
@@ -29,10 +32,26 @@ def copy_segment(source: Segment, target: Segment, limits: FillLimits) -> None:
         _gpu_to_gpu(source, target, limits)
 
 
-def _in_threads(threads: int, nbytes: int, step: int, work: Callable[[int, int], None]) -> None:
+def _in_threads(threads: int, ranges: Iterable[tuple[int, int]], step: int, work: Callable[[int, int], None]) -> None:
+    """Run ``work(at, size)`` over ranges, each (start, end), in parts of ``step`` bytes."""
+    parts = [(at, min(step, end - at)) for start, end in ranges for at in range(start, end, step)]
     with ThreadPoolExecutor(threads, thread_name_prefix="copy") as pool:
-        for done in [pool.submit(work, at, min(step, nbytes - at)) for at in range(0, nbytes, step)]:
+        for done in [pool.submit(work, at, size) for at, size in parts]:
             done.result()
+
+
+def _written(segment: Segment) -> Iterator[tuple[int, int]]:
+    """Where a host segment has memory: (start, end) of what was ever written, by whole pages."""
+    at = 0
+    while at < segment.nbytes:
+        try:
+            start = os.lseek(segment.fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # there is none from here on
+        at = os.lseek(segment.fd, start, os.SEEK_HOLE)
+        yield start, min(at, segment.nbytes)
 
 
 def _host_to_host(source: Segment, target: Segment, at: int, size: int) -> None:
@@ -68,7 +87,7 @@ def _to_or_from_gpu(gpu: Segment, host: Segment, limits: FillLimits, *, to_gpu: 
 
     with ExitStack() as stack:
         host_address = stack.enter_context(_mapped(host)) if to_gpu else host.address
-        _in_threads(min(4, limits.threads), gpu.nbytes, _PIN, copy)
+        _in_threads(min(4, limits.threads), [(0, gpu.nbytes)], _PIN, copy)
 
 
 def _cross(copier: Copier, host: int, gpu: int, nbytes: int, *, to_gpu: bool) -> None:
@@ -101,7 +120,7 @@ def _gpu_to_gpu(source: Segment, target: Segment, limits: FillLimits) -> None:
         finally:
             buffers.release(buffer)
 
-    _in_threads(min(4, limits.threads), source.nbytes, limits.extent_bytes, copy)
+    _in_threads(min(4, limits.threads), [(0, source.nbytes)], limits.extent_bytes, copy)
 
 
 def segment_digests(

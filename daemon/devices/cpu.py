@@ -10,7 +10,7 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from weightd.daemon import control_groups
@@ -35,11 +35,14 @@ class CpuDevice:
     quarantined = ""
     handles = ("fd",)
 
-    def __init__(self, name: str, capacity: int | None, fill: str = "auto") -> None:
-        """``fill``: ``direct`` or ``buffered``, or ``auto``, which looks whether pages are huge."""
+    def __init__(self, name: str, capacity: int | None, fill: str = "auto", held: int = 0) -> None:
+        """``fill``: ``direct`` or ``buffered``, or ``auto``, which looks whether pages are huge.
+
+        ``held``: bytes that are taken already by what is to be adopted, where no setting says the capacity.
+        """
         self.name = name
         self._fill = fill
-        self.capacity = int(available_memory() * DEFAULT_SHARE) if capacity is None else capacity
+        self.capacity = int((available_memory() + held) * DEFAULT_SHARE) if capacity is None else capacity
 
     def open(self) -> None:
         """It always is."""
@@ -227,10 +230,15 @@ class CpuSegment:
                 self.fd = -1
 
 
-def discover(capacity: Mapping[str, int], fill: str = "auto") -> list[CpuDevice]:
+def discover(capacity: Mapping[str, int], fill: str = "auto", held: int = 0) -> list[CpuDevice]:
     """``cpu``, and ``cpu:0`` and so on, there where ``capacity`` says how large they are."""
     further = [name for name in capacity if re.fullmatch(r"cpu:\d{1,4}", name)]
-    return [CpuDevice(name, capacity.get(name), fill) for name in ("cpu", *sorted(further))]
+    return [CpuDevice(name, capacity.get(name), fill, held) for name in ("cpu", *sorted(further))]
+
+
+def held_bytes(fds: Iterable[int]) -> int:
+    """Bytes of host memory that the files behind these descriptors take."""
+    return sum(512 * os.fstat(fd).st_blocks for fd in fds)
 
 
 def huge_pages() -> bool:

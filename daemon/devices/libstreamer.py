@@ -153,6 +153,8 @@ class _Users:
         self.unsettled: list[_Ended] = []
         """That may still write to where they were told to, until they are ended."""
         self.ends = 0
+        self.waiting = 0
+        """Who wait for that end: nobody else begins until it has come, or it might never."""
 
     def end_all(self) -> None:
         """Nobody uses any: end them. With ``changed`` held."""
@@ -186,6 +188,7 @@ class Streamer:
         self._unsettled = False
         self._credentials = dict(credentials or {})
         with _users.changed:
+            _users.changed.wait_for(lambda: not _users.waiting)
             again = next(
                 (ended for ended in _users.idle if ended.context is None and ended.credentials == self._credentials),
                 None,
@@ -283,7 +286,10 @@ class Streamer:
                 _users.end_all()
             elif self._unsettled:
                 ends = _users.ends
+                _users.waiting += 1
                 _users.changed.wait_for(lambda: _users.ends != ends)
+                _users.waiting -= 1
+                _users.changed.notify_all()
 
     def _drain(self, handle: ctypes.c_void_p) -> None:
         """Wait for all that was asked for, others being there whom an end would break."""

@@ -294,9 +294,11 @@ class Account:
         return entry, leaf - self._leaf_starts[segment][entry]
 
     def expected_leaf(self, segment: int, entry: int, leaf: int) -> int | None:
-        """The digest that a leaf of an entry has to have, where that is known."""
+        """The digest that a leaf of an entry has to have, where that is known; -1 where there should be none."""
         known = self._expected.get(self._recipes[segment].entries[entry].name)
-        return None if known is None else known[leaf]
+        if known is None:
+            return None
+        return known[leaf] if leaf < len(known) else -1
 
     def digests(self, segment: int) -> list[str]:
         """Tensor digests of a segment's entries, in their order. Only when all have landed."""
@@ -319,6 +321,13 @@ class Account:
         expected = self._expected.get(name)
         if expected is None:
             return
+        if first + count > len(expected):
+            raise DigestMismatch(
+                f"tensor {name!r} has {len(leaves)} leaves, expected are {len(expected)}: it is longer than what was "
+                "expected",
+                tensor=name,
+                leaf=len(expected),
+            )
         for leaf in range(first, first + count):
             if leaves[leaf] != expected[leaf]:
                 raise DigestMismatch(

@@ -39,6 +39,12 @@ from weightd.daemon.tensors import TensorInfo
 log = logging.getLogger(__name__)
 
 
+def retry_pause(attempts: int) -> float:
+    """Seconds to wait before the next try, after so many."""
+    # Full jitter: readers that failed together do not come back together.
+    return random.uniform(0.05, min(10.0, 0.1 * 2.0 ** min(attempts, 10)))
+
+
 class Fill(Sink):
     """One filling of segments by ``extents``. Counters are for watching: they only grow, and are read unlocked.
 
@@ -375,8 +381,7 @@ class Fill(Sink):
             )
         if extent.attempts == 1:
             log.warning("%s: bytes %d and up: %s; trying again", where, extent.offset, why)
-        # Full jitter: readers that failed together do not come back together.
-        return random.uniform(0.05, min(10.0, 0.1 * 2.0 ** min(extent.attempts, 10)))
+        return retry_pause(extent.attempts)
 
     def check_stall(self, last_progress: float, where: Sequence[str]) -> None:
         """Raise SourceFailed where nothing has landed for the deadline; ``where`` names what is in flight."""

@@ -93,10 +93,10 @@ class Ledger:
         """A byte for each extent: 1 once it has landed."""
         return memoryview(self._map)[_HEAD.size : _HEAD.size + self.extents]
 
-    def leaves(self, counts: Iterable[int]) -> list[memoryview]:
-        """The leaf digests from the first on, cut into arrays of so many each. Raises ValueError where it has fewer."""
+    def leaves(self, counts: Iterable[int], first: int = 0) -> list[memoryview]:
+        """The leaf digests from ``first`` on, cut into arrays of so many each. Raises ValueError where it has fewer."""
         digests = memoryview(self._map)[_leaves_at(self.extents) :].cast("Q")
-        found, position = [], 0
+        found, position = [], first
         for count in counts:
             found.append(digests[position : position + count])
             position += count

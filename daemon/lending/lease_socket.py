@@ -230,7 +230,7 @@ class LeaseServer:
         segment = stage.segments[index]
         ready = stage.state == "ready"
         if ready:
-            manifest = stage.manifests[index]
+            manifest = stage.manifests[index].again()  # sending may wait, and the stage go meanwhile
         else:
             plan = stage.plan
             assert plan is not None  # what loads has been planned
@@ -260,8 +260,7 @@ class LeaseServer:
         finally:
             if lent >= 0:
                 os.close(lent)
-            if not ready:
-                manifest.close()
+            manifest.close()
 
     async def _receive(self, connection: socket.socket) -> dict[str, Any]:
         (length,) = wire.LENGTH.unpack(await self._receive_exactly(connection, wire.LENGTH.size))

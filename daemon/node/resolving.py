@@ -10,14 +10,14 @@ from typing import Any
 
 from weightd.daemon.checkpoints.listing import Listing, list_checkpoint
 from weightd.daemon.devices.base import Device
-from weightd.daemon.errors import DaemonError, InvalidRequest, QueueFull, SourceFailed, UnknownStage
+from weightd.daemon.errors import DaemonError, InvalidRequest, NotAllowed, QueueFull, SourceFailed, UnknownStage
 from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.peers.pulling.source import open_source as open_peer_source
-from weightd.daemon.sources.base import Source
+from weightd.daemon.sources.base import ANSWERS, Source
 from weightd.daemon.sources.uris import Allow, canonical, open_source
 from weightd.daemon.stages.request import StageRequest
 from weightd.daemon.stages.source_threads import SourceThreads, place_of
-from weightd.daemon.stages.stage import Stage
+from weightd.daemon.stages.stage import Stage, is_still
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,10 @@ class Joined:
     """There is a stage of what the request wants, ready or on its way."""
 
     stage: Stage
+    listing: Listing | None
+    """What is at the URI; None where that cannot be told."""
+    unanswered: DaemonError | None = None
+    """Why it cannot."""
 
 
 @dataclass(frozen=True)
@@ -89,40 +93,43 @@ class Resolver:
         """What the request means. Raises InvalidRequest, NotAllowed, QueueFull.
 
         What is at the URI is listed anew every time, so that a replaced checkpoint is never taken for the one that is
-        resident; where its source cannot be asked, what is resident counts.
+        resident. A source that says that nothing is there, or something that cannot be used, has answered; where it
+        does not, whatever keeps it from that, what is here of what it said last counts.
         """
         uri = canonical(request.model)
         if not uri.startswith("file:"):
             self._allow.check(uri)  # a file is checked with its links resolved, by its source
         devices = self.placed(request)
-        resident = self._find(request, uri, devices, None)
-        if resident is not None and resident.state != "ready":
-            resident = None
-        if resident is None:
-            self._check_listings(uri)
+        here = self._find(request, uri, devices, None)
+        is_ready = here is not None and here.state == "ready"
         try:
+            if not is_ready:  # what is ready waits for a while only
+                self._check_listings(uri)
             source, listing = await asyncio.wait_for(
-                self.list(uri, request.files), _RELIST_DEADLINE if resident else None
+                self.list(uri, request.files), _RELIST_DEADLINE if is_ready else None
             )
-        except InvalidRequest:
-            raise
-        except (TimeoutError, SourceFailed) as error:
-            if resident is not None:
-                log.warning("%s: serving what is resident, its source cannot be asked: %s", uri, error or "no answer")
-                return Joined(resident)
-            if not self._may_ask_peers(uri, request):
-                return Unlisted(uri, devices, SourceFailed(str(error)))
+        except Exception as error:
+            if here is not None and not isinstance(error, ANSWERS):
+                unanswered = _as_answer(uri, error)
+                log.warning("%s: serving what is here, its source cannot be asked: %s", uri, unanswered)
+                return Joined(here, None, unanswered)
+            if not isinstance(error, DaemonError) or isinstance(error, InvalidRequest | QueueFull):
+                raise
+            if isinstance(error, NotAllowed) and "setting" in error.details:
+                raise
+            if not isinstance(error, SourceFailed) or not self._may_ask_peers(uri, request):
+                return Unlisted(uri, devices, error)
             log.warning("%s: its origin cannot be asked (%s), peers are", uri, error)
             try:
                 source, listing = await self._in_thread(self._list_at_peers, uri, request.files)
             except DaemonError as failure:
                 return Unlisted(uri, devices, SourceFailed(f"{error}; {failure}"))
-        except DaemonError as error:
-            if error.code == "not_allowed" and "setting" in error.details:
-                raise
-            return Unlisted(uri, devices, error)
         found = self._find(request, uri, devices, listing)
-        return Joined(found) if found else Listed(uri, devices, source, listing)
+        return Joined(found, listing) if found else Listed(uri, devices, source, listing)
+
+    def reopen(self, uri: str) -> Source:
+        """The source at a canonical URI, which is asked nothing. Blocks. Raises what opening it raises."""
+        return open_source(uri, self._allow)
 
     def _check_listings(self, uri: str) -> None:
         """Raises QueueFull where so many wait for the same place, or kind of source, that it does not answer."""
@@ -149,7 +156,7 @@ class Resolver:
         if task is None:
 
             def listed() -> tuple[Source, Listing]:
-                source = open_source(uri, self._allow)
+                source = self.reopen(uri)
                 return source, list_checkpoint(uri, source, weights)
 
             task = asyncio.ensure_future(self._listing.run(uri, listed))
@@ -168,23 +175,31 @@ class Resolver:
         return source, list_checkpoint(uri, source, weights)
 
     def _find(self, request: StageRequest, uri: str, devices: tuple[str, ...], listing: Listing | None) -> Stage | None:
-        """A stage whose bytes are, or will be, those that the request wants; ready ones first. None: any identity."""
+        """A stage whose bytes are, or will be, those that the request wants; ready ones first. Without a listing: those
+        that the source was last seen to hold."""
+        kept = [
+            stage
+            for stage in self._stages.values()
+            if stage.uri == uri and stage.request.files == request.files and stage.listing is not None
+        ]
+        if listing is None and kept:
+            listing = max(kept, key=lambda stage: stage.listed_at).listing
         key = request.layout_key()
         joinable = [
             stage
-            for stage in self._stages.values()
-            if stage.uri == uri  # what costs least, first: there may be very many
-            and stage.devices == devices
+            for stage in kept
+            if stage.devices == devices  # what costs least, first: there may be very many
             and stage.request.layout_key() == key
             and _live(stage)
-            and stage.listing is not None
-            and (listing is None or stage.listing.identity == listing.identity)
+            and listing is not None
+            and is_still(stage, listing)
             and self._meets(stage, request)
         ]
         return max(joinable, key=lambda stage: (stage.state == "ready", stage.created_at), default=None)
 
-    @staticmethod
-    def _meets(stage: Stage, request: StageRequest) -> bool:
+    def _meets(self, stage: Stage, request: StageRequest) -> bool:
+        if "peer" not in request.sources and self._may_be_of_peers(stage):
+            return False
         expected = request.expect_digest
         if expected is None or expected == stage.request.expect_digest:
             return True
@@ -194,6 +209,11 @@ class Resolver:
             assert stage.listing is not None
             wanted = {expected if expected.startswith("xxh3:") else f"{stage.listing.weights[0].name}={expected}"}
         return wanted <= stage.satisfied
+
+    def _may_be_of_peers(self, stage: Stage) -> bool:
+        """Whether bytes of it came from peers, or may still."""
+        may_come = self._fleet is not None and not stage.finished and "peer" in stage.request.sources
+        return may_come or stage.source_kind == "peer" or stage.bytes_by_source()["peer"] > 0
 
     def find_rank(self, request: StageRequest, rank: int) -> Stage:
         """The live stage of a model that has a segment for a tensor-parallel rank, for callers who know no more.
@@ -250,6 +270,14 @@ class Resolver:
                 return device
         here = ", ".join(f"{d.name} ({d.uuid})" if d.uuid else d.name for d in self._devices.values())
         raise InvalidRequest(f"device {name!r} is not on this node, it has {here}")
+
+
+def _as_answer(uri: str, error: Exception) -> DaemonError:
+    if isinstance(error, DaemonError):
+        return error
+    if isinstance(error, TimeoutError):
+        return SourceFailed(f"{uri}: no answer within {_RELIST_DEADLINE:g} s")
+    return SourceFailed(f"{uri}: {type(error).__name__}: {error}")
 
 
 def _live(stage: Stage) -> bool:

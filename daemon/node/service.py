@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.devices.base import Device
@@ -27,6 +27,7 @@ from weightd.daemon.peers.finding.directory import Directory
 from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.sources.uris import Allow
 from weightd.daemon.stages import record
+from weightd.daemon.stages.eviction import now
 from weightd.daemon.stages.loading import Peers
 from weightd.daemon.stages.moves import move_segments
 from weightd.daemon.stages.planning import allocated, make_plan
@@ -89,6 +90,7 @@ class Node:
         self.started_at = time.time()
         self.preload = Preload()
         """What is to be staged by itself."""
+        self._moves: set[asyncio.Future[None]] = set()
         self._deposits = deposits
         self.cache = cache
         self._fill_limits = fill_limits
@@ -112,7 +114,7 @@ class Node:
 
         A request for what is there, or on its way, joins it; otherwise a new stage starts. What is at the URI is
         listed anew every time, so that a replaced checkpoint is never taken for the one that is resident; where the
-        source cannot be reached, what is resident counts.
+        source does not answer, what is resident counts.
 
         Raises InvalidRequest, NotAllowed, InsufficientCapacity, QueueFull. All else is in the stage's record.
         """
@@ -122,7 +124,7 @@ class Node:
             return self._failed(request, meant, asked), False
         if isinstance(meant, Joined):
             found = meant.stage
-            self.change(found, priority=max(found.priority, request.priority), pin=found.pin or request.pin)
+            self._join(meant, request)
         else:
             found = Stage(meant.uri, meant.devices, request, meant.listing, asked)
             self._scheduler.start(found, meant.source)
@@ -133,6 +135,27 @@ class Node:
             raise found.error
         found.announced = True
         return found, isinstance(meant, Joined)
+
+    def _join(self, joined: Joined, request: StageRequest) -> None:
+        """Keep a stage as long, and load it as soon, as everybody who asked for it wants."""
+        stage, listing = joined.stage, joined.listing
+        if joined.unanswered is not None:
+            self.metrics.errors.labels(joined.unanswered.code).inc()
+            self.refusals.note(joined.unanswered)
+        stage.asked_at = now()
+        before = stage.ttl_seconds, stage.listing
+        if listing is not None and stage.listing is not None:
+            stage.listed_at = time.time()
+            if stage.listing.identity != listing.identity:  # a record of an earlier version, told by less
+                stage.listing = replace(listing, weight_map=None)
+                stage.left_out = stage.left_out or listing.left_out
+        if stage.ttl_seconds is not None:
+            mine = request.ttl_seconds
+            stage.ttl_seconds = None if mine is None else max(stage.ttl_seconds, mine)
+        if before != (stage.ttl_seconds, stage.listing):
+            record.update(self._deposits, stage)
+        self.residency.changed()
+        self.change(stage, priority=max(stage.priority, request.priority), pin=stage.pin or request.pin)
 
     async def would_fit(self, request: StageRequest) -> Fit:
         """What ``stage`` would do, changing nothing. Raises what planning raises."""
@@ -186,10 +209,13 @@ class Node:
                 self._deposits.drop(stage_id)  # its daemon died before it was complete
             else:
                 try:
-                    self._adopted(record.restore(parts, self.devices, quarantine))
+                    stage = record.restore(parts, self.devices, quarantine)
+                    for name in record.leftovers(stage, parts):
+                        self._deposits.drop(name)
+                    self._adopted(stage)
                 except Exception as error:
                     # Whatever is wrong with one, the others are adopted.
-                    nbytes = sum(os.fstat(fd).st_size for part, fd in parts.items() if part.startswith("segment/"))
+                    nbytes = sum(os.fstat(fd).st_size for part, fd in parts.items() if part.startswith("segment"))
                     log.error("%s: its %d bytes of host memory, and what it has on GPUs, are left alone: %s",
                               stage_id, nbytes, error)  # fmt: skip
                     self.residency.unadopted.append({"name": stage_id, "nbytes": nbytes, "reason": str(error)})
@@ -221,9 +247,8 @@ class Node:
                 ))  # fmt: skip
                 self.residency.release(stage)
                 return
-            self._scheduler.spawn(
-                self._scheduler.resume(stage, self._resolver.list(stage.uri, stage.request.files)), stage.id
-            )
+            resumed = self._scheduler.resume(stage, self._resolver.list, self._resolver.reopen)
+            self._scheduler.spawn(resumed, stage.id)
         elif stage.revoked_until is not None:
             self._scheduler.spawn(self.residency.revoked(stage), stage.id)
 
@@ -279,20 +304,21 @@ class Node:
         """
         stage = self.get(stage_id)
         await self.residency.notice_hangups()
-        await move_segments(
-            self.residency,
-            self._deposits,
-            stage,
-            self._resolver.device(device),
-            self._fill_limits,
-            self._scheduler.in_thread,
+        target = self._resolver.device(device)
+        move = asyncio.ensure_future(
+            move_segments(self.residency, self._deposits, stage, target, self._fill_limits, self._scheduler.in_thread)
         )
+        self._moves.add(move)
+        move.add_done_callback(self._moves.discard)
+        await asyncio.shield(move)  # whoever asked may go: what has begun ends by itself
         return stage
 
     async def close(self) -> None:
         """Cancel what runs and free everything; waits for threads that may still write."""
         for stage in list(self.stages()):
             self._scheduler.cancel(stage, "the daemon is stopping")
+        if self._moves:
+            await asyncio.wait(self._moves)
         await self._scheduler.close()
         for stage in self.stages():
             self.residency.release(stage)

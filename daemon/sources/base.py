@@ -6,14 +6,20 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from weightd.daemon.errors import CheckpointChanged
+from weightd.daemon.errors import (
+    AmbiguousCheckpoint,
+    CheckpointChanged,
+    CheckpointNotFound,
+    InvalidCheckpoint,
+    NotAllowed,
+)
 from weightd.daemon.filling.sink import Sink
 
 
 class SourceFile(NamedTuple):
     """One file or object: ``name`` relative to the checkpoint, ``size`` in bytes, ``version`` changes when it does.
 
-    The version is an object's ETag, a local file's inode and mtime.
+    The version is an object's ETag, a local file's inode, mtime and ctime.
     """
 
     name: str
@@ -21,7 +27,12 @@ class SourceFile(NamedTuple):
     version: str
 
 
+ANSWERS = (CheckpointNotFound, CheckpointChanged, AmbiguousCheckpoint, InvalidCheckpoint, NotAllowed)
+"""Errors that say what is at a URI: nothing, something else, nothing that can be used, nothing for this daemon to see.
+Any other one is no answer, and says nothing of what was there before."""
+
 _INDEX = re.compile(r"(?:.*/)?[^/]+\.safetensors\.index(?:\.[^/.]+)*\.json")
+_WITHOUT_CTIME = re.compile(r"\d+-\d+")
 
 
 def is_index(name: str) -> bool:
@@ -37,6 +48,20 @@ def is_file_name(path: str) -> bool:
 def is_hidden(name: str) -> bool:
     """Whether a file is in a hidden folder (``.git/``), which holds nothing of a checkpoint."""
     return any(part.startswith(".") for part in name.split("/")[:-1])
+
+
+def are_still(kept: Sequence[SourceFile], found: Sequence[SourceFile]) -> bool:
+    """Whether these are the files that a record names, as far as it tells: until ctime was in them, the versions of
+    local files were their inode and mtime alone."""
+    return len(kept) == len(found) and all(
+        one == other
+        or (
+            one[:2] == other[:2]
+            and _WITHOUT_CTIME.fullmatch(one.version)
+            and other.version.startswith(one.version + "-")
+        )
+        for one, other in zip(kept, found, strict=True)
+    )
 
 
 def changed(planned: SourceFile, found: SourceFile) -> CheckpointChanged:

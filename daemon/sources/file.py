@@ -17,6 +17,7 @@ from weightd.daemon.errors import (
     CheckpointNotFound,
     InvalidCheckpoint,
     NotAllowed,
+    SourceFailed,
     UnreadableFile,
 )
 from weightd.daemon.filling.sink import Landing, Sink
@@ -28,9 +29,15 @@ MAX_FILES = 100_000
 """Files in one folder, over which it is taken for no checkpoint."""
 MAX_FOLDERS = 10_000
 """Folders in one, links to folders counted as often as they are met."""
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
+"""Gone, a link to itself, a folder that may not be entered: nothing that can be read. All else is no answer."""
 MAX_DEPTH = 4
 """Folders below the checkpoint's own that are looked into."""
 _IOV_MAX = 1024  # linux/uio.h: more views than these in one call are EINVAL
+
+
+_Files = list[SourceFile]
+_Names = list[str]
 
 
 def open_source(uri: str, allow: Allow) -> FileSource:
@@ -50,64 +57,102 @@ class FileSource:
 
     def __init__(self, root: Path, allow: Allow) -> None:
         self._allow = allow
-        self._check_allowed(root)
-        self.single = root.name if root.is_file() else None
+        allow.check(file_uri(os.path.realpath(root)))
+        self.single = root.name if os.path.isfile(root) else None
         self._root = root.parent if self.single else root
 
-    def _check_allowed(self, path: Path) -> None:
-        # Links are followed first: a link inside an allowed folder must not open what lies outside of it.
-        self._allow.check(file_uri(os.path.realpath(path)))
+    def _opened(self, path: Path, flags: int = 0) -> int:
+        """A descriptor that only names what is at a path, which is allowed. Raises OSError, NotAllowed.
+
+        Links are followed first, as one inside an allowed folder must not open what lies outside of it; and it is what
+        has been opened that is looked at, as a link may be another by the time that its path is opened.
+        """
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC | flags)
+        try:
+            self._allow.check(file_uri(os.readlink(f"/proc/self/fd/{fd}")))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def list(self) -> list[SourceFile]:
         if self.single and not is_index(self.single):
             return [self.stat(self.single)]
-        if not self._root.is_dir():
-            raise CheckpointNotFound(f"{self._root}: no such folder or file")
-        found: list[SourceFile] = []
+        try:
+            fd = self._opened(self._root, os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointNotFound(f"{self._root}: no such folder or file") from None
+        except OSError as error:
+            raise _unlistable(self._root, error) from None
+        try:
+            return self._listed(Path(f"/proc/self/fd/{fd}"))
+        finally:
+            os.close(fd)
+
+    def _listed(self, root: Path) -> _Files:
+        """All files below a folder that is open."""
+        found: _Files = []
         folders = 0
         waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
         while waiting:
             folder, above = waiting.pop()
             folders += 1
             try:
-                status = os.stat(self._root / folder)
-                entries = list(os.scandir(self._root / folder))
-            except OSError as error:
+                fd = self._opened(root / folder, os.O_DIRECTORY)
+            except NotAllowed:
                 if not folder:
-                    raise UnreadableFile(f"{self._root}: {error.strerror}") from None
-                continue  # one that may not be entered, or has gone meanwhile: nothing that can be read
-            here = (status.st_dev, status.st_ino)
-            if here in above:
-                continue  # a link to a folder that it is in
-            for entry in entries:
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                try:
-                    if entry.is_dir():
-                        if len(above) < MAX_DEPTH and not entry.name.startswith(".") and self._may_enter(entry):
-                            waiting.append((name, (*above, here)))
-                    elif entry.is_file():
-                        found.append(_source_file(name, entry.stat()))
-                except OSError:  # gone, a link to itself: nothing that can be read
-                    continue
+                    raise
+                continue  # what is in there is nobody's business here, names included
+            except OSError as error:
+                self._check_nothing(folder, error)
+                continue
+            try:
+                status = os.fstat(fd)
+                here = (status.st_dev, status.st_ino)
+                if here in above:
+                    continue  # a link to a folder that it is in
+                files, within = self._entries(folder, fd)
+            finally:
+                os.close(fd)
+            found += files
+            if len(above) < MAX_DEPTH:
+                waiting += [(name, (*above, here)) for name in within]
             if len(found) > MAX_FILES or folders > MAX_FOLDERS:
                 what = f"{MAX_FILES} files" if len(found) > MAX_FILES else f"{MAX_FOLDERS} folders"
                 raise InvalidCheckpoint(f"{self._root}: more than {what}: name the checkpoint's own folder")
         return sorted(found)
 
-    def _may_enter(self, entry: os.DirEntry[str]) -> bool:
-        """Whether a folder is one, or a link to one that may be staged from."""
-        if not entry.is_symlink():
-            return True
+    def _entries(self, folder: str, fd: int) -> tuple[_Files, _Names]:
+        """Files of a folder that is open, and folders in it, without hidden ones."""
+        files: _Files = []
+        folders: _Names = []
         try:
-            self._check_allowed(Path(entry.path))
-        except NotAllowed:
-            return False  # what is in there is nobody's business here, names included
-        return True
+            entries = list(os.scandir(f"/proc/self/fd/{fd}"))
+        except OSError as error:
+            self._check_nothing(folder, error)
+            return files, folders
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            try:
+                if entry.is_dir():
+                    if not entry.name.startswith("."):
+                        folders.append(name)
+                elif entry.is_file():
+                    files.append(_source_file(name, os.stat(entry.path)))
+            except OSError as error:
+                self._check_nothing(name, error)
+        return files, folders
+
+    def _check_nothing(self, name: str, error: OSError) -> None:
+        """Raise what an error means: of a file or folder below, that may be meant so; of the root, it is no answer."""
+        if not name or error.errno not in _NOTHING_THERE:
+            raise _unlistable(self._root / name, error) from None
 
     def _status(self, name: str) -> os.stat_result | None:
         try:
             return os.stat(self._root / name)
-        except OSError:  # gone, a link to itself, a folder that may not be entered: nothing that can be read
+        except OSError as error:
+            self._check_nothing(name, error)
             return None
 
     def stat(self, name: str) -> SourceFile:
@@ -119,18 +164,18 @@ class FileSource:
     def open(self, name: str) -> int:
         """A descriptor for reading. Raises CheckpointNotFound, InvalidCheckpoint for what is no regular file."""
         path = self._root / name
-        self._check_allowed(path)
         try:
-            # O_NONBLOCK: opening a FIFO must not wait for a writer.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            named = self._opened(path)
+            try:
+                if not modes.S_ISREG(os.fstat(named).st_mode):
+                    raise InvalidCheckpoint(f"{path}: not a regular file")
+                return os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            finally:
+                os.close(named)
         except PermissionError as error:
             raise UnreadableFile(f"{path}: {error.strerror}") from None
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointNotFound(f"{path}: {error.strerror}") from None
-        if not modes.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise InvalidCheckpoint(f"{path}: not a regular file")
-        return fd
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         fd = self.open(name)
@@ -147,13 +192,31 @@ class FileSource:
             return FileReader(self, files)
         from weightd.daemon.sources.streamed import StreamerReader
 
-        for file in files:
-            self._check_allowed(self._root / file.name)
-        return StreamerReader(self, files, [str(self._root / file.name) for file in files])
+        paths = [str(self._root / file.name) for file in files]
+        if not self._allow.prefixes:
+            return StreamerReader(self, files, paths)
+        # The library opens by path: it is given what has been looked at, by descriptor.
+        opened: list[int] = []
+        try:
+            opened.extend(self.open(file.name) for file in files)
+        except BaseException:
+            for fd in opened:
+                os.close(fd)
+            raise
+        return StreamerReader(self, files, paths, opened=opened)
+
+
+def _unlistable(path: Path, error: OSError) -> SourceFailed | UnreadableFile:
+    if isinstance(error, PermissionError):
+        return UnreadableFile(
+            f"{path}: cannot be looked at: {error.strerror}: check that the daemon may read the folder"
+        )
+    return SourceFailed(f"{path}: cannot be looked at: {error.strerror}: check that the file system it is on answers")
 
 
 def _source_file(name: str, status: os.stat_result) -> SourceFile:
-    return SourceFile(name, status.st_size, f"{status.st_ino}-{status.st_mtime_ns}")
+    # Who writes a file anew may set its mtime back (rsync --inplace -t), its ctime nobody.
+    return SourceFile(name, status.st_size, f"{status.st_ino}-{status.st_mtime_ns}-{status.st_ctime_ns}")
 
 
 class FileReader:

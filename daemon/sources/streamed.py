@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -33,8 +34,9 @@ class _Due(NamedTuple):
 class StreamerReader:
     """Keeps a bounded number of bytes in flight in one native streamer, and takes ranges as they land.
 
-    ``uris`` are the files', as the library takes them: an object's, or a path. Bytes go to host memory, or straight to
-    a GPU where the sink's landing says so.
+    ``uris`` are the files', as the library takes them: an object's, or a path. Where ``opened`` has the files'
+    descriptors, which are the reader's own until it is closed, it is these that are read. Bytes go to host memory, or
+    straight to a GPU where the sink's landing says so.
 
     A streamer serves one stage, and so one set of credentials, however many files there are: closing it is the
     library's only way to say that nothing writes to this stage's memory any more.
@@ -46,6 +48,7 @@ class StreamerReader:
         files: Sequence[SourceFile],
         uris: Sequence[str],
         credentials: Callable[[], Mapping[str, str]] = dict,
+        opened: Sequence[int] = (),
     ) -> None:
         """``credentials`` are asked for what a streamer is to be told, which it then keeps: where a range has failed,
         and they are others by now, what is in flight is asked for anew with these."""
@@ -54,11 +57,14 @@ class StreamerReader:
         self._uris = uris
         self._credentials = credentials
         self._used = credentials()
+        self._opened = list(opened)
+        self._read_as = [f"/proc/self/fd/{fd}" for fd in opened] or uris
         self._gpu: int | None = None
         """A GPU that bytes were sent to."""
         try:
             self._streamer = libstreamer.Streamer(self._used)
         except (libstreamer.StreamerUnavailable, OSError) as error:
+            self._close_files()
             raise SourceFailed(f"{uris[0]}: {error}") from None
 
     def run(self, sink: Sink) -> None:
@@ -104,7 +110,7 @@ class StreamerReader:
             again = [(extent, landing)]
             if self._expired() or response.code == libstreamer.UNKNOWN:
                 # All that is in flight is asked for anew, once nothing of the old streamer can still write.
-                self.close()
+                self._close_streamer()
                 self._streamer = libstreamer.Streamer(self._used)
                 again += in_flight.values()
                 in_flight.clear()
@@ -151,11 +157,21 @@ class StreamerReader:
         while True:
             try:
                 return self._streamer.submit(
-                    self._uris[extent.file], [extent.offset], [extent.nbytes], [landing.address], landing.device
+                    self._read_as[extent.file], [extent.offset], [extent.nbytes], [landing.address], landing.device
                 )
             except OSError as error:
                 sink.wait(sink.failed(extent, self._uris[extent.file], str(error)))
 
     def close(self) -> None:
+        try:
+            self._close_streamer()
+        finally:
+            self._close_files()
+
+    def _close_files(self) -> None:
+        while self._opened:
+            os.close(self._opened.pop())
+
+    def _close_streamer(self) -> None:
         # The library lets go of what it had on a GPU in whatever context it finds.
         self._streamer.close(gpus()[self._gpu].context if self._gpu is not None else None)

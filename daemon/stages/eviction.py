@@ -48,10 +48,10 @@ def victims(stages: Iterable[Stage], missing: int, now: float, device: str) -> l
 
 def expires_at(stage: Stage) -> float | None:
     """When its time to live without a lease is over, in monotonic seconds; None where it never is."""
-    if stage.request.ttl_seconds is None or stage.state != "ready" or stage.pin or stage.leases or stage.moving:
+    if stage.ttl_seconds is None or stage.state != "ready" or stage.pin or stage.leases or stage.moving:
         return None
     waits_until = stage.protected_until if stage.awaited else 0.0
-    return max(stage.last_used + stage.request.ttl_seconds, waits_until)
+    return max(max(stage.last_used, stage.asked_at) + stage.ttl_seconds, waits_until)
 
 
 def now() -> float:

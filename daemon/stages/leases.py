@@ -38,8 +38,11 @@ class Leases:
             raise InvalidRequest(f"stage {stage.id} has no tp_rank {rank}, it has {list(stage.request.ranks)}")
         self.check_lendable(stage, uid)
         lease_id = renews if renews and renews not in stage.leases else "le-" + secrets.token_hex(6)
-        if renews:
-            stage.awaited = max(0, stage.awaited - 1)
+        if stage.awaited:
+            # Each of those who are waited for comes back once: who comes again, or began here, is none of the others.
+            if renews and renews not in stage.known:
+                stage.awaited -= 1
+            stage.known |= {lease_id, renews or lease_id}
         lease = Lease(lease_id, stage.id, rank, uid, gid, pid, time.time())
         stage.leases[lease.id] = lease
         stage.lent = True

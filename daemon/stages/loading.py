@@ -5,9 +5,12 @@ Blocks, in threads; the scheduler decides when.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import time
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,22 +20,27 @@ from weightd.daemon.errors import (
     Cancelled,
     CheckpointChanged,
     CheckpointNotFound,
+    CredentialsRefused,
+    DaemonError,
     DigestMismatch,
 )
 from weightd.daemon.filling.account import ledger_for
-from weightd.daemon.filling.fill import Fill
+from weightd.daemon.filling.fill import Fill, retry_pause
 from weightd.daemon.filling.ledger import Ledger, fingerprint
 from weightd.daemon.layouts.digests import LEAF, Leaves, checkpoint_digest, tensor_digest
 from weightd.daemon.layouts.extents import Demands, Extent, plan_extents
 from weightd.daemon.layouts.recipe import Recipe
 from weightd.daemon.limits import FillLimits
 from weightd.daemon.observing.clock import Clock
-from weightd.daemon.sources.base import Reader, Source, changed
+from weightd.daemon.sources.base import ANSWERS, Reader, Source, SourceFile, changed
 from weightd.daemon.stages.planning import Plan, expected_sha256
 from weightd.daemon.stages.request import StageRequest
 from weightd.daemon.tensors import TensorInfo
 
 log = logging.getLogger(__name__)
+
+_PARALLEL_STATS = 64
+"""Files that are looked at at once, between the last byte and ready."""
 
 
 class Peers(Protocol):
@@ -151,7 +159,9 @@ class Loading:
             clock=self.clock,
         )
         files = checkpoint.listing.weights
-        if self._asks_peers():
+        if not self._fill.account.queued:
+            self._reader = None  # all of it is there: nobody need be asked for it
+        elif self._asks_peers():
             assert self.peers is not None
 
             def origin() -> Reader:
@@ -181,8 +191,8 @@ class Loading:
         Raises Cancelled, CheckpointChanged, DigestMismatch, SourceFailed. Results are in ``tensor_digests``,
         ``segment_digests``, ``checkpoint_digest`` and ``satisfied``.
         """
-        assert self._reader is not None
-        self._reader.run(self.fill)
+        if self._reader is not None:
+            self._reader.run(self.fill)
         self.fill.finish()
         self._check_cancelled()
         self.fill.account.check_complete()
@@ -207,8 +217,8 @@ class Loading:
             return False
         log.warning("%d extents that came from peers are not what is expected: reading the origin", len(again))
         self.fill.mismatched("peer")
-        assert self._reader is not None
-        self._reader.close()
+        if self._reader is not None:
+            self._reader.close()
         self._reader = self.source.reader(self.plan.checkpoint.listing.weights, native=self._native)
         account.requeue(again)
         self._reader.run(self.fill)
@@ -251,13 +261,37 @@ class Loading:
     def _check_unchanged(self) -> None:
         if self.fill.account.peer_bytes >= self.bytes_total:
             return  # nothing was read there, and what peers have is of the identity that was planned with
-        for planned in self.plan.checkpoint.listing.weights:
+        files = self.plan.checkpoint.listing.weights
+        deadline = time.monotonic() + self.limits.retry_deadline
+        with ThreadPoolExecutor(min(_PARALLEL_STATS, len(files)), thread_name_prefix="unchanged") as pool:
+            unanswered = [why for why in pool.map(lambda file: self._check_file(file, deadline), files) if why]
+        if unanswered:
+            log.warning(
+                "every byte is here, and whether its source has changed meanwhile cannot be told of %d of %d files: %s",
+                len(unanswered), len(files), unanswered[0],
+            )  # fmt: skip
+
+    def _check_file(self, planned: SourceFile, deadline: float) -> str:
+        """Raise CheckpointChanged where a file is another one by now; why that cannot be told, empty where it can.
+
+        What lacks no byte is not thrown away for that.
+        """
+        for attempt in itertools.count(1):
             try:
                 found = self.source.stat(planned.name)
             except CheckpointNotFound:
                 raise CheckpointChanged(f"{planned.name} was removed while it was read: stage it again") from None
+            except DaemonError as error:
+                if isinstance(error, ANSWERS):
+                    raise
+                if isinstance(error, CredentialsRefused) or time.monotonic() >= deadline or self.fill.stopped:
+                    return str(error)
+                self.fill.wait(retry_pause(attempt))
+                continue
             if found != planned:
                 raise changed(planned, found)
+            break
+        return ""
 
     def _whole_leaves(self) -> dict[int, Leaves]:
         """Leaf digests of the checkpoint tensors that were read whole, by index."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Sequence
 
+from weightd.daemon.errors import UnknownStage
 from weightd.ipc.manifest import Manifest
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -22,6 +25,7 @@ class SealedManifest:
         """Take over a descriptor."""
         self.fd = fd
         self.nbytes = nbytes
+        self._lock = threading.Lock()
 
     @classmethod
     def seal(cls, manifest: Manifest, files: Sequence[int] = ()) -> SealedManifest:
@@ -39,10 +43,23 @@ class SealedManifest:
         return cls(fd, len(text))
 
     def read(self) -> tuple[Manifest, list[int]]:
-        """The manifest, and the index of each tensor's file."""
-        text = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
+        """The manifest, and the index of each tensor's file. Raises UnknownStage where it was closed meanwhile."""
+        with contextlib.closing(self.again()) as own:
+            text = os.pread(own.fd, os.fstat(own.fd).st_size, 0)
         return Manifest.decode(text[: self.nbytes]), json.loads(text[self.nbytes :])
 
+    def again(self) -> SealedManifest:
+        """The same by a descriptor of its own, for whoever uses it while the stage may go. Raises UnknownStage where it
+        was closed meanwhile."""
+        # A number that was closed may be another stage's by now.
+        with self._lock:
+            if self.fd < 0:
+                raise UnknownStage("the stage has gone meanwhile: stage it again")
+            return SealedManifest(os.dup(self.fd), self.nbytes)
+
     def close(self) -> None:
-        """Let the descriptor go."""
-        os.close(self.fd)
+        """Let the descriptor go. Safe to call twice, and from any thread."""
+        with self._lock:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1

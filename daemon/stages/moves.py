@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 from weightd.daemon.devices.base import Device, Segment
 from weightd.daemon.devices.copying import copy_segment, segment_digests
-from weightd.daemon.errors import DeviceFailed, DigestMismatch, InsufficientCapacity, InvalidRequest, NotMovable
+from weightd.daemon.errors import DeviceFailed, DigestMismatch, InvalidRequest, NotMovable
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.limits import FillLimits
 from weightd.daemon.stages import record
@@ -39,20 +40,17 @@ async def move_segments(
     _check_movable(residency, stage)
     here = dict(stage.reserved)
     more = sum(device.footprint(segment.nbytes) for segment in stage.segments)
+    fresh: list[Segment] = []
+    manifests: list[SealedManifest] = []
+    failure: BaseException | None = None
     stage.moving = device.name  # so that it is not itself what goes to make room
     try:
         await residency.dismiss([stage])
         await residency.dismiss_victims({device.name: more})
         residency.make_room(stage.uri, {device.name: more})
-    except InsufficientCapacity:
-        stage.moving = None
-        raise
-    stage.reserved = {**here, device.name: here.get(device.name, 0) + more}
-    fresh: list[Segment] = []
-    manifests: list[SealedManifest] = []
-    failure: BaseException | None = None
-    try:
-        await in_thread(_copy_all, device, stage, limits, fresh, manifests)
+        stage.reserved = {**here, device.name: here.get(device.name, 0) + more}
+        await residency.unmapped()
+        await _to_its_end(in_thread(_copy_all, device, stage, limits, fresh, manifests))
         stage.moving = None
         _check_movable(residency, stage)  # somebody may have leased it meanwhile
         for segment in stage.segments:
@@ -61,19 +59,36 @@ async def move_segments(
         manifests, stage.manifests = stage.manifests, manifests
         stage.devices, stage.lent = (device.name,) * len(stage.segments), False
         here = {device.name: sum(segment.footprint for segment in stage.segments)}
-        record.deposit(deposits, stage)
-        stage.notify()
+        record.redeposit(deposits, stage)
     except BaseException as error:
         failure = error.with_traceback(None)  # whose frames hold views of what is to be closed
         failure.__context__ = failure.__cause__ = None
-    stage.moving = None
-    stage.reserved = here if stage.segments else {}
-    for segment in fresh:
-        segment.close()
-    for manifest in manifests:
-        manifest.close()
+    finally:
+        stage.moving = None
+        stage.reserved = here if stage.segments else {}
+        for segment in fresh:
+            segment.close()
+        for manifest in manifests:
+            manifest.close()
+        stage.notify()
+        residency.changed()  # its time to live goes on
     if failure is not None:
         raise failure
+
+
+async def _to_its_end(work: Awaitable[None]) -> None:
+    """Wait for what a thread does, also where this is cancelled: it writes to what is closed then."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        task.exception()  # heard
+        raise cancelled
+    task.result()
 
 
 def _check_movable(residency: Residency, stage: Stage) -> None:

@@ -2,6 +2,8 @@
 
 Deposited under ``<stage id>/record``, as one JSON object in a memfd, anew at every change of state, after everything
 that it speaks of: ``segment/<i>`` and ``ledger``, and ``manifest/<i>`` once ready. A stage without a record is none.
+Where it has moved, they are called ``segment.<n>/<i>`` and ``manifest.<n>/<i>``: the record, which is replaced at once,
+says which of them count.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -45,12 +47,21 @@ def deposit(deposits: Deposits, stage: Stage) -> None:
         return
     for index, segment in enumerate(stage.segments):
         if segment.fd >= 0:
-            deposits.put(f"{stage.id}/segment/{index}", segment.fd)
+            deposits.put(f"{stage.id}/segment{stage.deposited_as}/{index}", segment.fd)
     for index, manifest in enumerate(stage.manifests):
-        deposits.put(f"{stage.id}/manifest/{index}", manifest.fd)
+        deposits.put(f"{stage.id}/manifest{stage.deposited_as}/{index}", manifest.fd)
     if stage.ledger is not None:
         deposits.put(f"{stage.id}/ledger", stage.ledger.fd)
     update(deposits, stage)
+
+
+def redeposit(deposits: Deposits, stage: Stage) -> None:
+    """Let the keeper hold what a stage has now instead of what it had: whole, whenever this process is killed."""
+    before = stage.deposited_as
+    stage.deposited_as = f".{int(before[1:] or 0) + 1}"
+    deposit(deposits, stage)
+    for kind in ("segment", "manifest"):
+        deposits.drop(f"{stage.id}/{kind}{before}")
 
 
 def update(deposits: Deposits, stage: Stage) -> None:
@@ -70,6 +81,13 @@ def update(deposits: Deposits, stage: Stage) -> None:
         deposits.put(f"{stage.id}/record", fd)
     finally:
         os.close(fd)
+
+
+def leftovers(stage: Stage, parts: Iterable[str]) -> set[str]:
+    """Of what was deposited of a stage, what its record does not speak of: a daemon died while it moved."""
+    kept = {f"{kind}{stage.deposited_as}" for kind in ("segment", "manifest")}
+    kinds = {part.partition("/")[0] for part in parts}
+    return {f"{stage.id}/{kind}" for kind in kinds - kept if kind.startswith(("segment", "manifest"))}
 
 
 def withdraw(deposits: Deposits, stage: Stage) -> None:
@@ -93,12 +111,14 @@ def _describe(stage: Stage) -> dict[str, Any]:
         "rule": listing.rule,
         "left_out": [list(file) for file in stage.left_out[:MAX_LEFT_OUT]],
         "state": stage.state,
+        "deposited_as": stage.deposited_as,
         "source_kind": stage.source_kind,
         "request_id": stage.request_id,
         "priority": stage.priority,
         "pin": stage.pin,
         "deaths": stage.deaths,
         "handed_over": stage.handed_over,
+        "ttl_seconds": stage.ttl_seconds,
         "created_at": stage.created_at,
         "ready_at": stage.ready_at,
         "revoked_until": stage.revoked_until,
@@ -139,12 +159,14 @@ def restore(parts: Mapping[str, int], devices: Mapping[str, Device], quarantine:
             stage.reserved[device.name] = stage.reserved.get(device.name, 0) + nbytes
         stage.ledger = Ledger.adopt(os.dup(parts["ledger"]))
         for index, (info, device) in enumerate(zip(stage.infos, found, strict=True)):
+            part = f"segment{stage.deposited_as}/{index}"
             with quarantine.adopting(device.uuid):
-                stage.segments.append(device.adopt(os.dup(parts[f"segment/{index}"]), info.nbytes))
+                stage.segments.append(device.adopt(os.dup(parts[part]), info.nbytes))
                 if stage.state == "ready":
                     stage.segments[-1].seal()
         for index, nbytes in enumerate(manifest_nbytes):
-            stage.manifests.append(SealedManifest(os.dup(parts[f"manifest/{index}"]), nbytes))
+            part = f"manifest{stage.deposited_as}/{index}"
+            stage.manifests.append(SealedManifest(os.dup(parts[part]), nbytes))
     except (KeyError, ValueError, OSError) as error:
         for segment in stage.segments:
             segment.close()
@@ -201,6 +223,9 @@ def _read(fd: int) -> tuple[Stage, list[int], list[str | None], list[int]]:
         # Versions before did not count. A daemon that made room has said so; any other has died.
         stage.deaths = int(table.get("deaths", 0)) + int(table["state"] != "ready" and not table.get("handed_over"))
         stage.peer_bytes, stage.request_id = table.get("peer_bytes", 0), table.get("request_id", "")
+        stage.deposited_as = str(table.get("deposited_as", ""))
+        stage.ttl_seconds = table.get("ttl_seconds", request.ttl_seconds)
+        stage.listed_at = stage.created_at
         # Until there were clocks, when a stage had begun was told in seconds since the epoch.
         began = table.get("began", time.monotonic() - (time.time() - stage.created_at))
         spent = {(str(phase), str(source)): float(seconds) for phase, source, seconds in table.get("spent", ())}

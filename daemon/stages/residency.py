@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from weightd.daemon.devices.base import Device, Segment
@@ -31,6 +31,8 @@ _LATELY = 3600.0
 _REMEMBERED = 10_000
 _TURNS = 10
 """Of the event loop, in which a closed connection is seen and its lease ends, with some to spare."""
+_UNMAPPED = 30.0
+"""Seconds that are waited for it to be unmapped."""
 MAX_ENDED = 200
 """Records of failed, cancelled and evicted stages that are kept for looking at."""
 
@@ -57,8 +59,9 @@ class Residency:
         self.leases = Leases(
             self.stages, grace=lease_grace, most_per_user=max_leases_per_user, changed=self._changed.set
         )
-        self.on_release: Callable[[Stage], None] = lambda stage: None
-        """Told of a stage whose memory is about to be freed."""
+        self.on_release: Callable[[Stage], Awaitable[None] | None] = lambda stage: None
+        """Told of a stage whose memory is about to be freed; what it returns ends once nothing else maps that."""
+        self._unmapping: set[asyncio.Future[None]] = set()
         self.unadopted: list[dict[str, Any]] = []
         """What the keeper holds and this version does not understand: name, nbytes, reason. Host memory."""
         self._made_room: dict[Hashable, float] = {}
@@ -178,12 +181,20 @@ class Residency:
 
     def release(self, stage: Stage) -> None:
         """Let go of all memory that is held for a stage, here and at the keeper, and of its bytes of capacity."""
-        self.on_release(stage)
+        if (unmapping := self.on_release(stage)) is not None:
+            future = asyncio.ensure_future(unmapping)
+            self._unmapping.add(future)
+            future.add_done_callback(self._unmapping.discard)
         self.free(stage)
         stage.reserved = {}
         stage.plan = None
         stage.notify()
         self._changed.set()
+
+    async def unmapped(self) -> None:
+        """Return once nothing of this daemon maps what was freed before now: only then it is there for others."""
+        if self._unmapping:
+            await asyncio.wait(self._unmapping, timeout=_UNMAPPED)
 
     def free(self, stage: Stage) -> None:
         """Let go of a stage's memory; its bytes of capacity stay promised to it. Callable from any thread."""
@@ -201,6 +212,15 @@ class Residency:
         """A segment is about to be closed: remember it where somebody may still map it. Callable from any thread."""
         if stage.lent:
             self._left_behind.note(segment)
+
+    def drop_unadopted(self) -> list[dict[str, Any]]:
+        """Let the keeper forget what was not adopted, and say what that was."""
+        dropped, self.unadopted = self.unadopted, []
+        for left in dropped:
+            self._deposits.drop(left["name"])
+            log.warning("%s: dropped by request, with its %d bytes, not adopted", left["name"], left["nbytes"])
+        self._changed.set()
+        return dropped
 
     async def mapped_elsewhere(self) -> int:
         """Bytes of freed segments that other processes still map, as far as that can be seen from here."""
@@ -238,17 +258,22 @@ class Residency:
         """Tell peers to read these no more, and wait until they have stopped, or their time is over."""
         deadline = eviction.now() + self._peer_grace
         for stage in stages:
-            stage.dismissed = True
+            stage.dismissals += 1
             stage.notify()
-        for stage in stages:
-            while stage.peer_leases and (left := deadline - eviction.now()) > 0:
-                await stage.changed(left)
-        for stage in stages:  # who is still there after all may be read again
-            stage.dismissed = False
+        try:
+            for stage in stages:
+                while stage.peer_leases and (left := deadline - eviction.now()) > 0:
+                    await stage.changed(left)
+        finally:
+            for stage in stages:  # who is still there after all may be read again
+                stage.dismissals -= 1
 
     async def dismiss_victims(self, needed: Mapping[str, int]) -> None:
         """Before ``make_room``: wait for the peers that read what would go for so many bytes of each device."""
-        if read := [stage for stage in self.victims(needed) or () if stage.peer_leases]:
+        told: set[str] = set()
+        # What would go may be others by the time that the first ones' peers have stopped.
+        while read := [stage for stage in self.victims(needed) or () if stage.peer_leases and stage.id not in told]:
+            told.update(stage.id for stage in read)
             await self.dismiss(read)
 
     def changed(self) -> None:
@@ -257,20 +282,38 @@ class Residency:
 
     async def expire(self) -> None:
         """Evict stages whose time to live without a lease is over, until cancelled."""
-        while True:
-            at = eviction.now()
-            due = [(when, stage) for stage in self.stages.values() if (when := eviction.expires_at(stage)) is not None]
-            for when, stage in due:
-                if when <= at:
-                    await self.dismiss([stage])
-                    if eviction.expires_at(stage) != when:
-                        continue  # somebody has come for it meanwhile
-                    log.info("%s %s goes, %g s without a lease", stage.id, stage.uri, stage.request.ttl_seconds)
-                    self.evict(stage, "ttl")
-            later = [when - at for when, _ in due if when > at]
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), min(later, default=None))
+        going: dict[str, asyncio.Task[None]] = {}
+        """Stages whose time is over and whose peers are waited for, which holds up no other."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._changed.clear()  # before it is looked: what changes from here on is looked at again
+                for stage_id in [stage_id for stage_id, task in going.items() if task.done()]:
+                    del going[stage_id]
+                at = eviction.now()
+                due = [
+                    (when, stage)
+                    for stage in self.stages.values()
+                    if stage.id not in going and (when := eviction.expires_at(stage)) is not None
+                ]
+                for when, stage in due:
+                    if when <= at and stage.peer_leases:
+                        going[stage.id] = group.create_task(self._expire(stage, when))
+                    elif when <= at:
+                        self._expired(stage)
+                later = [when - at for when, _ in due if when > at]
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), min(later, default=None))
+
+    async def _expire(self, stage: Stage, when: float) -> None:
+        """Evict a stage whose time was over at ``when``, once its peers have stopped."""
+        await self.dismiss([stage])
+        if eviction.expires_at(stage) == when:  # else somebody has come for it meanwhile
+            self._expired(stage)
+        self._changed.set()
+
+    def _expired(self, stage: Stage) -> None:
+        log.info("%s %s goes, %g s without a lease", stage.id, stage.uri, stage.ttl_seconds)
+        self.evict(stage, "ttl")
 
 
 def _what(stage: Stage) -> Hashable:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import itertools
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,6 +17,7 @@ from functools import partial
 from typing import TypeVar
 
 from weightd.daemon.checkpoints.cache import Cache
+from weightd.daemon.checkpoints.kept import KeptSource, kept_listing
 from weightd.daemon.checkpoints.listing import Listing
 from weightd.daemon.devices.base import Device, Segment
 from weightd.daemon.devices.copying import copy_segment
@@ -26,27 +29,32 @@ from weightd.daemon.errors import (
     InsufficientCapacity,
     InvalidRequest,
     QueueFull,
+    SourceFailed,
 )
+from weightd.daemon.filling.fill import retry_pause
 from weightd.daemon.filling.ledger import Ledger
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.limits import FillLimits, NodeLimits
 from weightd.daemon.observing.logs import about
 from weightd.daemon.observing.metrics import Metrics
-from weightd.daemon.sources.base import Source
+from weightd.daemon.sources.base import ANSWERS, Source
 from weightd.daemon.stages import record
 from weightd.daemon.stages.loading import Loading, Peers
 from weightd.daemon.stages.manifests import SealedManifest
-from weightd.daemon.stages.planning import allocated, make_plan
+from weightd.daemon.stages.planning import Plan, allocated, expected_sha256, make_plan
 from weightd.daemon.stages.priority_semaphore import PrioritySemaphore
 from weightd.daemon.stages.residency import Residency
 from weightd.daemon.stages.segments import entry_files, key_of, segment_manifest
 from weightd.daemon.stages.source_threads import SourceThreads
-from weightd.daemon.stages.stage import Stage
+from weightd.daemon.stages.stage import Stage, is_still
 from weightd.ipc.errors import CudaError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_ASKED = 5.0
+"""Seconds that the source of a stage of the daemon before may take to answer, where the stage does not need it."""
 
 
 class Scheduler:
@@ -95,20 +103,111 @@ class Scheduler:
         stage.log_state()
         self.spawn(self._run(stage, source), stage.id)
 
-    async def resume(self, stage: Stage, relist: Awaitable[tuple[Source, Listing]]) -> None:
-        """Go on with a stage whose daemon died while it was on its way; ``relist`` says what its source holds now."""
-        assert stage.listing is not None
+    async def resume(
+        self,
+        stage: Stage,
+        relist: Callable[[str, tuple[str, ...]], Awaitable[tuple[Source, Listing]]],
+        reopen: Callable[[str], Source],
+    ) -> None:
+        """Go on with a stage whose daemon died while it was on its way; ``relist(uri, weights)`` says what its
+        source holds now.
+
+        What lacks bytes waits for its source as long as a failing read is tried again. What lacks none is finished
+        without it where it does not answer: ``reopen(uri)`` is the source, without a word to it.
+        """
+        found: tuple[Source, Plan] | None = None
         try:
-            source, listing = await relist
-            if listing.identity != stage.listing.identity:
-                raise CheckpointChanged(f"{stage.uri} changed while no daemon was there: stage it again")
+            found = await self._plan_again(stage, relist, reopen)
         except DaemonError as error:
             self.end(stage, "failed", error)
+        except Exception as error:
+            log.exception("it fails, and is not known to")
+            self.end(stage, "failed", DaemonError(f"{type(error).__name__}: {error}"))
+        if found is None or stage.finished:
             self._residency.release(stage)
             return
-        stage.listing = listing
+        source, plan = found
+        stage.listing = plan.checkpoint.listing
         stage.source_kind = stage.clock.origin = source.kind
-        await self._run(stage, source)
+        await self._run(stage, source, plan)
+
+    async def _plan_again(
+        self,
+        stage: Stage,
+        relist: Callable[[str, tuple[str, ...]], Awaitable[tuple[Source, Listing]]],
+        reopen: Callable[[str], Source],
+    ) -> tuple[Source, Plan] | None:
+        """The source of a stage of the daemon before, and its plan; None where it ends meanwhile."""
+        began = time.monotonic()
+        whole = stage.ledger is not None and all(stage.ledger.landed)
+        for attempt in itertools.count(1):
+            spent = time.monotonic() - began
+            left = self._fill_limits.retry_deadline - spent
+            try:
+                return await asyncio.wait_for(self._planned(stage, relist), _ASKED if whole else max(_ASKED, left))
+            except (*ANSWERS, InvalidRequest):
+                raise
+            except TimeoutError:
+                error: DaemonError = SourceFailed(f"{stage.uri}: its source does not answer")
+            except DaemonError as failure:
+                error = failure
+            if stage.finished:
+                return None
+            if whole and (found := await self._planned_from_cache(stage, reopen)):
+                log.warning("its source does not answer: every byte is here, it is finished without: %s", error)
+                return found
+            whole = False
+            if left <= 0:
+                raise SourceFailed(
+                    f"{error}; given up after {attempt} tries in {spent:.1f} s (WEIGHTD_RETRY_DEADLINE)",
+                    attempts=attempt,
+                )
+            if attempt == 1:
+                log.warning("its source does not answer, it goes on once that does: %s", error)
+            ends = time.monotonic() + retry_pause(attempt)
+            while not stage.finished and (pause := ends - time.monotonic()) > 0:
+                await stage.changed(pause)
+        return None
+
+    async def _planned(
+        self, stage: Stage, relist: Callable[[str, tuple[str, ...]], Awaitable[tuple[Source, Listing]]]
+    ) -> tuple[Source, Plan]:
+        source, listing = await relist(stage.uri, stage.request.files)
+        if not is_still(stage, listing):
+            raise CheckpointChanged(f"{stage.uri} changed while no daemon was there: stage it again")
+        return source, await self._make_plan(stage, source, listing)
+
+    async def _make_plan(self, stage: Stage, source: Source, listing: Listing) -> Plan:
+        """The plan of a stage, as its source has it: apart from whoever waits for other sources."""
+        return await self.planning.run(
+            stage.uri,
+            make_plan,
+            source,
+            listing,
+            stage.request,
+            self._cache,
+            stage.clock,
+            stage.cancelled.is_set,
+        )
+
+    async def _planned_from_cache(self, stage: Stage, reopen: Callable[[str], Source]) -> tuple[Source, Plan] | None:
+        """The plan of a stage that has all its bytes, from what the cache keeps; None where that is not all."""
+        assert stage.listing is not None
+        listing = kept_listing(self._cache, stage.listing.identity)
+        if listing is None:
+            return None
+        listing = replace(listing, rule=stage.listing.rule, left_out=stage.listing.left_out)
+        try:
+            origin = await asyncio.wait_for(self.planning.run(stage.uri, reopen, stage.uri), _ASKED)
+            source = KeptSource(origin, self._cache, listing)
+            plan = await self.in_thread(
+                make_plan, source, listing, stage.request, self._cache, stage.clock, stage.cancelled.is_set
+            )
+        except (DaemonError, TimeoutError) as error:
+            log.info("it cannot be planned without its source: %s", error)
+            return None
+        # What is known of a file's SHA-256 is gone with the process that computed it.
+        return None if expected_sha256(plan.checkpoint, stage.request) else (source, plan)
 
     def cancel(self, stage: Stage, reason: str) -> None:
         """End a stage that is not ready. Its state says so at once; its memory goes when nothing writes to it."""
@@ -129,22 +228,14 @@ class Scheduler:
         self.planning.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, stage: Stage, source: Source) -> None:
+    async def _run(self, stage: Stage, source: Source, plan: Plan | None = None) -> None:
         loading: Loading | None = None
         turns: list[PrioritySemaphore] = []
         try:
             stage.enter("planning")
             assert stage.listing is not None
-            plan = await self.planning.run(
-                stage.uri,
-                make_plan,
-                source,
-                stage.listing,
-                stage.request,
-                self._cache,
-                stage.clock,
-                stage.cancelled.is_set,
-            )
+            if plan is None:
+                plan = await self._make_plan(stage, source, stage.listing)
             stage.clock.enter("other")
             if stage.finished:
                 return
@@ -159,9 +250,11 @@ class Scheduler:
             if stage.finished:
                 return
             stage.plan, stage.infos, stage.metadata = plan, plan.infos, plan.metadata
-            stage.left_out = (*stage.listing.left_out, *plan.left_out)
-            if self._peers is not None and not self._peers.off:
+            stage.left_out = tuple(dict.fromkeys((*stage.listing.left_out, *plan.left_out)))
+            reads_peers = self._peers is not None and not self._peers.off
+            if reads_peers or self._deposits.kept:  # for peers without a way to the origin, and for the next daemon
                 await self.in_thread(self._cache.keep_headers, plan.checkpoint)
+            if reads_peers:
                 stage.key = await self.in_thread(key_of, stage)
             stage.clock.enter("queued")
             # One for each device, always in the same order, so that nobody waits for each other.
@@ -242,6 +335,7 @@ class Scheduler:
             await self._residency.dismiss_victims(needed)
             self._residency.make_room(stage.uri, needed)
             stage.reserved = needed
+            await self._residency.unmapped()
 
     def _load(self, stage: Stage, loading: Loading) -> list[SealedManifest]:
         """In a thread: allocate, fill, verify, seal. Returns the segments' manifests."""
@@ -252,8 +346,7 @@ class Scheduler:
         stage.verified = [[] for _ in recipes]
         loading.lay_out()
         stage.bytes_total = loading.bytes_total
-        if stage.ledger is not None and not loading.goes_on(stage.ledger):
-            log.info("it begins anew: what the daemon before has left is of another plan")
+        if stage.ledger is not None and not self._goes_on(stage, stage.ledger, loading):
             self._residency.free(stage)
         if stage.ledger is None:
             for recipe, device in zip(recipes, loading.devices, strict=True):
@@ -262,8 +355,6 @@ class Scheduler:
                 label = f"{stage.id}/{recipe.rank}"
                 stage.segments.append(device.allocate(recipe.nbytes, label, stage.request.handle))
             stage.ledger = self._ledger(stage, loading)
-        elif not all(stage.ledger.landed):
-            stage.segments = [self._writable(stage, segment) for segment in stage.segments]
         self._on_loop(stage.planned.set)
         record.deposit(self._deposits, stage)
 
@@ -311,6 +402,43 @@ class Scheduler:
             return loading.ledger()
         except OSError as error:
             raise InsufficientCapacity(f"the system refused {stage.id} a ledger: {error.strerror}") from None
+
+    def _goes_on(self, stage: Stage, ledger: Ledger, loading: Loading) -> bool:
+        """Whether a load goes on in the memory that the daemon before has left, which can be written to then."""
+        if not loading.goes_on(ledger):
+            log.info("it begins anew: what the daemon before has left is of another plan")
+            return False
+        if all(ledger.landed):
+            return True
+        more: dict[str, int] = {}
+        for segment in stage.segments:
+            if not segment.writable:
+                more[segment.device.name] = more.get(segment.device.name, 0) + segment.footprint
+        if not more:
+            return True
+        if not asyncio.run_coroutine_threadsafe(self._reserve_more(stage, more), self._loop).result():
+            log.info("it begins anew: what was lent while it loaded cannot be written to, and there is no room to copy")
+            return False
+        try:
+            stage.segments = [self._writable(stage, segment) for segment in stage.segments]
+        finally:
+            self._on_loop(self._reserve_less, stage, more)
+        return True
+
+    async def _reserve_more(self, stage: Stage, more: Mapping[str, int]) -> bool:
+        """Promise a stage so many bytes of each device on top of its own; False where they are not to be had."""
+        try:
+            await self._residency.dismiss_victims(more)
+            self._residency.make_room(stage.uri, more)
+        except InsufficientCapacity:
+            return False
+        stage.reserved = {name: nbytes + more.get(name, 0) for name, nbytes in stage.reserved.items()}
+        await self._residency.unmapped()
+        return True
+
+    def _reserve_less(self, stage: Stage, less: Mapping[str, int]) -> None:
+        stage.reserved = {name: nbytes - less.get(name, 0) for name, nbytes in stage.reserved.items()}
+        self._residency.changed()
 
     def _writable(self, stage: Stage, segment: Segment) -> Segment:
         """The segment, or a copy where it cannot be written to any more because it was lent while it loaded."""

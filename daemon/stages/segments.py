@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+from array import array
+from collections.abc import Sequence
 
 import xxhash
 
+from weightd.daemon.errors import UnknownStage
 from weightd.daemon.layouts.digests import leaf_count
 from weightd.daemon.stages.planning import Plan
 from weightd.daemon.stages.stage import Stage
@@ -52,11 +54,26 @@ def entry_files(plan: Plan, index: int) -> list[int]:
 
 
 def segment_leaves(stage: Stage, index: int) -> list[memoryview]:
-    """Leaf digests of each tensor of a ready stage's segment."""
-    assert stage.ledger is not None
+    """Leaf digests of each tensor of a ready stage's segment. Raises UnknownStage where it goes meanwhile."""
+    ledger = stage.ledger
+    counts = [_leaf_counts(stage, before) for before in range(index + 1)]
+    if ledger is None:
+        raise UnknownStage(f"stage {stage.id} has gone meanwhile: stage it again")
     # The ledger has them of all segments, one after another.
-    counts = [[leaf_count(entry.nbytes) for entry in manifest.read()[0]] for manifest in stage.manifests[: index + 1]]
-    return stage.ledger.leaves(itertools.chain.from_iterable(counts))[-len(counts[-1]) :]
+    return ledger.leaves(counts[-1], sum(sum(before) for before in counts[:-1]))
+
+
+def _leaf_counts(stage: Stage, index: int) -> Sequence[int]:
+    """Leaves of each tensor of a ready stage's segment, for which its manifest is decoded once."""
+    counts = stage.leaf_counts.get(index)
+    if counts is None:
+        manifests = stage.manifests
+        if index >= len(manifests):
+            raise UnknownStage(f"stage {stage.id} has gone meanwhile: stage it again")
+        counts = stage.leaf_counts[index] = array(
+            "I", (leaf_count(entry.nbytes) for entry in manifests[index].read()[0])
+        )
+    return counts
 
 
 def key_of(stage: Stage) -> str:

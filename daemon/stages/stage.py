@@ -20,6 +20,7 @@ from weightd.daemon.filling.fill import Fill
 from weightd.daemon.filling.ledger import Ledger
 from weightd.daemon.observing.clock import Clock
 from weightd.daemon.observing.logs import request_id
+from weightd.daemon.sources.base import are_still
 from weightd.daemon.stages.manifests import SealedManifest
 from weightd.daemon.stages.planning import Plan, SegmentInfo
 from weightd.daemon.stages.request import StageRequest
@@ -90,6 +91,12 @@ class Stage:
         self.source_kind = ""
         self.priority = request.priority
         self.pin = request.pin
+        self.ttl_seconds = request.ttl_seconds
+        """The longest that anybody asked for; None where somebody asked for none."""
+        self.asked_at = 0.0
+        """When it was asked for last while it was there already, in monotonic seconds."""
+        self.listed_at = self.created_at
+        """When its source was last seen to hold what it is of, in seconds since the epoch."""
         self.plan: Plan | None = None
         """From planning until it is ready; manifests take its place then."""
         self.infos: tuple[SegmentInfo, ...] = ()
@@ -123,14 +130,18 @@ class Stage:
         """What peers know it by, once planned: equal where the bytes are, and where they lie."""
         self.manifests: list[SealedManifest] = []
         """Manifest of each segment, once ready."""
+        self.leaf_counts: dict[int, Sequence[int]] = {}
+        """Segment → leaves of each of its tensors, once anybody has asked."""
+        self.deposited_as = ""
+        """What the names of its segments' deposits end with: another each time that it moves."""
         self.verified: list[list[int]] = []
         """For each segment the entries that streaming clients may use already, in order, while loading."""
         self.satisfied: set[str] = set()
         """Expectations that were checked and met: digests, and ``file=sha256:...`` pairs."""
         self.leases: dict[str, Lease] = {}
         self.peer_leases: set[PeerLease] = set()
-        self.dismissed = False
-        """Whether peers that read it are to stop, because it is about to go."""
+        self.dismissals = 0
+        """How many wait for peers to stop reading it, because it is about to go."""
         self.last_used = time.monotonic()
         """When a lease began or ended last, or it became ready: monotonic seconds, which outlive a process."""
         self.protected_until = 0.0
@@ -141,6 +152,8 @@ class Stage:
         """The same in monotonic seconds."""
         self.awaited = 0
         """Leases that the daemon before this one had, until ``protected_until``."""
+        self.known: set[str] = set()
+        """Leases that this daemon has seen while others were awaited."""
         self.moving: str | None = None
         """Where to it is being moved."""
         self.lent = False
@@ -163,6 +176,11 @@ class Stage:
     def footprint(self) -> int:
         """Bytes of capacity that are reserved for it, of all devices together."""
         return sum(self.reserved.values())
+
+    @property
+    def dismissed(self) -> bool:
+        """Whether peers that read it are to stop."""
+        return self.dismissals > 0
 
     @property
     def finished(self) -> bool:
@@ -272,6 +290,15 @@ class Stage:
             if now[0] in TERMINAL:  # what was yielded last, not what it has become meanwhile
                 return
             await self.changed(interval)
+
+
+def is_still(stage: Stage, listing: Listing) -> bool:
+    """Whether a stage is of what was listed at its URI."""
+    assert stage.listing is not None
+    if stage.listing.identity == listing.identity:
+        return True
+    # Until ctime was in them, versions of local files were others. Of such a record the weights tell.
+    return stage.uri.startswith(("file:", "hf:")) and are_still(stage.listing.weights, listing.weights)
 
 
 def named(devices: Sequence[str]) -> str:

@@ -6,6 +6,8 @@ import json
 import os
 import socket
 import stat
+import threading
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +18,17 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from tests.api.status.made import MadeNode
 from tests.servers import Daemon, free_ports, until
+from weightd.api import app
+from weightd.api.models import SegmentManifest
+from weightd.daemon.checkpoints.listing import Listing
+from weightd.daemon.filling.ledger import Ledger
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.lending.listeners import Listeners
+from weightd.daemon.sources.base import SourceFile
+from weightd.daemon.stages.manifests import SealedManifest
+from weightd.ipc.manifest import Manifest
 
 
 @pytest.fixture
@@ -78,6 +88,49 @@ def test_requests_for_other_bytes_are_other_stages(daemon: Daemon, folder: Path)
     assert [sum(segment["tensors"] for segment in record["segments"]) for record in records] == [4, 2, 3, 4, 8]
     all_ranks = daemon.stage(folder, parallel={"tp_size": 2, "tp_rank": "all", "map": {"*": 0}})
     assert all_ranks["id"] == records[-1]["id"]
+
+
+def test_a_large_manifest_is_put_together_beside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rendering one of many tensors takes long: the loop only passes on what a thread has rendered."""
+    threads: list[str] = []
+    render = app.manifest_json
+
+    def rendering(*arguments: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return render(*arguments) + b" "
+
+    monkeypatch.setattr(app, "manifest_json", rendering)
+    count = 3000
+    names = [f"w{index}" for index in range(count)]
+    with MadeNode(tmp_path) as made:
+        manifest = Manifest(
+            "st", "file:///x", "cpu", 0, 1, 256 * count, None, None, None, names, ["U8"] * count, [[256]] * count,
+            [256 * index for index in range(count)], [f"xxh3:{index:032x}" for index in range(count)],
+        )  # fmt: skip
+        sealed = SealedManifest.seal(manifest, [index % 2 for index in range(count)])
+        ledger = Ledger.new(0, count, bytes(16))
+        ledger.leaves([count])[0][:] = memoryview(array("Q", range(count)))
+        files = tuple(SourceFile(f"{index}.safetensors", 1, "v") for index in range(2))
+        stage = made.add(
+            "file:///x", manifests=[sealed], ledger=ledger, listing=Listing("file:///x", "id", files, None, ())
+        )
+        with httpx.Client(base_url=made.url, timeout=60) as client:
+            answer = client.get(f"/v1/stage/{stage.id}/manifest?leaves=true")
+            made.call(made.node.residency.release, stage)
+            gone = client.get(f"/v1/stage/{stage.id}/manifest?leaves=true")
+    assert answer.content.endswith(b"} "), "what the thread has rendered was rendered again"
+    assert answer.headers["content-type"] == "application/json"
+    assert len(threads) == 1
+    assert "MainThread" not in threads[0]
+    found = SegmentManifest.model_validate_json(answer.content)
+    assert [(tensor.name, tensor.offset, tensor.file) for tensor in found.tensors] == [
+        (name, 256 * index, f"{index % 2}.safetensors") for index, name in enumerate(names)
+    ]
+    assert [tensor.leaves for tensor in found.tensors] == [[f"{index:016x}"] for index in range(count)]
+    assert found.tensors[-1].digest == f"xxh3:{count - 1:032x}"
+    assert gone.status_code == 409
 
 
 def test_the_manifest_says_what_lies_where(http: httpx.Client, folder: Path) -> None:

@@ -14,9 +14,13 @@ from typing import Any
 
 import pytest
 
+from weightd.daemon.devices import cpu
 from weightd.daemon.devices.base import Segment
-from weightd.daemon.devices.cpu import CpuDevice, CpuSegment
+from weightd.daemon.devices.copying import copy_segment
+from weightd.daemon.devices.cpu import CpuDevice, CpuSegment, held_bytes
+from weightd.daemon.devices.discovery import open_devices
 from weightd.daemon.errors import InsufficientCapacity
+from weightd.daemon.limits import CudaLimits, FillLimits
 
 F_SEAL_FUTURE_WRITE = 0x10
 ALL_SEALS = (
@@ -181,3 +185,30 @@ def test_a_segment_is_what_the_protocol_says(segment: CpuSegment) -> None:
     assert isinstance(segment.address, int)
     allocated: Segment = segment
     assert allocated.handle == "fd"
+
+
+def test_a_copy_takes_memory_only_where_the_original_does() -> None:
+    device = CpuDevice("cpu", 1 << 30)
+    size = 64 << 20
+    limits = FillLimits(threads=2, in_flight_bytes=1 << 20, extent_bytes=1 << 20, bounce_buffers=2, retry_deadline=1.0)
+    with contextlib.closing(device.allocate(size - 5, "original")) as original:
+        for at in (0, 9 << 20, size - 10):
+            original.view[at : at + 5] = b"right"
+        with contextlib.closing(device.allocate(size - 5, "copy")) as copy:
+            copy_segment(original, copy, limits)
+            assert held_bytes([copy.fd]) == held_bytes([original.fd]) < size // 4
+            assert all(bytes(copy.view[at : at + 5]) == b"right" for at in (0, 9 << 20, size - 10))
+
+
+def test_the_default_capacity_is_the_same_for_a_daemon_that_adopts(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [10 << 30]
+    monkeypatch.setattr(cpu, "available_memory", lambda: free[0])
+    first = open_devices({}, CudaLimits(0, "auto"))["cpu"]
+    with contextlib.closing(first.allocate(3 * mmap.PAGESIZE, "held")) as held:
+        for at in range(0, held.nbytes, mmap.PAGESIZE):
+            held.view[at : at + 1] = b"x"
+        taken = held_bytes([held.fd])
+        assert taken >= held.nbytes
+        free[0] -= taken
+        assert open_devices({}, CudaLimits(0, "auto"), held=taken)["cpu"].capacity == first.capacity
+        assert open_devices({"cpu": 7}, CudaLimits(0, "auto"), held=taken)["cpu"].capacity == 7

@@ -158,3 +158,16 @@ def test_ranges_that_wait_for_their_turn_in_a_files_sha256_never_starve_the_one_
         reader.close()
         digest = hashlib.sha256(stored.files()[0].read_bytes()).hexdigest()
         assert filled.fill.sha256[0].hexdigest() == digest
+
+
+@pytest.mark.parametrize("more", [1, MiB, 3 * MiB])
+def test_a_tensor_that_is_longer_than_the_one_that_is_expected_is_refused_as_another(tmp_path: Path, more: int) -> None:
+    stored = store(tmp_path, {"t": tensor("U8", (2 * MiB + more,))})
+    known = {"t": array("Q", leaves_of(stored.data["t"][: 2 * MiB]))}
+    with prepared(stored, checkpoint_layout(stored.checkpoint.tensors), expected_leaves=known) as filled:
+        with pytest.raises(DigestMismatch, match="expected are 2: it is longer") as error:
+            bring(stored, filled.fill)
+        assert error.value.details["tensor"] == "t"
+        account = filled.fill.account
+        assert account.expected_leaf(0, 0, 1) == known["t"][1]
+        assert account.expected_leaf(0, 0, 2) == -1, "what a peer brings of it is nothing that is expected"

@@ -18,7 +18,7 @@ import numpy
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.fault_proxy import FaultProxy, Request
+from tests.fault_proxy import FaultProxy, Kind, Request
 from tests.lending.test_leases import Child, leases
 from tests.servers import Daemon, SeaweedFS, until
 from weightd.ipc import RequestRefused, Weights
@@ -212,15 +212,17 @@ class Gate:
 
 
 @contextlib.contextmanager
-def half_loaded(start_daemon: Start, s3: SeaweedFS, uri: str, **request: Any) -> Iterator[tuple[Daemon, Gate, str]]:
+def half_loaded(
+    start_daemon: Start, s3: SeaweedFS, uri: str, *settings: str, **request: Any
+) -> Iterator[tuple[Daemon, FaultProxy, Gate, str]]:
     """A daemon that has got a part of a stage, and gets no more of it until the gate is open."""
     gate = Gate(4)
     with FaultProxy(s3.url, gate) as proxy:
-        daemon = start_daemon("--extent", "1MiB", env={**s3.env, "AWS_ENDPOINT_URL": proxy.url})
+        daemon = start_daemon("--extent", "1MiB", *settings, env={**s3.env, "AWS_ENDPOINT_URL": proxy.url})
         stage = daemon.client.stage(uri, **request)["id"]
         until(lambda: daemon.client.show(stage)["bytes_done"] > 0, "something of it has landed", 60)
         try:
-            yield daemon, gate, stage
+            yield daemon, proxy, gate, stage
         finally:
             gate.opened.set()
 
@@ -233,7 +235,7 @@ def ended(daemon: Daemon, stage: str) -> dict[str, Any]:
 def test_a_stage_with_an_expected_sha256_begins_anew(start_daemon: Start, s3: SeaweedFS, folder: Path) -> None:
     uri = s3.upload(folder, "begins-anew")
     sha256 = "sha256:" + hashlib.sha256((folder / "m.safetensors").read_bytes()).hexdigest()
-    with half_loaded(start_daemon, s3, uri, expect_digest=sha256) as (daemon, gate, stage):
+    with half_loaded(start_daemon, s3, uri, expect_digest=sha256) as (daemon, _, gate, stage):
         replaced(daemon)
         gate.opened.set()
         record = ended(daemon, stage)
@@ -248,7 +250,7 @@ def test_a_source_that_changed_while_no_daemon_was_there_fails_what_was_under_wa
     start_daemon: Start, s3: SeaweedFS, folder: Path
 ) -> None:
     uri = s3.upload(folder, "changes")
-    with half_loaded(start_daemon, s3, uri) as (daemon, gate, stage):
+    with half_loaded(start_daemon, s3, uri) as (daemon, _, gate, stage):
         pid = daemon.pid
         os.kill(daemon.keeper_pid, signal.SIGSTOP)
         try:
@@ -269,10 +271,98 @@ def test_a_source_that_changed_while_no_daemon_was_there_fails_what_was_under_wa
             assert same(weights, truth)
 
 
+def away(request: Request) -> Kind:
+    return "reset"
+
+
+def test_a_load_waits_for_an_origin_that_is_away_as_the_daemon_starts_and_keeps_what_has_landed(
+    start_daemon: Start, s3: SeaweedFS, folder: Path
+) -> None:
+    uri = s3.upload(folder, "away-for-a-while")
+    with half_loaded(start_daemon, s3, uri) as (daemon, proxy, gate, stage):
+        landed = daemon.client.show(stage)["bytes_done"]
+        proxy.fault = away
+        replaced(daemon)
+        until(lambda: "it goes on once that does" in daemon.log.read_text(), "the origin was asked for nothing", 90)
+        assert daemon.client.show(stage)["state"] == "queued"
+        assert daemon.client.stage(uri)["id"] == stage, "who asks meanwhile waits with it"
+        gate.opened.set()
+        proxy.fault = lambda _: None
+        record = ended(daemon, stage)
+        assert record["state"] == "ready", record["error"]
+        assert bytes_read(daemon) <= record["bytes_total"] - landed
+        with daemon.attach(stage=stage) as weights:
+            assert same(weights, load_file(folder / "m.safetensors"))
+
+
+def test_an_origin_that_stays_away_fails_what_lacks_bytes_at_the_deadline(
+    start_daemon: Start, s3: SeaweedFS, folder: Path
+) -> None:
+    uri = s3.upload(folder, "away-for-good")
+    with half_loaded(start_daemon, s3, uri, "--retry-deadline", "10") as (daemon, proxy, _, stage):
+        proxy.fault = away
+        replaced(daemon)
+        record = ended(daemon, stage)
+        assert (record["state"], record["error"]["code"]) == ("failed", "source_failed")
+        assert "WEIGHTD_RETRY_DEADLINE" in record["error"]["message"]
+        until(lambda: daemon.used_bytes == 0, "its memory is free again")
+
+
+def test_what_lacks_no_byte_is_finished_without_its_origin(start_daemon: Start, s3: SeaweedFS, folder: Path) -> None:
+    uri = s3.upload(folder, "nothing-lacks")
+    over = threading.Event()
+
+    def asked_last(request: Request) -> None:
+        """Hold back the question whether anything has changed while it was read."""
+        if request.method == "HEAD":
+            over.wait(120)
+
+    with FaultProxy(s3.url, asked_last) as proxy:  # type: ignore[arg-type]
+        daemon = start_daemon("--extent", "1MiB", env={**s3.env, "AWS_ENDPOINT_URL": proxy.url})
+        try:
+            stage = daemon.client.stage(uri)["id"]
+            until(lambda: any(seen.method == "HEAD" for seen in proxy.seen), "all of it has landed", 90)
+            proxy.fault = away
+            replaced(daemon)
+            record = ended(daemon, stage)
+        finally:
+            over.set()
+        assert record["state"] == "ready", record["error"]
+        assert bytes_read(daemon) == 0
+        with daemon.attach(uri) as weights:
+            assert same(weights, load_file(folder / "m.safetensors"))
+            assert (Path(record["metadata"]) / "config.json").read_text() == "{}"
+
+
+def test_what_was_lent_while_it_loaded_begins_anew_where_there_is_no_room_for_a_copy(
+    start_daemon: Start, s3: SeaweedFS, folder: Path
+) -> None:
+    truth = load_file(folder / "m.safetensors")
+    uri = s3.upload(folder, "no-room-for-a-copy")
+    capacity = 16 * MiB  # of which it takes twelve and a bit
+    with half_loaded(start_daemon, s3, uri, "--capacity", f"cpu={capacity}") as (daemon, _, gate, stage):
+        with daemon.attach(stage=stage, wait=False) as weights:
+            name, _ = next(weights.stream(timeout=120))
+            replaced(daemon)
+            until(lambda: "no room to copy" in daemon.log.read_text(), "it begins anew", 60)
+            assert daemon.used_bytes <= capacity
+            gate.opened.set()
+            record = ended(daemon, stage)
+            assert record["state"] == "ready", record["error"]
+            assert bytes_read(daemon) == record["bytes_total"]
+            assert daemon.used_bytes == record["footprint_bytes"]
+            assert bytes(weights.raw(name)) == truth[name].tobytes()
+        with daemon.attach(stage=stage) as again:
+            assert same(again, truth)
+
+
 def test_a_stream_goes_on_to_the_end_with_the_next_daemon(start_daemon: Start, s3: SeaweedFS, folder: Path) -> None:
     truth = load_file(folder / "m.safetensors")
     uri = s3.upload(folder, "streamed")
-    with half_loaded(start_daemon, s3, uri) as (daemon, gate, stage), daemon.attach(stage=stage, wait=False) as weights:
+    with (
+        half_loaded(start_daemon, s3, uri) as (daemon, _, gate, stage),
+        daemon.attach(stage=stage, wait=False) as weights,
+    ):
         streamed = weights.stream(timeout=120)
         name, tensor = next(streamed)
         found = {name: tensor}

@@ -16,11 +16,27 @@ from typing import Any
 
 import pytest
 
-from tests.filling.fills import LIMITS, KiB, MiB, assert_filled, bring, flaky, prepared, sliced, store, tensor
-from weightd.daemon.errors import CheckpointChanged, DaemonError, SourceFailed
+from tests.filling.fills import (
+    LIMITS,
+    KiB,
+    MiB,
+    Stored,
+    assert_filled,
+    bring,
+    flaky,
+    prepared,
+    sliced,
+    store,
+    tensor,
+)
+from weightd.daemon.checkpoints.contents import open_checkpoint
+from weightd.daemon.checkpoints.listing import list_checkpoint
+from weightd.daemon.errors import CheckpointChanged, DaemonError, NotAllowed, SourceFailed, UnreadableFile
 from weightd.daemon.layouts.checkpoint import Split, checkpoint_layout
 from weightd.daemon.layouts.extents import Demands
 from weightd.daemon.limits import FillLimits
+from weightd.daemon.sources.file import FileSource, open_source
+from weightd.daemon.sources.uris import Allow
 
 # ---------------------------------------------------------------------------- changed files
 
@@ -42,6 +58,15 @@ def replaced(path: Path) -> None:
     other.rename(path)
 
 
+def overwritten(path: Path) -> None:
+    """In place, with its size and mtime kept, as rsync --inplace -t does."""
+    stamp = path.stat().st_mtime_ns
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xfe")
+    os.utime(path, ns=(0, stamp))
+
+
 def halved(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -51,7 +76,7 @@ def fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize("change", [appended, touched, replaced, halved, os.unlink, fifo])
+@pytest.mark.parametrize("change", [appended, touched, replaced, overwritten, halved, os.unlink, fifo])
 @pytest.mark.parametrize("way", ["direct", "bounced"])
 def test_a_file_that_changes_between_planning_and_reading_is_noticed(
     change: Callable[[Path], None], way: str, tmp_path: Path
@@ -174,6 +199,122 @@ def test_a_stage_of_more_shards_than_descriptors_is_read(tmp_path: Path) -> None
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             opened.close()
         assert filled.fill.account.bytes_read == sum(t.nbytes for t in stored.checkpoint.tensors)
+
+
+# ---------------------------------------------------------------------------- listing
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("what", ["", "0.safetensors"])
+def test_a_file_system_that_does_not_answer_is_not_taken_for_one_that_has_nothing(
+    code: int, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(tmp_path, {"t": tensor("U8", (1000,))})
+    source = open_source(f"file://{tmp_path}", Allow())
+    for name in ("stat", "open"):
+        really = getattr(os, name)
+
+        def failing(path: Any, *more: Any, really: Any = really, **options: Any) -> Any:
+            if os.path.realpath(path) == str(tmp_path / what).rstrip("/"):
+                raise OSError(code, os.strerror(code), str(path))
+            return really(path, *more, **options)
+
+        monkeypatch.setattr(os, name, failing)
+    with pytest.raises(SourceFailed, match=os.strerror(code)):
+        source.list()
+
+
+def test_a_folder_that_may_not_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(tmp_path, {"t": tensor("U8", (1000,))})
+    (tmp_path / "private").mkdir()
+    scandir, closed = os.scandir, [str(tmp_path / "private")]
+
+    def refusing(path: Any) -> Any:
+        if os.path.realpath(path) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    source = open_source(f"file://{tmp_path}", Allow())
+    assert [file.name for file in source.list()] == ["0.safetensors"], "a folder below is none of the weights'"
+    closed.append(str(tmp_path))
+    with pytest.raises(UnreadableFile, match="Permission denied"):
+        source.list()
+
+
+# ---------------------------------------------------------------------------- what is allowed
+
+
+@pytest.fixture
+def flipping(tmp_path: Path) -> tuple[Path, Callable[[str], None]]:
+    """A folder that is allowed, in which a link leads to the checkpoint, until it is told to lead elsewhere."""
+    for name, value in (("allowed/true", 1), ("forbidden", 2)):
+        (tmp_path / name).mkdir(parents=True)
+        store(tmp_path / name, {"t": tensor("U8", (1000,), value)})
+
+    def lead(where: str) -> None:
+        link = tmp_path / "allowed" / "new"
+        link.symlink_to(tmp_path / where)
+        link.rename(tmp_path / "allowed" / "link")
+
+    lead("allowed/true")
+    return tmp_path / "allowed", lead
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("what", ["link", "link/0.safetensors"])
+def test_a_link_that_flips_while_it_is_looked_at_opens_nothing_that_is_not_allowed(
+    flipping: tuple[Path, Callable[[str], None]], moment: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed, lead = flipping
+    source = open_source(f"file://{allowed}/{what}", Allow([str(allowed)]))
+    truth = (allowed / "true" / "0.safetensors").read_bytes()
+    really = os.open
+
+    def opening(path: Any, *more: Any, **options: Any) -> int:
+        if not str(path).startswith(f"{allowed}/link"):
+            return really(path, *more, **options)
+        if moment == "before":
+            lead("forbidden")
+        fd = really(path, *more, **options)
+        lead("forbidden")
+        return fd
+
+    monkeypatch.setattr(os, "open", opening)
+    if moment == "before":
+        with pytest.raises(NotAllowed):
+            source.read("0.safetensors", 0, 10_000)
+    else:
+        assert source.read("0.safetensors", 0, 10_000) == truth
+    lead("allowed/true")
+    if what == "link":
+        if moment == "before":
+            with pytest.raises(NotAllowed):
+                source.list()
+        else:
+            assert source.list() == open_source(f"file://{allowed}/true", Allow()).list()
+
+
+def test_the_native_reader_reads_what_was_looked_at(
+    flipping: tuple[Path, Callable[[str], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed, lead = flipping
+    source = open_source(f"file://{allowed}/link", Allow([str(allowed)]))
+    checkpoint = open_checkpoint(source, list_checkpoint(f"file://{allowed}/link", source))
+    stored = Stored(FileSource(allowed / "true", Allow()), checkpoint, {})
+    before = len(os.listdir("/proc/self/fd"))
+    with prepared(stored, checkpoint_layout(checkpoint.tensors)) as filled:
+        reader = source.reader(checkpoint.listing.weights, native=True)
+        lead("forbidden")
+        reader.run(filled.fill)
+        (entry,) = checkpoint_layout(checkpoint.tensors)[0].entries
+        assert filled.held(0, entry) == (allowed / "true" / "0.safetensors").read_bytes()[-1000:]
+        reader.close()
+        with pytest.raises(NotAllowed):
+            source.reader(checkpoint.listing.weights, native=True)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # ---------------------------------------------------------------------------- failing reads

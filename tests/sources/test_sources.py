@@ -6,6 +6,7 @@ import ctypes
 import json
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -205,6 +206,26 @@ def test_lacking_is_a_skip_here_and_a_failure_in_ci(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception):
         lacking("x")
+
+
+def test_who_waits_for_the_end_of_all_streamers_is_not_kept_waiting_by_new_ones() -> None:
+    """One that may still write can be closed only once nobody loads: stages that come one after another must not be
+    what it waits for."""
+    first, unsettled = libstreamer.Streamer(), libstreamer.Streamer()
+    unsettled._unsettled = True
+    closing = threading.Thread(target=unsettled.close)
+    closing.start()
+    until(lambda: libstreamer._users.waiting, "it waits for the end")
+    begun: list[libstreamer.Streamer] = []
+    beginning = threading.Thread(target=lambda: begun.append(libstreamer.Streamer()))
+    beginning.start()
+    beginning.join(0.2)
+    assert not begun
+    first.close()
+    closing.join(60)
+    beginning.join(60)
+    assert not closing.is_alive()
+    begun[0].close()
 
 
 def test_ending_one_streamer_leaves_others_and_what_they_wait_for_alone(

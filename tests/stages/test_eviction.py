@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import shutil
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +166,26 @@ def test_the_time_to_live_counts_only_without_lease_and_without_pin(start_daemon
     assert daemon.used_bytes == pinned["footprint_bytes"]
 
 
+def test_a_stage_lives_as_long_as_any_request_for_it_wants_also_after_a_restart(
+    start_daemon: Start, models: Models
+) -> None:
+    daemon = start_daemon("--capacity", "cpu=8MiB")
+    kept, longer, shorter = models("kept"), models("longer"), models("shorter")
+    for folder, first, second in ((kept, 3600, None), (longer, 3600, 7200), (shorter, 3600, 1)):
+        ids = {daemon.stage(folder, ttl_seconds=seconds)["id"] for seconds in (first, second)}
+        assert len(ids) == 1
+
+    def lives() -> dict[str, float | None]:
+        return {found["model"].rpartition("/")[2]: found["ttl_seconds"] for found in daemon.client.stages()}
+
+    assert lives() == {"kept": None, "longer": 7200, "shorter": 3600}
+    assert daemon.stage(kept, ttl_seconds=1)["ttl_seconds"] is None, "who wants it kept has gone away with it"
+    pid = daemon.pid
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: daemon.status["serving"] and daemon.status["daemon_pid"] != pid, "another daemon serves", 60)
+    assert lives() == {"kept": None, "longer": 7200, "shorter": 3600}
+
+
 def test_a_revoked_stage_is_freed_when_its_lessees_have_closed(start_daemon: Start, models: Models, http: Http) -> None:
     daemon = start_daemon("--capacity", "cpu=8MiB")
     folder = models("m")
@@ -187,6 +210,24 @@ def test_a_revoked_stage_is_freed_when_its_lessees_have_closed(start_daemon: Sta
     weights.close()
     until(lambda: evicted(daemon, stage), "it was freed once its lessee had let go")
     assert daemon.used_bytes == MiB
+
+
+def test_a_callback_that_fails_keeps_neither_the_others_from_being_told_nor_the_lease(
+    start_daemon: Start, models: Models, http: Http
+) -> None:
+    daemon = start_daemon("--capacity", "cpu=8MiB")
+    with daemon.attach(models("m")) as weights:
+        told: queue.Queue[float] = queue.Queue()
+
+        def fails(_: float) -> None:
+            sys.exit("somebody else's code")
+
+        weights.on_revoke(fails)
+        weights.on_revoke(told.put)
+        for grace in (3600, 1000):
+            answer = http(daemon, "DELETE", f"/v1/stage/{weights.manifest.stage}?force=true&grace={grace}")
+            assert answer.is_success, answer.text
+            assert grace - 600 < told.get(timeout=60) <= grace
 
 
 def test_a_revoked_stage_is_freed_at_its_deadline_and_what_is_mapped_keeps_its_values(

@@ -106,8 +106,25 @@ def test_what_is_not_understood_is_left_alone_and_shown_and_what_has_no_record_i
             for left, (_, words) in zip(unadopted, RECORDS.values(), strict=True):
                 assert words in left["reason"]
             assert client.stages() == []
+            assert client.node()["devices"][0]["used_bytes"] == 12288 * len(RECORDS)
+            env = {**os.environ, "WEIGHTD_RUNTIME_DIR": str(tmp_path / "run")}
+            shown = subprocess.run([WEIGHTD, "ls"], env=env, capture_output=True, text=True, check=True).stdout
+            assert shown.count("unadopted") >= len(RECORDS)
+            assert "weightd rm --unadopted" in shown
+            for wrong in ([], ["st-1", "--unadopted"]):
+                refused = subprocess.run([WEIGHTD, "rm", *wrong], env=env, capture_output=True, text=True, check=False)
+                assert refused.returncode == 2
+            assert [said for said in holder.said if said.startswith("drop ")] == ["drop st-incomplete"]
+            removed = subprocess.run(
+                [WEIGHTD, "rm", "--unadopted"], env=env, capture_output=True, text=True, check=True
+            )
+            assert removed.stdout.count("dropped") == len(RECORDS)
+            assert client.node()["unadopted"] == []
+            assert client.node()["devices"][0]["used_bytes"] == 0
         assert holder.stop() == 0
-        assert [said for said in holder.said if said.startswith("drop ")] == ["drop st-incomplete"]
+        assert [said for said in holder.said if said.startswith("drop ")] == [
+            "drop st-incomplete", *(f"drop st-{number}" for number in range(len(RECORDS)))
+        ]  # fmt: skip
 
 
 def test_a_record_says_what_was_taken_and_one_from_before_that_was_said_is_read_as_well() -> None:

@@ -34,7 +34,7 @@ def test_weights_on_a_gpu_outlive_the_daemon(machine: NewMachine, model: Path) -
 def test_an_interrupted_load_goes_on_where_it_was(machine: NewMachine, model: Path, s3: SeaweedFS) -> None:
     uri = s3.upload(model, "cuda-interrupted")
     gpus = machine(clean=False)
-    with half_loaded(lambda *options, env: gpus.daemon(*options, **env), s3, uri) as (daemon, gate, stage):
+    with half_loaded(lambda *options, env: gpus.daemon(*options, **env), s3, uri) as (daemon, _, gate, stage):
         killed(daemon)
         gate.opened.set()
         record = ended(daemon, stage)
