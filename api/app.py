@@ -20,16 +20,14 @@ from weightd.api.models import (
     LeaseRecord,
     LeaseRequest,
     Move,
-    NodeRecord,
     SegmentManifest,
     StageList,
     StageRecord,
-    Unadopted,
-    UnadoptedList,
     fit_record,
     manifest_json,
     stage_record,
 )
+from weightd.api.node_models import NodeRecord, Unadopted, UnadoptedList
 from weightd.api.overview import NodeEvent, node_record, rows, version
 from weightd.api.peer_models import PeerList, peer_list
 from weightd.api.probes import health_routes, metrics_routes

@@ -17,16 +17,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, Field
 
-from weightd.api.models import (
-    DeviceRecord,
-    NodeRecord,
-    StageRecord,
-    State,
-    Unadopted,
-    device_record,
-    preload_record,
-    stage_record,
-)
+from weightd.api.models import StageRecord, State, stage_record
+from weightd.api.node_models import DeviceRecord, NodeRecord, Unadopted, device_record, preload_record
 from weightd.api.peer_models import PeerUseRecord, peers_state
 from weightd.daemon.node.feed import Row
 from weightd.daemon.node.service import Node

@@ -16,7 +16,7 @@ from string import Template
 from typing import Any
 
 from weightd.api import overview
-from weightd.api.models import device_record
+from weightd.api.node_models import device_record
 from weightd.daemon.node.service import Node
 from weightd.daemon.stages.stage import Stage
 

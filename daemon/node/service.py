@@ -30,7 +30,7 @@ from weightd.daemon.stages import record
 from weightd.daemon.stages.eviction import now
 from weightd.daemon.stages.loading import Peers
 from weightd.daemon.stages.moves import move_segments
-from weightd.daemon.stages.planning import allocated, make_plan
+from weightd.daemon.stages.planning import allocated
 from weightd.daemon.stages.request import StageRequest
 from weightd.daemon.stages.residency import Residency
 from weightd.daemon.stages.scheduler import Scheduler, refused
@@ -164,9 +164,7 @@ class Node:
             raise meant.error from None
         if isinstance(meant, Joined):
             return Fit(meant.stage, meant.stage.footprint, True, [])
-        plan = await self._scheduler.planning.run(
-            meant.uri, make_plan, meant.source, meant.listing, request, self.cache
-        )
+        plan = await self._scheduler.planner.plan(meant.uri, request, meant.source, meant.listing)
         devices = [self.devices[name] for name in meant.devices]
         for device in set(devices):
             await self._scheduler.in_thread(device.open)

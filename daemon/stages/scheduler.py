@@ -7,54 +7,45 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import itertools
 import logging
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 from weightd.daemon.checkpoints.cache import Cache
-from weightd.daemon.checkpoints.kept import KeptSource, kept_listing
-from weightd.daemon.checkpoints.listing import Listing
 from weightd.daemon.devices.base import Device, Segment
 from weightd.daemon.devices.copying import copy_segment
 from weightd.daemon.errors import (
     Cancelled,
-    CheckpointChanged,
     DaemonError,
     DeviceFailed,
     InsufficientCapacity,
     InvalidRequest,
     QueueFull,
-    SourceFailed,
 )
-from weightd.daemon.filling.fill import retry_pause
 from weightd.daemon.filling.ledger import Ledger
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.limits import FillLimits, NodeLimits
 from weightd.daemon.observing.logs import about
 from weightd.daemon.observing.metrics import Metrics
-from weightd.daemon.sources.base import ANSWERS, Source
+from weightd.daemon.sources.base import Source
 from weightd.daemon.stages import record
 from weightd.daemon.stages.loading import Loading, Peers
 from weightd.daemon.stages.manifests import SealedManifest
-from weightd.daemon.stages.planning import Plan, allocated, expected_sha256, make_plan
+from weightd.daemon.stages.planner import Planner, Relist, Reopen
+from weightd.daemon.stages.planning import Plan, allocated
 from weightd.daemon.stages.priority_semaphore import PrioritySemaphore
 from weightd.daemon.stages.residency import Residency
 from weightd.daemon.stages.segments import entry_files, key_of, segment_manifest
 from weightd.daemon.stages.source_threads import SourceThreads
-from weightd.daemon.stages.stage import Stage, is_still
+from weightd.daemon.stages.stage import Stage
 from weightd.ipc.errors import CudaError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_ASKED = 5.0
-"""Seconds that the source of a stage of the daemon before may take to answer, where the stage does not need it."""
 
 
 class Scheduler:
@@ -81,9 +72,9 @@ class Scheduler:
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self.listing = SourceThreads("listing")
-        self.planning = SourceThreads("planning")
         # Threads, not a bound on work: how much loads at once is decided by turns.
         self._threads = ThreadPoolExecutor(64, thread_name_prefix="stage")
+        self.planner = Planner(cache, fill_limits.retry_deadline, self.in_thread)
         self._turns: dict[tuple[str, str], PrioritySemaphore] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loading: dict[str, Loading] = {}
@@ -106,8 +97,8 @@ class Scheduler:
     async def resume(
         self,
         stage: Stage,
-        relist: Callable[[str, tuple[str, ...]], Awaitable[tuple[Source, Listing]]],
-        reopen: Callable[[str], Source],
+        relist: Relist,
+        reopen: Reopen,
     ) -> None:
         """Go on with a stage whose daemon died while it was on its way; ``relist(uri, weights)`` says what its
         source holds now.
@@ -117,7 +108,7 @@ class Scheduler:
         """
         found: tuple[Source, Plan] | None = None
         try:
-            found = await self._plan_again(stage, relist, reopen)
+            found = await self.planner.plan_again(stage, relist, reopen)
         except DaemonError as error:
             self.end(stage, "failed", error)
         except Exception as error:
@@ -130,84 +121,6 @@ class Scheduler:
         stage.listing = plan.checkpoint.listing
         stage.source_kind = stage.clock.origin = source.kind
         await self._run(stage, source, plan)
-
-    async def _plan_again(
-        self,
-        stage: Stage,
-        relist: Callable[[str, tuple[str, ...]], Awaitable[tuple[Source, Listing]]],
-        reopen: Callable[[str], Source],
-    ) -> tuple[Source, Plan] | None:
-        """The source of a stage of the daemon before, and its plan; None where it ends meanwhile."""
-        began = time.monotonic()
-        whole = stage.ledger is not None and all(stage.ledger.landed)
-        for attempt in itertools.count(1):
-            spent = time.monotonic() - began
-            left = self._fill_limits.retry_deadline - spent
-            try:
-                return await asyncio.wait_for(self._planned(stage, relist), _ASKED if whole else max(_ASKED, left))
-            except (*ANSWERS, InvalidRequest):
-                raise
-            except TimeoutError:
-                error: DaemonError = SourceFailed(f"{stage.uri}: its source does not answer")
-            except DaemonError as failure:
-                error = failure
-            if stage.finished:
-                return None
-            if whole and (found := await self._planned_from_cache(stage, reopen)):
-                log.warning("its source does not answer: every byte is here, it is finished without: %s", error)
-                return found
-            whole = False
-            if left <= 0:
-                raise SourceFailed(
-                    f"{error}; given up after {attempt} tries in {spent:.1f} s (WEIGHTD_RETRY_DEADLINE)",
-                    attempts=attempt,
-                )
-            if attempt == 1:
-                log.warning("its source does not answer, it goes on once that does: %s", error)
-            ends = time.monotonic() + retry_pause(attempt)
-            while not stage.finished and (pause := ends - time.monotonic()) > 0:
-                await stage.changed(pause)
-        return None
-
-    async def _planned(
-        self, stage: Stage, relist: Callable[[str, tuple[str, ...]], Awaitable[tuple[Source, Listing]]]
-    ) -> tuple[Source, Plan]:
-        source, listing = await relist(stage.uri, stage.request.files)
-        if not is_still(stage, listing):
-            raise CheckpointChanged(f"{stage.uri} changed while no daemon was there: stage it again")
-        return source, await self._make_plan(stage, source, listing)
-
-    async def _make_plan(self, stage: Stage, source: Source, listing: Listing) -> Plan:
-        """The plan of a stage, as its source has it: apart from whoever waits for other sources."""
-        return await self.planning.run(
-            stage.uri,
-            make_plan,
-            source,
-            listing,
-            stage.request,
-            self._cache,
-            stage.clock,
-            stage.cancelled.is_set,
-        )
-
-    async def _planned_from_cache(self, stage: Stage, reopen: Callable[[str], Source]) -> tuple[Source, Plan] | None:
-        """The plan of a stage that has all its bytes, from what the cache keeps; None where that is not all."""
-        assert stage.listing is not None
-        listing = kept_listing(self._cache, stage.listing.identity)
-        if listing is None:
-            return None
-        listing = replace(listing, rule=stage.listing.rule, left_out=stage.listing.left_out)
-        try:
-            origin = await asyncio.wait_for(self.planning.run(stage.uri, reopen, stage.uri), _ASKED)
-            source = KeptSource(origin, self._cache, listing)
-            plan = await self.in_thread(
-                make_plan, source, listing, stage.request, self._cache, stage.clock, stage.cancelled.is_set
-            )
-        except (DaemonError, TimeoutError) as error:
-            log.info("it cannot be planned without its source: %s", error)
-            return None
-        # What is known of a file's SHA-256 is gone with the process that computed it.
-        return None if expected_sha256(plan.checkpoint, stage.request) else (source, plan)
 
     def cancel(self, stage: Stage, reason: str) -> None:
         """End a stage that is not ready. Its state says so at once; its memory goes when nothing writes to it."""
@@ -225,7 +138,7 @@ class Scheduler:
         if self._tasks:
             await asyncio.wait(self._tasks)
         self.listing.close()
-        self.planning.close()
+        self.planner.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, stage: Stage, source: Source, plan: Plan | None = None) -> None:
@@ -235,7 +148,7 @@ class Scheduler:
             stage.enter("planning")
             assert stage.listing is not None
             if plan is None:
-                plan = await self._make_plan(stage, source, stage.listing)
+                plan = await self.planner.plan_stage(stage, source, stage.listing)
             stage.clock.enter("other")
             if stage.finished:
                 return
