@@ -14,6 +14,7 @@ import pytest
 
 from weightd.daemon.checkpoints.listing import Listing
 from weightd.daemon.devices.cpu import CpuDevice
+from weightd.daemon.devices.quarantine import Quarantine
 from weightd.daemon.filling.ledger import Ledger
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.layouts.digests import leaf_digest
@@ -110,7 +111,7 @@ class House:
 def restored(house: House) -> tuple[Stage, set[str]]:
     """What the next daemon makes of what is held; and what of that it drops."""
     parts = {name.partition("/")[2]: fd for name, fd in house.deposits.held.items()}
-    stage = record.restore(parts, house.devices)
+    stage = record.restore(parts, house.devices, Quarantine(Deposits(), {}))
     return stage, record.leftovers(stage, parts)
 
 
