@@ -3,6 +3,7 @@
 # make quick   the tests of one room, without torch, engines and servers: minutes from nothing (ARGS=tests/filling)
 # make check   lint, format, types, and that no room imports what is above it: make lint, formatted, types, layers
 # make soak    kill -9 at random moments, ROUNDS times (SEED=... for the same ones again)
+# make mutants small changes of the code, each of which a test should notice (ARGS="--tests tests/layouts daemon/layouts")
 # make bench   speed against its limits and rivals (ARGS="--size 4GiB")
 # make chart   the chart's values.schema.json and table of values, anew from the code and the comments of values.yaml
 # make screenshots  docs/img/status-*.png, of the status page (needs gcc and chromium)
@@ -42,7 +43,7 @@ TAG_none = cpu
 BUILD = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) docker buildx build --build-arg VERSION=$(VERSION) \
   --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(git log -1 --format=%cI) --build-arg SOURCE=$(SOURCE)
 
-.PHONY: demo test quick check lint formatted types layers soak bench chart screenshots simulate image shim lock \
+.PHONY: demo test quick check lint formatted types layers soak mutants bench chart screenshots simulate image shim lock \
   image-test image-sizes gpu-test gpu-bench gpu-path clean
 
 demo: $(VENV)/weightd.stamp
@@ -73,6 +74,9 @@ layers: $(VENV)/weightd.stamp $(VENV)/test.stamp
 
 soak: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	ROUNDS=$(ROUNDS) SEED=$(SEED) $(VENV)/bin/python -m pytest -s --timeout 0 tests/faults/test_killing.py $(ARGS)
+
+mutants: $(VENV)/weightd.stamp $(VENV)/test.stamp $(VENV)/mutants.stamp
+	$(VENV)/bin/python -m tests.mutants $(ARGS)
 
 bench: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m tests.bench $(ARGS)
@@ -143,6 +147,11 @@ $(VENV)/test.stamp: $(VENV)/base.stamp
 	-if command -v npm >/dev/null; then npm install --silent --no-fund --no-audit --prefix $(VENV)/azurite azurite@$(AZURITE); fi
 	touch $@
 
+$(VENV)/mutants.stamp: $(VENV)/test.stamp
+	$(PIP) '.[daemon,demo,test,mutants]'
+	rm -rf build *.egg-info
+	touch $@
+
 # Installed, not linked: what is tested is the wheel.
 $(VENV)/weightd.stamp: $(VENV)/base.stamp $(SOURCES)
 	$(PIP) --no-deps --force-reinstall .
@@ -150,4 +159,4 @@ $(VENV)/weightd.stamp: $(VENV)/base.stamp $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info bench.json bench-*.png simulation.json simulation.png
+	rm -rf $(VENV) .mutants build *.egg-info bench.json bench-*.png simulation.json simulation.png

@@ -155,8 +155,9 @@ def _no_constant(constant: str) -> NoReturn:
 
 def _parse_json(file: str, header: bytes) -> dict[str, Any]:
     table = parse_object(f"{file}: header", header)
-    if len(table) > MAX_TENSORS + 1:
-        raise InvalidCheckpoint(f"{file}: the header holds {len(table)} tensors, allowed are {MAX_TENSORS}")
+    count = len(table) - ("__metadata__" in table)
+    if count > MAX_TENSORS:
+        raise InvalidCheckpoint(f"{file}: the header holds {count} tensors, allowed are {MAX_TENSORS}")
     return table
 
 

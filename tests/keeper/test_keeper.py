@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -284,3 +286,48 @@ def test_it_is_small_and_of_the_standard_library(kept: Kept) -> None:
     assert "\nThreads:\t1\n" in status
     maps = Path(f"/proc/{kept.process.pid}/maps").read_text()
     assert "site-packages" not in maps
+
+
+def test_crashes_of_long_ago_count_no_more(kept: Kept) -> None:
+    window = 1.0
+    kept = Kept(kept.folder, WEIGHTD_RESTART_LIMIT="2", WEIGHTD_RESTART_WINDOW=str(window))
+    kept.start()
+    try:
+        pid = kept.child()
+        for _ in range(3):
+            began = time.monotonic()
+            os.kill(pid, signal.SIGSEGV)
+            pid = kept.child(other_than=pid)
+            until(lambda began=began: time.monotonic() > began + 2 * window, "the crash is past")  # type: ignore[misc]
+        assert kept.status()["state"] == "running"
+        assert kept.status()["restarts"] == 3
+    finally:
+        kept.signal(signal.SIGKILL)
+        kept.wait()
+
+
+def test_who_connects_in_a_crash_loop_is_refused_and_does_not_wait(kept: Kept) -> None:
+    kept.script(
+        """
+if not any(name.startswith("listen:") for name in held):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "lease.sock"))
+    listener.listen()
+    deposits.put("listen:lease", listener.fileno())
+"""
+        + SERVE
+    )
+    kept.start()
+    first = kept.child()
+
+    def connect() -> None:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(30)
+            connection.connect(str(kept.folder / "lease.sock"))
+
+    connect()
+    kept.script("sys.exit(1)")
+    os.kill(first, signal.SIGSEGV)
+    until(lambda: kept.status().get("state") == "crash loop", "it has given up")
+    with pytest.raises(ConnectionRefusedError):
+        connect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
@@ -86,7 +87,7 @@ def leases(daemon: Daemon) -> dict[str, dict[str, Any]]:
     return {lease["id"]: lease for lease in daemon.client.leases()}
 
 
-def test_a_lease_names_its_process_and_ends_with_it_within_100_ms(daemon: Daemon, folder: Path) -> None:
+def test_a_lease_names_its_process_and_ends_with_it(daemon: Daemon, folder: Path) -> None:
     with Child(daemon, folder) as child:
         lease = leases(daemon)[child.lease]
         assert (lease["pid"], lease["uid"], lease["tp_rank"]) == (child.process.pid, os.getuid(), 0)
@@ -98,10 +99,37 @@ def test_a_lease_names_its_process_and_ends_with_it_within_100_ms(daemon: Daemon
         assert refused.value.details["leases"][0]["pid"] == child.process.pid
         child.process.send_signal(signal.SIGKILL)
         child.process.wait()
-        died = time.monotonic()
         until(lambda: child.lease not in leases(daemon), "the lease of a dead process is gone")
-        print(f"the lease was gone {1000 * (time.monotonic() - died):.1f} ms after the process")
     assert daemon.client.remove(stage["id"])["state"] == "evicted"
+
+
+LESSEE = """
+import socket, sys
+from weightd.ipc import wire
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+wire.send(connection, {"op": "lease", "stage": sys.argv[2]})
+print(wire.receive(connection)[0]["lease"], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_dead_process_has_no_lease_any_more_100_ms_later(daemon: Daemon, folder: Path) -> None:
+    """Of several, at least once: a machine that has other things to do may take its time."""
+    stage = daemon.stage(folder)["id"]
+    took: list[float] = []
+    while not took or min(took) > 0.1:
+        assert len(took) < 20, f"the lease was gone after {sorted(took)} s"
+        command = [sys.executable, "-c", LESSEE, str(daemon.runtime_dir / "lease.sock"), stage]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout
+            lease = child.stdout.readline().strip()
+            assert lease in leases(daemon)
+            child.kill()
+            child.wait()
+            died = time.monotonic()
+            until(lambda lease=lease: lease not in leases(daemon), "its lease is gone")  # type: ignore[misc]
+            took.append(time.monotonic() - died)
 
 
 def test_closing_ends_the_lease_and_tensors_stay_valid(daemon: Daemon, folder: Path) -> None:
@@ -135,18 +163,23 @@ def test_a_stray_write_to_a_strict_mapping_kills_only_the_writer(daemon: Daemon,
         assert torch.equal(weights["w0"], before)
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        "os.pwrite(fd, b'x', 0)",
-        "os.ftruncate(fd, 0)",
-        "os.pwrite(os.open(f'/proc/self/fd/{fd}', os.O_RDWR), b'x', 0)",
-        "mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)",
-        "mmap.mmap(os.open(f'/proc/self/fd/{fd}', os.O_RDWR), 4096, mmap.MAP_SHARED, mmap.PROT_WRITE)",
-        "os.fchmod(fd, 0o777), os.pwrite(os.open(f'/proc/self/fd/{fd}', os.O_RDWR), b'x', 0)",
-        "os.posix_fallocate(os.open(f'/proc/self/fd/{fd}', os.O_RDWR), 0, 1 << 26)",
-    ],
-)
+REOPENED = "os.open(f'/proc/self/fd/{fd}', os.O_RDWR)"
+CHANGED = {errno.EPERM, errno.EACCES}
+"""By the seals, which hold root as well, or before that by the file's mode, which does not."""
+ATTACKS = {
+    "os.pwrite(fd, b'x', 0)": {errno.EBADF},
+    "os.ftruncate(fd, 0)": {errno.EINVAL},
+    f"os.pwrite({REOPENED}, b'x', 0)": CHANGED,
+    f"os.ftruncate({REOPENED}, 0)": CHANGED,
+    "mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)": {errno.EACCES},
+    f"mmap.mmap({REOPENED}, 4096, mmap.MAP_SHARED, mmap.PROT_WRITE)": CHANGED,
+    f"os.fchmod(fd, 0o777), os.pwrite({REOPENED}, b'x', 0)": CHANGED,
+    f"os.posix_fallocate({REOPENED}, 0, 1 << 26)": CHANGED,
+}
+"""What a client may try → what the kernel says to it."""
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_no_client_can_change_what_others_see(
     start_daemon: Callable[..., Daemon], s3: SeaweedFS, folder: Path, attack: str, streaming: bool
@@ -170,8 +203,9 @@ def test_no_client_can_change_what_others_see(
         assert reply["ready"] is not streaming
         fd = fds[0]  # noqa: F841 - for the attack
         try:
-            with pytest.raises((PermissionError, OSError)):
+            with pytest.raises(OSError) as refused:  # noqa: PT011 - which one is looked at next
                 exec(attack)
+            assert refused.value.errno in ATTACKS[attack], refused.value
         finally:
             opened.set()
             wire.close_all(fds)
@@ -367,6 +401,50 @@ def test_an_untrusted_user_is_refused_by_credentials_even_where_the_file_mode_le
         result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("WEIGHTD_PEER_UIDS") == 2
+
+
+STRANGER = """
+import os, sys, datetime, httpx, httpcore, h11, ssl
+import weightd.ipc.client
+from weightd.ipc import Client, RequestRefused, wire
+import socket
+os.setgroups([int(group) for group in sys.argv[2:]])
+os.setgid(65534)
+os.setuid(65534)
+try:
+    Client().node()
+    print("api")
+except RequestRefused as error:
+    print(error.code)
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+wire.send(connection, {"op": "lease", "stage": "st-none"})
+print(wire.receive(connection)[0]["code"])
+"""
+
+
+def test_a_group_that_may_use_the_sockets_lets_its_members_in() -> None:
+    if os.getuid():
+        pytest.skip("needs root, to become another user")
+    with tempfile.TemporaryDirectory() as base:
+        daemon = Daemon(Path(base) / "d", env={"WEIGHTD_PEER_GIDS": "4711, 65534"})
+        other = Daemon(Path(base) / "other", env={"WEIGHTD_PEER_GIDS": "4711"})
+        Path(base).chmod(0o755)
+        with daemon, other:
+
+            def told(server: Daemon, *groups: int) -> list[str]:
+                for path in (server.runtime_dir, *server.runtime_dir.iterdir(), server.runtime_dir.parent):
+                    path.chmod(0o777)
+                lease = str(server.runtime_dir / "lease.sock")
+                command = [sys.executable, "-c", STRANGER, lease, *map(str, groups)]
+                env = {**os.environ, "WEIGHTD_RUNTIME_DIR": str(server.runtime_dir)}
+                return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+
+            admitted, refused = ["api", "unknown_stage"], ["peer_not_allowed"] * 2
+            assert told(daemon) == admitted, "by its own group"
+            assert told(other) == refused
+            assert told(other, 4711) == admitted, "by one more"
+            assert told(other, 4710, 4712) == refused
 
 
 def test_who_lets_go_before_a_stage_is_removed_is_not_in_the_way(daemon: Daemon, folder: Path) -> None:

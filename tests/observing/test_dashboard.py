@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,16 @@ UNITS = {"short", "s", "bytes", "binBps", "percentunit", "reqps", "ops", "dateTi
 OTHERS = {"scrape_duration_seconds", "up"}
 """Metrics of Prometheus itself."""
 MODELS = ("llama", "mistral", "qwen")
+QUIET = (
+    "weightd_stages_adopted_total", "weightd_keeper_daemon_ends_total", "weightd_keeper_orphaned_bytes",
+    "weightd_leases_awaited", "weightd_peers_off", "weightd_preload_missing", "weightd_source_retries_total",
+    "weightd_digest_mismatches_total", "weightd_queue_oldest_seconds", 'state="queued"',
+)  # fmt: skip
+"""In queries of what does not happen here."""
+SELDOM = (
+    "rate(weightd_peer_read_bytes_total", "increase(weightd_peer_slow_path_total", "increase(weightd_errors_total",
+)  # fmt: skip
+"""In queries of what is over within a scrape or two: their totals are looked at."""
 
 
 class Watched(NamedTuple):
@@ -78,16 +89,19 @@ def watched(s3: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def work(daemon: Daemon, uris: list[str], stopped: threading.Event) -> None:
-    """What engines and operators do, again and again: more models than fit, attached to for a moment."""
+    """What engines and operators do, again and again: more models than fit, each attached to until the next."""
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(daemon.runtime_dir / "api.sock"))) as client:
         number = 0
+        held = daemon.attach(uris[0])
         while not stopped.wait(0.2):
             uri = uris[number % 3]
             number += 1
             if daemon.stage(uri, wait=60)["state"] == "ready":
-                daemon.attach(uri).close()
+                before, held = held, daemon.attach(uri)
+                before.close()
             client.get("http://weightd/v1/stage/none", timeout=30)
             client.post("http://weightd/v1/stage", json={"model": "/nowhere"}, timeout=30)
+        held.close()
 
 
 def substituted(query: str, variables: Mapping[str, str]) -> str:
@@ -183,6 +197,25 @@ def test_every_query_brings_series(panel: dict[str, Any], watched: Watched) -> N
     for query in queries(panel):
         asked = substituted(query, watched.variables)
         until(lambda asked=asked: watched.prometheus.query(asked), f"{asked} brings series", 60)  # type: ignore[misc]
+
+
+def test_queries_show_something_other_than_zero_of_what_happens_here(watched: Watched) -> None:
+    asked = {
+        substituted(query, watched.variables)
+        for panel in PANELS
+        for query in queries(panel)
+        if not any(words in query for words in (*QUIET, *SELDOM))
+    }
+    assert len(asked) > len(PANELS) / 2
+
+    def flat() -> set[str]:
+        for query in list(asked):
+            values = [float(one["value"][1]) for one in watched.prometheus.query(query)]
+            if any(value and math.isfinite(value) for value in values):
+                asked.discard(query)
+        return asked
+
+    until(lambda: not flat(), f"other than zero: {asked}", 120)
 
 
 def test_queries_of_the_page_bring_series_that_are_shares(watched: Watched) -> None:

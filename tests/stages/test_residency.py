@@ -8,6 +8,7 @@ import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,13 +17,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.devices.cpu import CpuDevice
-from weightd.daemon.errors import InsufficientCapacity, LeaseLimit, StageLeased, StageRevoked
+from weightd.daemon.errors import InsufficientCapacity, LeaseLimit, NotMovable, StageLeased, StageRevoked
 from weightd.daemon.filling.ledger import Ledger
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.layouts.digests import leaf_digest
-from weightd.daemon.limits import FillLimits
+from weightd.daemon.limits import FillLimits, NodeLimits
+from weightd.daemon.node.service import Node
 from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.sources.uris import Allow
 from weightd.daemon.stages import eviction
 from weightd.daemon.stages.manifests import SealedManifest
 from weightd.daemon.stages.moves import move_segments
@@ -74,6 +78,20 @@ class ResidencyMachine(RuleBasedStateMachine):
             devices, self.deposits, Metrics(), lease_grace=30, max_leases_per_user=LEASES_PER_USER
         )
         self.alive: list[Seen] = []
+        self.node = self.loop.run_until_complete(self.made())
+
+    async def made(self) -> Node:
+        """What clients' changes come by: with no place for files, and no peers."""
+        return Node(
+            dict(self.residency.devices),
+            residency=self.residency,
+            deposits=self.deposits,
+            allow=Allow(),
+            cache=Cache(Path("/dev/null/none")),
+            fill_limits=LIMITS,
+            limits=NodeLimits(concurrent_loads=1, max_queued=1, revoke_grace=1.0, trust_peers=False),
+            metrics=Metrics(),
+        )
 
     def now(self) -> float:
         return self.clock
@@ -207,8 +225,12 @@ class ResidencyMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 20), pin=st.booleans(), priority=st.integers(0, 2))
     def change(self, which: int, pin: bool, priority: int) -> None:
         seen = self.pick(which)
-        seen.pin = seen.stage.pin = pin
-        seen.priority = seen.stage.priority = priority
+        self.node.change(seen.stage, pin=pin)
+        assert seen.stage.priority == seen.priority, "what is not said stays"
+        seen.pin = pin
+        self.node.change(seen.stage, priority=priority)
+        assert seen.stage.pin == pin, "what is not said stays"
+        seen.priority = priority
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 20.0]))
     def time_passes(self, seconds: float) -> None:
@@ -250,11 +272,11 @@ class ResidencyMachine(RuleBasedStateMachine):
         seen = self.pick(which)
         if seen.leases:
             with pytest.raises(StageLeased) as error:
-                self.residency.leases.check_none(seen.stage)
+                self.node.drop(seen.stage.id)
             assert len(error.value.details["leases"]) == len(seen.leases)
             return
-        self.residency.leases.check_none(seen.stage)
-        self.residency.evict(seen.stage, "request")
+        self.node.drop(seen.stage.id)
+        assert seen.stage.state == "evicted"
         self.forget([seen])
 
     @precondition(lambda self: self.alive)
@@ -270,6 +292,9 @@ class ResidencyMachine(RuleBasedStateMachine):
             others = [other.nbytes for other in self.on(target) if other.stage.state == "ready"]
             assert self.residency.used(target) == sum(others) + seen.nbytes
             assert not eviction.evictable(seen.stage, self.clock)
+            for force in (False, True):
+                with pytest.raises(NotMovable, match=f"being moved to {target}"):
+                    self.node.drop(seen.stage.id, force=force)
             if lease_meanwhile:
                 lent.append(self.residency.leases.begin(seen.stage, 0, uid=9, gid=0, pid=1))
             return function(*arguments)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ import httpx
 import pytest
 import schemathesis
 
+from tests.fault_proxy import FaultProxy, Request
+from tests.node.test_adoption import ended
 from tests.peers.fleet import Fleet, same, serve_events
-from tests.servers import Daemon, SeaweedFS, free_ports
+from tests.servers import Daemon, SeaweedFS, free_ports, until
 from weightd.daemon.peers.finding.listening import FORMAT
 
 
@@ -25,6 +29,9 @@ class Trap:
     def __init__(self, folder: Path, s3: SeaweedFS, model: Path) -> None:
         self.say: Callable[[dict[str, Any]], list[Any]] = lambda said: [said]
         self.asked = 0
+        self.passes = threading.Event()
+        """Set where the origin gives weights."""
+        self.origin = FaultProxy(s3.url, self._hold)
         (port,) = free_ports(1)
         self._address = f"127.0.0.1:{port}"
         self._server = serve_events(self._answer)
@@ -32,20 +39,33 @@ class Trap:
         env = {**s3.env, "UCX_TLS": "tcp", "WEIGHTD_PEER_TOKEN": "fleet", "WEIGHTD_EXTENT": "1MiB"}
         self.honest = Daemon(folder / "honest", env={**env, "WEIGHTD_PEER_LISTEN": self._address})
         peers = {"WEIGHTD_PEERS": f"static:{liar}", "WEIGHTD_PEER_STALL": "2"}
-        self.fooled = Daemon(folder / "fooled", env={**env, **peers})
+        self._folder, self._env = folder, {**env, **peers}
         self.uri = s3.upload(model, "peers-lies")
 
     def __enter__(self) -> Trap:
+        self.origin.__enter__()
+        self.fooled = Daemon(self._folder / "fooled", env={**self._env, "AWS_ENDPOINT_URL": self.origin.url})
         self.honest.start()
         self.fooled.start()
         self.truth = self.honest.stage(self.uri)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.passes.set()
         self.fooled.stop()
         self.honest.stop()
+        self.origin.__exit__()
         self._server.shutdown()
         self._server.server_close()
+
+    def _hold(self, request: Request) -> None:
+        if request.nbytes > 300_000:
+            self.passes.wait(120)
+
+    def given_up(self, why: str) -> int:
+        """How often the fooled one has given a peer up for it."""
+        series = rf'^weightd_peers_dropped_total{{.*reason="{why}".*}} (\S+)$'
+        return int(sum(map(float, re.findall(series, self.fooled.get("/metrics"), re.MULTILINE))))
 
     def _answer(self, path: str) -> Iterator[bytes]:
         """What the honest peer says, as this one would have it."""
@@ -91,6 +111,27 @@ def other_epoch(said: dict[str, Any]) -> list[Any]:
     return [{**said, "epoch": "another"}] if said["type"] == "leaves" else [said]
 
 
+def one_leaf_more(said: dict[str, Any]) -> list[Any]:
+    """The last leaf is followed by one that there is not."""
+    return [{**said, "digests": said["digests"] + "f" * 16}] if said["type"] == "leaves" else [said]
+
+
+def coming_past_the_end(said: dict[str, Any]) -> list[Any]:
+    if said["type"] != "leaves":
+        return [said]
+    count = len(said.pop("digests")) // 16
+    return [{**said, "type": "coming", "count": count + 1}]
+
+
+def coming_of_another_epoch(said: dict[str, Any]) -> list[Any]:
+    return [{**said, "type": "coming", "count": 1, "epoch": "another"}] if said["type"] == "leaves" else [said]
+
+
+def another_segment(said: dict[str, Any]) -> list[Any]:
+    """The one after the last."""
+    return [{**said, "segment": 1}] if said["type"] == "leaves" else [said]
+
+
 def only_that_it_lives(said: dict[str, Any]) -> list[Any]:
     return [said] if said["type"] in ("hello", "segments", "alive") else []
 
@@ -111,36 +152,64 @@ def ghosts(said: dict[str, Any]) -> list[Any]:
 
 
 OF_NOTHING = {"type": "leaves", "segment": 99, "digests": "f" * 16}
-LIES: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
-    "digests that are not of its bytes": other_digests,
-    "an address beside the truth": shifted,
-    "an address far away": far_away,
-    "metadata of nothing": no_metadata,
-    "more segments than there are": lambda said: [{**said, "segments": [*said.get("segments", []), {}]}],
-    "leaves that there are not": lambda said: [said, {**OF_NOTHING, "first": 1 << 40}, {**OF_NOTHING, "first": None}],
-    "digests that are none": lambda said: [{**said, "digests": "zz" * 8}] if said["type"] == "leaves" else [said],
-    "no JSON": lambda said: ["{"],
-    "no object": lambda said: [[1, 2], 7, None, "x"],
-    "a number for everything": lambda said: [{"type": 1}, {"type": "leaves"}, {"type": "segments", "segments": 5}],
-    "nothing": lambda said: [],
-    "that it has all, then only that it lives": only_that_it_lives,
-    "an address without end": address_without_end,
-    "another epoch for its leaves": other_epoch,
-    "ghosts that read everything": ghosts,
-    "another version": lambda said: [{**said, "format": 99} if said["type"] == "hello" else {"type": "new"}],
-    "stamps that are none": lambda said: [said, {"type": "readers", "stamps": [1]}, {"type": "readers"}],
-    "more than there is": lambda said: [{**said, "first": 1 << 61}] if said["type"] == "leaves" else [said],
-    "a very long line": lambda said: ["x" * (2 << 20)],
+Lie = Callable[[dict[str, Any]], list[Any]]
+LIES: dict[str, tuple[Lie, str | None]] = {
+    "digests that are not of its bytes": (other_digests, "wrong_bytes"),
+    "an address beside the truth": (shifted, "wrong_bytes"),
+    "an address far away": (far_away, "failed"),
+    "metadata of nothing": (no_metadata, "unreachable"),
+    "more segments than there are": (lambda said: [{**said, "segments": [*said.get("segments", []), {}]}], "nonsense"),
+    "leaves that there are not": (
+        lambda said: [said, {**OF_NOTHING, "epoch": said.get("epoch"), "first": 0}], "nonsense"
+    ),
+    "leaves from nowhere": (lambda said: [{**said, "first": None}] if said["type"] == "leaves" else [said], "nonsense"),
+    "leaves from before the first": (
+        lambda said: [{**said, "first": -1}] if said["type"] == "leaves" else [said], "nonsense"
+    ),
+    "a segment more than there are": (another_segment, "nonsense"),
+    "a leaf more than there are": (one_leaf_more, "nonsense"),
+    "that leaves come that there are not": (coming_past_the_end, "nonsense"),
+    "that leaves of another epoch come": (coming_of_another_epoch, "nonsense"),
+    "digests that are none": (
+        lambda said: [{**said, "digests": "zz" * 8}] if said["type"] == "leaves" else [said], "nonsense"
+    ),
+    "no JSON": (lambda said: ["{"], "gone"),
+    "no object": (lambda said: [[1, 2], 7, None, "x"], "nonsense"),
+    "a number for everything": (
+        lambda said: [{"type": 1}, {"type": "leaves"}, {"type": "segments", "segments": 5}], "nonsense"
+    ),
+    "nothing": (lambda said: [], None),
+    "that it has all, then only that it lives": (only_that_it_lives, None),
+    "an address without end": (address_without_end, "nonsense"),
+    "another epoch for its leaves": (other_epoch, "nonsense"),
+    "ghosts that read everything": (ghosts, None),
+    "another version": (
+        lambda said: [{**said, "format": 99} if said["type"] == "hello" else {"type": "new"}], "version"
+    ),
+    "stamps that are none": (lambda said: [said, {"type": "readers", "stamps": [1]}, {"type": "readers"}], "nonsense"),
+    "more than there is": (
+        lambda said: [{**said, "first": 1 << 61}] if said["type"] == "leaves" else [said], "nonsense"
+    ),
+    "a very long line": (lambda said: ["x" * (2 << 20)], "gone"),
 }  # fmt: skip
+"""What a peer may say → why it is given up, before the origin has brought anything; None where it only is of no use."""
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_no_lie_of_a_peer_gets_a_wrong_byte_into_a_stage(lie: str, trap: Trap, folder: Path) -> None:
-    trap.say, trap.asked = LIES[lie], 0
-    record = trap.fooled.stage(trap.uri)
-    assert trap.asked
+def test_a_liar_is_given_up_and_no_wrong_byte_gets_into_a_stage(lie: str, trap: Trap, folder: Path) -> None:
+    (trap.say, why), trap.asked = LIES[lie], 0
+    trap.passes.clear()
+    before = trap.given_up(why) if why else 0
+    stage = trap.fooled.client.stage(trap.uri)["id"]
+    if why:
+        until(lambda: trap.given_up(why) > before, f"it is given up: {why}", 60)
+    else:
+        until(lambda: trap.asked, "it is listened to")
+    trap.passes.set()
+    record = ended(trap.fooled, stage)
     assert (record["state"], record["error"]) == ("ready", None)
     assert record["checkpoint_digest"] == trap.truth["checkpoint_digest"]
+    assert record["bytes_by_source"] == {"s3": record["bytes_total"], "peer": 0}, "something of it was kept"
     assert same(trap.fooled, record["id"], folder)
     assert trap.fooled.status["restarts"] == trap.honest.status["restarts"] == 0
     trap.fooled.client.remove(record["id"])
