@@ -206,6 +206,7 @@ def test_a_killed_peer_is_noticed(spawn: Callable[..., Process], tls: str) -> No
     reader.read([(0, address, MiB)])
     reader.wait(10)
     if tls == "tcp":
+        target.signal(signal.SIGSTOP)  # so that nothing is read whole before it is gone
         reader.read([(0, address, size)])
         target.end()
         before = time.monotonic()
