@@ -49,10 +49,10 @@ def model(folder: Path, cuda: str) -> Path:
     folder = folder / f"model-{cuda}"
     folder.mkdir()
     rng = numpy.random.default_rng(6)
-    save_file(
-        {f"w{i}": rng.standard_normal((300, 1000 + i), numpy.float32) for i in range(4)}, folder / "a.safetensors"
-    )
-    save_file({"big": rng.standard_normal((2048, 1024), numpy.float32)}, folder / "b.safetensors")
+    small = {f"w{i}": rng.standard_normal((300, 1000 + i), numpy.float32) for i in range(4)}
+    large = {"big": rng.standard_normal((2048, 1024), numpy.float32)}
+    for number, tensors in enumerate((small, large), 1):
+        save_file(tensors, folder / f"model-0000{number}-of-00002.safetensors")
     (folder / "config.json").write_text("{}")
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors makes them its writer's alone
@@ -181,7 +181,8 @@ def test_an_aws_profile_in_the_home_is_used_and_roles_can_be_assumed(
     drop = ["env", "--unset=AWS_ACCESS_KEY_ID", "--unset=AWS_SECRET_ACCESS_KEY", "AWS_PROFILE=fleet"]
     done = running.execute(*drop, "python", "-c", script)
     assert done.stdout.splitlines() == [
-        "['sts', 'sso', 'sso-oidc', 'signin']", "['a.safetensors', 'b.safetensors', 'config.json']"
+        "['sts', 'sso', 'sso-oidc', 'signin']",
+        "['config.json', 'model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']",
     ], done.stderr  # fmt: skip
 
 
