@@ -229,7 +229,7 @@ def test_every_library_finds_what_it_is_linked_to_and_every_module_is_compiled(b
     assert "nixl" in printed  # of trim.py, which exits where a library is missing
     sources = {path.with_suffix("") for path in packages.rglob("*.py")}
     compiled = {path.parent.parent / path.name.partition(".cpython")[0] for path in packages.rglob("*.pyc")}
-    assert packages / "weightd" / "daemon" / "keeper" in sources
+    assert packages / "weightd" / "daemon" / "keeper" / "supervisor" in sources
     assert compiled == sources
 
 
