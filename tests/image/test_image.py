@@ -25,7 +25,7 @@ from tests.image.running import Running
 from tests.image.sizes import weights
 from tests.image.test_locks import LOCKS, lock
 from tests.image.tls import Terminator
-from tests.node.test_adoption import ended
+from tests.node.adopting import ended
 from tests.peers.fleet import from_peers, same
 from tests.servers import Daemon, SeaweedFS, free_ports, until
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,72 +18,25 @@ from safetensors.numpy import load_file, save_file
 
 from tests.fault_proxy import FaultProxy, Kind, Request
 from tests.lending.test_leases import Child, leases
-from tests.servers import Daemon, SeaweedFS, until
-from weightd.ipc import RequestRefused, Weights
+from tests.node.adopting import (
+    Start,
+    bytes_read,
+    dead,
+    ended,
+    everything,
+    half_loaded,
+    removed,
+    replaced,
+    same,
+    serving,
+)
+from tests.servers import SeaweedFS, until
+from weightd.ipc import RequestRefused
 
 WEIGHTD = str(Path(sys.executable).parent / "weightd")
 MiB = 1 << 20
-Start = Callable[..., Daemon]
 
 pytestmark = pytest.mark.usefixtures("host_fill")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    rng = numpy.random.default_rng(6)
-    tensors = {f"w{i}": rng.standard_normal((512 + 2 * i, 1024), numpy.float32) for i in range(6)}
-    save_file(tensors, folder / "m.safetensors")
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
-def replaced(daemon: Daemon, number: int = signal.SIGKILL) -> None:
-    """Signal the daemon, and wait for the one after it."""
-    pid = daemon.status["daemon_pid"]
-    os.kill(pid, number)
-    serving(daemon, pid)
-
-
-def serving(daemon: Daemon, before: int) -> None:
-    def another() -> bool:
-        status = daemon.status
-        return bool(status["serving"] and status["daemon_pid"] != before)
-
-    until(another, "another daemon serves", 60)
-
-
-def dead(pid: int) -> bool:
-    try:
-        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return True
-
-
-def everything(daemon: Daemon) -> dict[str, Any]:
-    """All that the API says of stages, leaf digests included."""
-    found = {}
-    for stage in daemon.client.stages():
-        ranks = [segment["tp_rank"] for segment in stage["segments"]]
-        found[stage["id"]] = stage, [daemon.client.manifest(stage["id"], tp_rank=n, leaves=True) for n in ranks]
-    return found
-
-
-def same(weights: Weights, truth: dict[str, Any]) -> bool:
-    return weights.keys() == truth.keys() and all(bytes(weights.raw(name)) == truth[name].tobytes() for name in truth)
-
-
-def removed(daemon: Daemon, stage: str) -> bool:
-    """Drop it; False where that is refused."""
-    with contextlib.suppress(RequestRefused):
-        return bool(daemon.client.remove(stage)["state"] == "evicted")
-    return False
-
-
-def bytes_read(daemon: Daemon) -> float:
-    lines = daemon.get("/metrics").splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("weightd_source_read_bytes_total{"))
 
 
 def half(name: str, tensor: Any, rank: int) -> Any:
@@ -197,39 +148,6 @@ def test_a_lessee_that_does_not_come_back_in_time_is_waited_for_no_longer_and_ke
 
 
 # ---------------------------------------------------------------------- what was under way
-
-
-class Gate:
-    """Lets so many large reads of an object store pass, and holds back all others until it is open."""
-
-    def __init__(self, passing: int) -> None:
-        self.opened = threading.Event()
-        self._left = threading.Semaphore(passing)
-
-    def __call__(self, request: Request) -> None:
-        if request.nbytes > 300_000 and not self._left.acquire(blocking=False):
-            self.opened.wait(120)
-
-
-@contextlib.contextmanager
-def half_loaded(
-    start_daemon: Start, s3: SeaweedFS, uri: str, *settings: str, **request: Any
-) -> Iterator[tuple[Daemon, FaultProxy, Gate, str]]:
-    """A daemon that has got a part of a stage, and gets no more of it until the gate is open."""
-    gate = Gate(4)
-    with FaultProxy(s3.url, gate) as proxy:
-        daemon = start_daemon("--extent", "1MiB", *settings, env={**s3.env, "AWS_ENDPOINT_URL": proxy.url})
-        stage = daemon.client.stage(uri, **request)["id"]
-        until(lambda: daemon.client.show(stage)["bytes_done"] > 0, "something of it has landed", 60)
-        try:
-            yield daemon, proxy, gate, stage
-        finally:
-            gate.opened.set()
-
-
-def ended(daemon: Daemon, stage: str) -> dict[str, Any]:
-    until(lambda: daemon.client.show(stage)["state"] in ("ready", "failed"), "it has ended", 120)
-    return daemon.client.show(stage)
 
 
 def test_a_stage_with_an_expected_sha256_begins_anew(start_daemon: Start, s3: SeaweedFS, folder: Path) -> None:
@@ -379,79 +297,3 @@ def test_a_stream_goes_on_to_the_end_with_the_next_daemon(start_daemon: Start, s
         assert same(weights, truth)
         assert weights.digest == daemon.client.show(stage)["checkpoint_digest"]
         assert leases(daemon).keys() == {weights.lease}
-
-
-# ---------------------------------------------------------------------- ordered ends
-
-
-def test_a_reload_replaces_the_daemon_and_nobody_notices(start_daemon: Start, folder: Path) -> None:
-    daemon = start_daemon()
-    stage = daemon.stage(folder)
-    truth = load_file(folder / "m.safetensors")
-    over = threading.Event()
-    rounds: list[Exception | bool] = []
-
-    def attach_again_and_again() -> None:
-        while not over.is_set():
-            try:
-                with daemon.attach(folder) as weights:
-                    rounds.append(same(weights, truth))
-            except Exception as error:
-                rounds.append(error)
-
-    thread = threading.Thread(target=attach_again_and_again)
-    thread.start()
-    try:
-        with daemon.attach(folder) as weights:
-            for _ in range(3):
-                pid, done = daemon.pid, len(rounds)
-                result = subprocess.run(
-                    [WEIGHTD, "reload", "--runtime-dir", str(daemon.runtime_dir), "--wait", "60"],
-                    capture_output=True, text=True, check=False, timeout=120,
-                )  # fmt: skip
-                assert result.returncode == 0, result.stderr
-                assert daemon.pid != pid
-                assert result.stdout == f"daemon {pid} was replaced by {daemon.pid}\n"
-                until(lambda done=done: len(rounds) > done + 3, "attaching goes on")  # type: ignore[misc]
-                assert daemon.client.show(stage["id"])["ready_at"] == stage["ready_at"]
-                until(lambda: weights.lease in leases(daemon), "the lease is back")
-    finally:
-        over.set()
-        thread.join()
-    assert set(rounds) == {True}
-    assert [found["id"] for found in daemon.client.stages()] == [stage["id"]]
-
-
-def test_a_signal_to_the_daemon_itself_is_a_restart_that_loses_nothing(start_daemon: Start, folder: Path) -> None:
-    daemon = start_daemon()
-    daemon.stage(folder)
-    with daemon.attach(folder) as weights:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before = {stage: manifests for stage, (_, manifests) in everything(daemon).items()}
-            replaced(daemon, number)
-            assert {stage: manifests for stage, (_, manifests) in everything(daemon).items()} == before
-            until(lambda: weights.lease in leases(daemon), "the lease is back")
-    assert daemon.status["last_exit"] == "exit code 0"
-
-
-def test_a_stop_is_refused_while_anybody_leases_and_done_when_asked_again(start_daemon: Start, folder: Path) -> None:
-    daemon = start_daemon("--on-stop", "refuse")
-    assert daemon.process
-    with daemon.attach(folder):
-        for _ in range(2):
-            refusals = daemon.log.read_text().count(f"not stopping while weights are leased, by pids [{os.getpid()}]")
-            daemon.process.send_signal(signal.SIGTERM)
-            until(
-                lambda refusals=refusals: daemon.log.read_text().count("not stopping") > refusals,  # type: ignore[misc]
-                "it is refused",
-            )
-        assert daemon.client.stages()[0]["leases"] == 1
-        replaced(daemon)  # which a keeper that still wants to stop would not do
-        until(lambda: daemon.client.leases(), "the lease is back")
-    until(lambda: not daemon.client.leases(), "the closed lease is gone")
-    daemon.process.send_signal(signal.SIGTERM)
-    assert daemon.process.wait(60) == 0
-    assert not list(daemon.runtime_dir.glob("*.sock"))
-
-
-# ---------------------------------------------------------------------- what cannot be understood

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.node.test_adoption import Start, ended, folder, half_loaded, replaced, serving  # noqa: F401
+from tests.node.adopting import Start, ended, half_loaded, replaced, serving
 from tests.servers import SeaweedFS, until
 from weightd.daemon.stages import record
 
@@ -51,7 +51,7 @@ def test_a_death_counts_where_the_stage_was_on_its_way_and_nobody_made_room(chan
 def test_a_stage_under_which_two_daemons_died_fails_and_everything_else_goes_on(
     start_daemon: Start,
     s3: SeaweedFS,
-    folder: Path,  # noqa: F811
+    folder: Path,
 ) -> None:
     uri = s3.upload(folder, "poison")
     with half_loaded(start_daemon, s3, uri) as (daemon, gate, stage):
@@ -73,7 +73,7 @@ def test_a_stage_under_which_two_daemons_died_fails_and_everything_else_goes_on(
 def test_daemons_that_make_room_are_none_that_died(
     start_daemon: Start,
     s3: SeaweedFS,
-    folder: Path,  # noqa: F811
+    folder: Path,
 ) -> None:
     uri = s3.upload(folder, "handed-over")
     with half_loaded(start_daemon, s3, uri) as (daemon, gate, stage):

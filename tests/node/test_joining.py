@@ -14,19 +14,20 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.fault_proxy import FaultProxy
-from tests.node.test_adoption import replaced
+from tests.node.adopting import replaced
 from tests.servers import Daemon, SeaweedFS, until
 
 Start = Callable[..., Daemon]
+FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two files."""
+    """Two shards, each of one tensor."""
     folder = tmp_path / "model"
     folder.mkdir()
-    for value, name in enumerate("ab"):
-        save_file({name: numpy.full(1024, value, numpy.float32)}, folder / f"{name}.safetensors")
+    for value, (name, shard) in enumerate(zip("ab", (FIRST, SECOND), strict=True)):
+        save_file({name: numpy.full(1024, value, numpy.float32)}, folder / shard)
     (folder / "config.json").write_text("{}")
     return folder
 
@@ -37,19 +38,19 @@ def sha256(folder: Path) -> dict[str, str]:
 
 def test_a_stage_that_met_a_part_of_what_is_expected_is_not_what_is_expected(daemon: Daemon, folder: Path) -> None:
     true = sha256(folder)
-    first = daemon.stage(folder, expect_digest={"a.safetensors": true["a.safetensors"]})
+    first = daemon.stage(folder, expect_digest={FIRST: true[FIRST]})
     assert first["state"] == "ready", first["error"]
-    same = daemon.stage(folder, expect_digest={"a.safetensors": true["a.safetensors"]})
+    same = daemon.stage(folder, expect_digest={FIRST: true[FIRST]})
     assert same["id"] == first["id"]
-    refused = daemon.stage(folder, expect_digest={**true, "b.safetensors": "0" * 64})
+    refused = daemon.stage(folder, expect_digest={**true, SECOND: "0" * 64})
     assert refused["state"] == "failed", "one file of two was enough"
     assert refused["error"]["code"] == "digest_mismatch"
     whole = daemon.stage(folder, expect_digest=true)
     assert whole["state"] == "ready", whole["error"]
     assert whole["id"] != first["id"], "nobody has looked at the other file"
-    for part in ({"a.safetensors": true["a.safetensors"]}, {"b.safetensors": true["b.safetensors"]}):
+    for part in ({FIRST: true[FIRST]}, {SECOND: true[SECOND]}):
         assert daemon.stage(folder, expect_digest=part)["id"] in (first["id"], whole["id"])
-    assert daemon.stage(folder, expect_digest={"b.safetensors": true["b.safetensors"]})["id"] == whole["id"]
+    assert daemon.stage(folder, expect_digest={SECOND: true[SECOND]})["id"] == whole["id"]
 
 
 def test_joining_raises_the_priority_and_pins_and_never_the_other_way(start_daemon: Start, folder: Path) -> None:
@@ -97,7 +98,7 @@ def test_a_pin_a_priority_and_what_was_met_outlive_the_daemon(start_daemon: Star
     after = daemon.client.show(record["id"])
     assert (after["state"], after["pin"], after["priority"]) == ("ready", True, 9)
     # Asked for in other words than it was staged with, so that only what it has met can tell.
-    for expected in ({"a.safetensors": true["a.safetensors"]}, {"b.safetensors": true["b.safetensors"]}):
+    for expected in ({FIRST: true[FIRST]}, {SECOND: true[SECOND]}):
         assert daemon.stage(folder, expect_digest=expected)["id"] == record["id"]
     daemon.client.change(record["id"], pin=False)
     replaced(daemon)

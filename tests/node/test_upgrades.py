@@ -18,7 +18,7 @@ import weightd.daemon
 from tests.conftest import lacking
 from tests.fault_proxy import FaultProxy
 from tests.lending.test_leases import leases
-from tests.node.test_adoption import Gate, bytes_read, ended, everything, replaced, same
+from tests.node.adopting import Gate, bytes_read, ended, everything, replaced, same
 from tests.servers import Daemon, SeaweedFS, until
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import pytest
 from tests.checkpoint_files import write_checkpoint
 from tests.devices.cuda.fakes import EXPECTED, SHARDS, Machine
 from tests.fault_proxy import FaultProxy
-from tests.node.test_adoption import ended
+from tests.node.adopting import ended
 from tests.peers.fleet import weight_bytes
 from tests.servers import Daemon, SeaweedFS, free_ports, until
 

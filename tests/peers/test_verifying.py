@@ -10,7 +10,7 @@ import pytest
 from tests.checkpoint_files import write_checkpoint
 from tests.devices.cuda.fakes import SHARDS, Machine
 from tests.fault_proxy import FaultProxy
-from tests.node.test_adoption import ended
+from tests.node.adopting import ended
 from tests.peers.fleet import Fleet, same, weight_bytes
 from tests.peers.test_gpus import Pair, right
 from tests.servers import SeaweedFS, until

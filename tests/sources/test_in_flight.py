@@ -44,7 +44,9 @@ def test_no_more_is_in_flight_than_is_set(
     in_flight: int, start_daemon: Callable[..., Daemon], s3: SeaweedFS, tmp_path: Path
 ) -> None:
     for number in range(4):
-        save_file({f"w{number}": numpy.zeros(6 * MiB, numpy.uint8)}, tmp_path / f"{number}.safetensors")
+        save_file(
+            {f"w{number}": numpy.zeros(6 * MiB, numpy.uint8)}, tmp_path / f"m-{number + 1:05}-of-00004.safetensors"
+        )
     uri = s3.upload(tmp_path, "in-flight")
     held = Held()
     held.limit = (in_flight + 1) * MiB  # what is asked for last may reach past it

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 from safetensors.numpy import save_file
 
-from tests.node.test_adoption import replaced
+from tests.node.adopting import replaced
 from tests.servers import Daemon, until
 from weightd.ipc import wire
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.devices.cuda.fakes import EXPECTED, NewMachine, killed
-from tests.node.test_adoption import bytes_read, ended, half_loaded
+from tests.node.adopting import bytes_read, ended, half_loaded
 from tests.servers import Daemon, SeaweedFS, until
 
 

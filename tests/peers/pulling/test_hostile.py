@@ -17,7 +17,7 @@ import pytest
 import schemathesis
 
 from tests.fault_proxy import FaultProxy, Request
-from tests.node.test_adoption import ended
+from tests.node.adopting import ended
 from tests.peers.fleet import Fleet, same, serve_events
 from tests.servers import Daemon, SeaweedFS, free_ports, until
 from weightd.daemon.peers.finding.listening import FORMAT

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.conftest import command
 from tests.fault_proxy import FaultProxy
-from tests.node.test_adoption import ended
+from tests.node.adopting import ended
 from tests.peers.finding.etcd import Etcd
 from tests.peers.fleet import Fleet, Start, from_peers, movers_at_work, same, weight_bytes
 from tests.servers import Daemon, SeaweedFS, free_ports, until

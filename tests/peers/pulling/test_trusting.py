@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.numpy import load_file, save_file
 
+from tests.checkpoint_files import INDEX
 from tests.fault_proxy import FaultProxy, Request
 from tests.peers.fleet import Fleet, Start, from_peers, same, serve_events, weight_bytes
 from tests.servers import Daemon, SeaweedFS, free_ports, until
@@ -26,7 +28,8 @@ def forged(folder: Path, tmp_path: Path) -> Path:
     """The same checkpoint with other values: same names, shapes and sizes."""
     for file in folder.glob("*.safetensors"):
         save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, tmp_path / file.name)
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", INDEX):
+        shutil.copy(folder / name, tmp_path)
     return tmp_path
 
 

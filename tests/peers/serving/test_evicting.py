@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from tests.fault_proxy import FaultProxy
-from tests.node.test_adoption import ended
+from tests.node.adopting import ended
 from tests.peers.fleet import Fleet, movers_at_work, movers_of, same, weight_bytes
 from tests.servers import Daemon, SeaweedFS, until
 from tests.test_cli import weightd
