@@ -54,7 +54,7 @@ def test_a_stage_under_which_two_daemons_died_fails_and_everything_else_goes_on(
     folder: Path,
 ) -> None:
     uri = s3.upload(folder, "poison")
-    with half_loaded(start_daemon, s3, uri) as (daemon, gate, stage):
+    with half_loaded(start_daemon, s3, uri) as (daemon, _, gate, stage):
         kept = daemon.stage(folder)
         replaced(daemon)
         assert daemon.client.show(stage)["state"] not in ("ready", "failed"), "once is no pattern"
@@ -76,7 +76,7 @@ def test_daemons_that_make_room_are_none_that_died(
     folder: Path,
 ) -> None:
     uri = s3.upload(folder, "handed-over")
-    with half_loaded(start_daemon, s3, uri) as (daemon, gate, stage):
+    with half_loaded(start_daemon, s3, uri) as (daemon, _, gate, stage):
         for _ in range(3):
             pid = daemon.pid
             os.kill(daemon.keeper_pid, signal.SIGHUP)
