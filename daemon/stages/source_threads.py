@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,21 +34,40 @@ class SourceThreads:
         self._pools: dict[str, ThreadPoolExecutor] = {}
         self._turns: dict[str, asyncio.Semaphore] = {}
         self._waiting: dict[str, int] = {}
-        """Place → calls that run or wait for their turn."""
+        """Place → calls that run, or wait for their turn."""
 
     async def run(self, uri: str, function: Callable[..., T], *arguments: object) -> T:
-        """Run what asks the source of ``uri``, once it is this place's turn."""
+        """Run what asks the source of ``uri``, once it is this place's turn.
+
+        A turn ends with its call, not with who waits for it: a call that hangs goes on when its waiter is cancelled.
+        """
         place = place_of(uri)
         turns = self._turns.setdefault(place, asyncio.Semaphore(_AT_A_PLACE))
         self._waiting[place] = self._waiting.get(place, 0) + 1
         try:
-            async with turns:
-                context = contextvars.copy_context()  # so that what is logged there is known to be of the stage
-                return await self._loop.run_in_executor(self._pool(place), partial(context.run, function, *arguments))
-        finally:
-            self._waiting[place] -= 1
-            if not self._waiting[place]:
-                del self._waiting[place], self._turns[place]
+            await turns.acquire()
+        except asyncio.CancelledError:
+            self._leave(place)
+            raise
+        context = contextvars.copy_context()  # so that what is logged there is known to be of the stage
+        call = self._pool(place).submit(partial(context.run, function, *arguments))
+        call.add_done_callback(lambda _: self._ended(place, turns))
+        return await asyncio.wrap_future(call)
+
+    def _ended(self, place: str, turns: asyncio.Semaphore) -> None:
+        """A call is over; in whichever thread it was."""
+
+        def give_back() -> None:
+            turns.release()
+            self._leave(place)
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for a turn any more
+            self._loop.call_soon_threadsafe(give_back)
+
+    def _leave(self, place: str) -> None:
+        self._waiting[place] -= 1
+        if not self._waiting[place]:
+            del self._waiting[place], self._turns[place]
 
     def _pool(self, place: str) -> ThreadPoolExecutor:
         kind = place.partition(":")[0]
