@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from functools import cache, cached_property
 from typing import Any
 
 from weightd.ipc.errors import CudaError, DeviceUnavailable
+
+log = logging.getLogger(__name__)
 
 _entered = threading.local()
 """``gpu``: the GPU whose context this thread is in."""
@@ -158,8 +161,14 @@ class Gpu:
 
 @cache
 def gpus() -> Sequence[Gpu]:
-    """All GPUs that this process sees, in its own order. Raises DeviceUnavailable."""
-    return [Gpu(ordinal) for ordinal in range(call("cuDeviceGetCount"))]
+    """The GPUs that this process sees, in its own order, without those that do not answer. Raises DeviceUnavailable."""
+    found = []
+    for ordinal in range(call("cuDeviceGetCount")):
+        try:
+            found.append(Gpu(ordinal))
+        except CudaError as error:
+            log.warning("cuda:%d is not used: %s", ordinal, error)
+    return found
 
 
 def gpu_by_uuid(wanted: str) -> Gpu:
@@ -178,9 +187,13 @@ def gpu_by_uuid(wanted: str) -> Gpu:
 def gpu_by_name(name: str) -> Gpu:
     """The GPU that this process knows as ``cuda`` or ``cuda:N``. Raises DeviceUnavailable."""
     number = name.partition(":")[2] or "0"
-    if not number.isdigit() or int(number) >= len(gpus()):
-        raise DeviceUnavailable(f"{name} is not here: this process sees {len(gpus())} GPUs", code="device_not_visible")
-    return gpus()[int(number)]
+    for gpu in gpus():
+        if str(gpu.ordinal) == number:
+            return gpu
+    seen = ", ".join(f"cuda:{gpu.ordinal}" for gpu in gpus()) or "none"
+    raise DeviceUnavailable(
+        f"{name} is not here, or does not answer: this process sees {seen}", code="device_not_visible"
+    )
 
 
 class DeviceRange:

@@ -34,16 +34,21 @@ _REFUSALS = frozenset({1, 800, 801})  # invalid value, not permitted, not suppor
 
 
 def discover(capacity: Mapping[str, int], limits: CudaLimits) -> list[CudaDevice]:
-    """The GPUs that this process sees, as ``cuda:0`` and so on; none, said in the log, where they cannot be used."""
+    """The GPUs that this process sees, as ``cuda:0`` and so on; which cannot be used is said in the log."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         return []  # no driver here: not worth a word, nor the time to import anything
+    found = []
     try:
-        return [CudaDevice(gpu, capacity.get(f"cuda:{gpu.ordinal}"), limits) for gpu in gpus()]
+        for gpu in gpus():
+            try:
+                found.append(CudaDevice(gpu, capacity.get(f"cuda:{gpu.ordinal}"), limits))
+            except CudaError as error:
+                log.warning("cuda:%d is not used: %s", gpu.ordinal, error)
     except (DeviceUnavailable, CudaError) as error:
         log.warning("GPUs are not used: %s", error)
-        return []
+    return found
 
 
 class _HandleKinds(int):

@@ -41,6 +41,11 @@ def examine_gpus() -> Iterator[Finding]:
         return
     version = call("cuDriverGetVersion")
     yield Finding("CUDA driver", "ok", f"{_dotted(version)}{_runtime()}, {len(found)} GPUs")
+    for ordinal in sorted(set(range(call("cuDeviceGetCount"))) - {gpu.ordinal for gpu in found}):
+        yield Finding(
+            f"cuda:{ordinal}", "error", "does not answer, and is not used",
+            "look for its Xid in the kernel's log and reset or replace it; the others are served meanwhile",
+        )  # fmt: skip
     for gpu in found:
         yield from _gpu(gpu)
     yield from _namespaces()

@@ -14,7 +14,7 @@ from weightd.daemon.filling.sink import Landing, Sink
 from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.sources.base import Source, SourceFile, changed
 from weightd.daemon.sources.window import Window
-from weightd.ipc.cuda import gpus
+from weightd.ipc.cuda import gpu_by_name
 
 # Codes of libstreamer 0.17, by what they mean for the range. Trying again can help: file access (what every HTTP error
 # comes out as), end of file, too many open files, unknown, unexpected number of bytes, retryable, and asynchronous file
@@ -174,4 +174,4 @@ class StreamerReader:
 
     def _close_streamer(self) -> None:
         # The library lets go of what it had on a GPU in whatever context it finds.
-        self._streamer.close(gpus()[self._gpu].context if self._gpu is not None else None)
+        self._streamer.close(gpu_by_name(f"cuda:{self._gpu}").context if self._gpu is not None else None)

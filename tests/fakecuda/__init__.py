@@ -27,7 +27,7 @@ COUNTERS = (
 _DEVICES = 16
 _CONTROLS = (
     "fail_allocation", "sticky_at", "delay_us", "no_posix_fd", "no_fabric", "no_rdma", "no_vmm", "flip_at",
-    "fail_register", "corrupt_streamer", "sticky_import",
+    "fail_register", "corrupt_streamer", "sticky_import", "silent",
 )  # fmt: skip
 
 
@@ -55,6 +55,8 @@ class Control(ctypes.Structure):
     """Nonzero: the first byte of each copy to a device lands inverted where its source is from cuMemHostAlloc."""
     sticky_import: int
     """1 + a physical device: importing memory there is an uncorrectable ECC error (214); negative: it aborts."""
+    silent: int
+    """1 + a physical device that says nothing of itself: an unknown error (999)."""
     others_use: ctypes.Array[ctypes.c_int64]
     """Bytes per physical device that someone else holds."""
 

@@ -52,6 +52,8 @@ API cuDeviceGetName(char *name, int size, CUdevice device) {
 
 API cuDeviceGetUuid_v2(struct uuid *uuid, CUdevice device) {
     TRY(check_device(device));
+    if (control->silent == 1 + physical[device])
+        return UNKNOWN;
     return uuid ? (*uuid = uuid_of(physical[device]), OK) : INVALID_VALUE;
 }
 ALSO(cuDeviceGetUuid)

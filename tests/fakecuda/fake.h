@@ -33,6 +33,7 @@ enum {
     LAUNCH_FAILED = 719,
     NOT_PERMITTED = 800,
     NOT_SUPPORTED = 801,
+    UNKNOWN = 999,
 };
 
 enum { MAX_DEVICES = 16, POSIX_FD = 1, FABRIC = 8, READ = 1, READ_WRITE = 3 };
@@ -64,7 +65,7 @@ typedef struct event *CUevent;
 /* FAKECUDA_DIR/control: what tests ask for. Mirrored by Control in __init__.py. */
 struct control {
     _Atomic int64_t fail_allocation, sticky_at, delay_us, no_posix_fd, no_fabric, no_rdma, no_vmm, flip_at,
-        fail_register, corrupt_streamer, sticky_import, others_use[MAX_DEVICES];
+        fail_register, corrupt_streamer, sticky_import, silent, others_use[MAX_DEVICES];
 };
 
 /* FAKECUDA_DIR/counters.<pid>: what this process holds. Mirrored by COUNTERS in __init__.py. */

@@ -90,6 +90,23 @@ def test_a_gpu_whose_errors_end_daemon_after_daemon_that_serves_is_left_alone_to
     assert daemon.stage(model)["device"] == "cuda:0"
 
 
+def test_a_gpu_that_says_nothing_of_itself_is_left_out_and_what_it_holds_is_kept(
+    machine: NewMachine, model: Path
+) -> None:
+    gpus = machine(devices=3, clean=False)
+    daemon = gpus.daemon()
+    ill, well = daemon.stage(model, device="cuda:1"), daemon.stage(model, device="cuda:2")
+    gpus.fake.set(silent=2)
+    killed(daemon)
+    assert sorted(devices(daemon)) == ["cpu", "cuda:0", "cuda:2"]
+    assert gpus.attach(daemon, stage=well["id"]).found["digests"] == EXPECTED
+    (left,) = daemon.client.node()["unadopted"]
+    assert left["name"] == ill["id"]
+    gpus.fake.set(silent=0)
+    killed(daemon)
+    assert gpus.attach(daemon, stage=ill["id"]).found["digests"] == EXPECTED
+
+
 def test_one_kill_amid_adopting_says_nothing_and_one_that_succeeded_in_between_neither() -> None:
     held: dict[str, int] = {}
 

@@ -146,6 +146,9 @@ def test_the_doctor_looks_at_every_gpu(machine: NewMachine) -> None:
     found = findings()
     assert found["cuda:0 handles"]["level"] == "error"
     assert found["cuda:0 fill path"]["level"] == "ok"
+    gpus.fake.set(no_vmm=0, silent=2)
+    found = findings()
+    assert (found["cuda:0"]["level"], found["cuda:1"]["level"]) == ("ok", "error")
 
 
 def test_a_cupy_that_does_not_work_leaves_digests_to_the_host(machine: NewMachine, model: Path, tmp_path: Path) -> None:
