@@ -36,7 +36,8 @@ from weightd.ipc import RequestRefused
 WEIGHTD = str(Path(sys.executable).parent / "weightd")
 MiB = 1 << 20
 
-pytestmark = pytest.mark.usefixtures("host_fill")
+either_way = pytest.mark.usefixtures("host_fill")
+"""For what depends on how host memory is filled."""
 
 
 def half(name: str, tensor: Any, rank: int) -> Any:
@@ -46,6 +47,7 @@ def half(name: str, tensor: Any, rank: int) -> Any:
 # ---------------------------------------------------------------------- what is ready
 
 
+@either_way
 def test_ready_stages_come_back_as_they_were_without_a_byte_from_their_source(
     start_daemon: Start, folder: Path
 ) -> None:
@@ -150,6 +152,7 @@ def test_a_lessee_that_does_not_come_back_in_time_is_waited_for_no_longer_and_ke
 # ---------------------------------------------------------------------- what was under way
 
 
+@either_way
 def test_a_stage_with_an_expected_sha256_begins_anew(start_daemon: Start, s3: SeaweedFS, folder: Path) -> None:
     uri = s3.upload(folder, "begins-anew")
     sha256 = "sha256:" + hashlib.sha256((folder / "m.safetensors").read_bytes()).hexdigest()
@@ -226,6 +229,7 @@ def test_an_origin_that_stays_away_fails_what_lacks_bytes_at_the_deadline(
         until(lambda: daemon.used_bytes == 0, "its memory is free again")
 
 
+@either_way
 def test_what_lacks_no_byte_is_finished_without_its_origin(start_daemon: Start, s3: SeaweedFS, folder: Path) -> None:
     uri = s3.upload(folder, "nothing-lacks")
     over = threading.Event()
@@ -252,6 +256,7 @@ def test_what_lacks_no_byte_is_finished_without_its_origin(start_daemon: Start, 
             assert (Path(record["metadata"]) / "config.json").read_text() == "{}"
 
 
+@either_way
 def test_what_was_lent_while_it_loaded_begins_anew_where_there_is_no_room_for_a_copy(
     start_daemon: Start, s3: SeaweedFS, folder: Path
 ) -> None:
@@ -274,6 +279,7 @@ def test_what_was_lent_while_it_loaded_begins_anew_where_there_is_no_room_for_a_
             assert same(again, truth)
 
 
+@either_way
 def test_a_stream_goes_on_to_the_end_with_the_next_daemon(start_daemon: Start, s3: SeaweedFS, folder: Path) -> None:
     truth = load_file(folder / "m.safetensors")
     uri = s3.upload(folder, "streamed")
