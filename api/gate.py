@@ -1,4 +1,4 @@
-"""Who may come in: peers of the Unix socket by their credentials, TCP clients by token and by the host they name."""
+"""Who may do what: peers of the Unix socket by their credentials, TCP clients by token and by the host they name."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from anyio import BrokenResourceError
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from weightd.api.problems import problem
-from weightd.daemon.lending.credentials import AllowedPeers, Peer, peer_of
+from weightd.api.problems import STATUS, problem
+from weightd.daemon.errors import DaemonError
+from weightd.daemon.lending.credentials import AllowedPeers, Peer
+from weightd.daemon.lending.entrance import Rules
 from weightd.daemon.observing.logs import request_id
 from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.observing.refusals import Refusals
 
 if TYPE_CHECKING:
-    import asyncio
-
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
@@ -37,16 +39,33 @@ _LOCAL_HOSTS = {"localhost": "localhost", "127.0.0.1": "127.0.0.1", "::1": "[::1
 """Hosts that only this machine reaches → what the Host header calls them."""
 
 
-class PeerProtocol(H11Protocol):
-    """uvicorn's HTTP protocol, which also tells the application who is at the other end of a Unix socket, and how to
-    hang up on whoever takes nothing."""
+def rules(
+    metrics: Metrics,
+    most: int,
+    *,
+    admitted: AllowedPeers | None = None,
+    refusals: Refusals | None = None,
+    secured: bool = False,
+) -> Rules:
+    """Of a socket that speaks HTTP: so many connections, and a problem document for those who may not stay.
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.app_state = {**self.app_state, "hang_up": transport.abort}
-        connection = transport.get_extra_info("socket")
-        if connection is not None and connection.family.name == "AF_UNIX":
-            self.app_state = {**self.app_state, "peer": peer_of(connection)}
+    ``secured``: by TLS, which has to be agreed on before anything can be said.
+    """
+    return Rules(most, partial(_turned_away, metrics, refusals, secured), admitted)
+
+
+def _turned_away(metrics: Metrics, refusals: Refusals | None, secured: bool, error: DaemonError) -> bytes | None:
+    """An answer to whatever is being asked, as it goes over the wire; None where it could not be read."""
+    metrics.errors.labels(error.code).inc()
+    if refusals is not None:
+        refusals.note(error)
+    if secured:
+        return None
+    status = STATUS[error.code]
+    answer = problem(status, error.code, str(error), {"Connection": "close", "Retry-After": "1"})
+    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
+    lines = [head, *(name + b": " + value for name, value in answer.raw_headers), b"", b""]
+    return b"\r\n".join(lines) + bytes(answer.body)
 
 
 class BodyLimit:
