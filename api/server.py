@@ -27,6 +27,7 @@ from weightd.daemon.lending.credentials import AllowedPeers
 from weightd.daemon.lending.entrance import Entrance
 from weightd.daemon.lending.lease_socket import LeaseServer
 from weightd.daemon.lending.listeners import Listeners
+from weightd.daemon.lending.token import forget_token, own_token
 from weightd.daemon.node.gauges import KeeperGauges, NodeGauges
 from weightd.daemon.node.preload import Preload, read
 from weightd.daemon.node.preloading import Preloading
@@ -83,10 +84,13 @@ def serve(settings: Settings) -> int:
             if address
         }
         lease_listener = listeners.unix(LEASE_SOCKET)
+        own = own_token(settings.runtime_dir) if settings.listen and settings.token is None else None
     except OSError:
         listeners.close()
         raise
     listeners.drop_others()
+    if own is None:
+        forget_token(settings.runtime_dir)
     peers = AllowedPeers(frozenset(settings.peer_uids), frozenset(settings.peer_gids))
 
     async def run() -> bool:
@@ -127,6 +131,8 @@ def serve(settings: Settings) -> int:
             node,
             peers=peers,
             token=settings.token.get_secret_value() if settings.token else None,
+            own_token=own,
+            folder=settings.runtime_dir,
             listen_host=parse_listen(settings.listen)[0] if settings.listen else "",
         )
         server = Server(

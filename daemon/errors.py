@@ -163,6 +163,10 @@ class ReadOnly(DaemonError):
     remedy = "use the Unix socket, or show the token that lies beside it"
 
 
+HOW_TO_CHANGE = "ask over the Unix socket, as weightd does, or show the token that lies beside it (docs/security.md)"
+"""What to do where something is refused as read_only."""
+
+
 class StageRevoked(DaemonError):
     """The stage is being taken away from its lessees: stage the model again once it has gone."""
 
