@@ -86,11 +86,11 @@ def own_token(url: str, folder: Path) -> str | None:
         text = (folder / TOKEN_FILE).read_text("ascii").strip()
     except (OSError, ValueError):
         return None
-    listening = set(_listeners(port))
+    listening = set(listeners(port))
     return text if text and listening and listening <= trusted() else None
 
 
-def _listeners(port: int) -> Iterator[int]:
+def listeners(port: int) -> Iterator[int]:
     """Users that listen at a TCP port of this network namespace, by any address."""
     for table in ("tcp", "tcp6"):
         try:

@@ -2,7 +2,7 @@
 {{- define "weightd.supervise" -}}
 # weightd beside the engine, in one container. The engine is started again where it ends, the container ends with weightd.
 # The volume of the sockets may be written to by others: clients are told whose daemon to believe.
-export WEIGHTD_DAEMON_UID="${WEIGHTD_DAEMON_UID:-$(id -u)}"
+export WEIGHTD_DAEMON_UID="$(id -u)"
 weightd serve &
 daemon=$!
 engine=
