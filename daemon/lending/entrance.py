@@ -203,7 +203,9 @@ class Door:
             return
         self._told[reason] = time.monotonic(), 0
         more = f", and {count} more since the last line" if count else ""
-        log.warning("%s: a connection was dropped: %s%s", self.name, REFUSED[reason], more)
+        # Browsers and port checks connect and say nothing; nobody has to be troubled by that.
+        level = logging.INFO if reason == "silent" else logging.WARNING
+        log.log(level, "%s: a connection was dropped: %s%s", self.name, REFUSED[reason], more)
 
     def close(self) -> None:
         """Let nobody in any more; who is in may stay."""

@@ -193,6 +193,24 @@ def test_a_runtime_directory_that_cannot_be_used_is_one_line_and_exit_code_1(
     assert len(result.stderr.splitlines()) == 1, result.stderr
 
 
+def test_a_runtime_directory_that_somebody_else_has_made_in_tmp_is_not_used(tmp_path: Path) -> None:
+    if os.getuid():
+        pytest.skip("needs root, to become another user")
+    tmp_path.chmod(0o1777)
+    folder, precious = tmp_path / "weightd-0", tmp_path / "precious"
+    precious.write_text("not to be emptied")
+    folder.mkdir(0o755)
+    (folder / "lock").symlink_to(precious)
+    os.chown(folder, 1234, 1234)
+    (tmp_path / "link").symlink_to(folder)
+    os.chown(tmp_path / "link", 1234, 1234, follow_symlinks=False)
+    for path in (folder, tmp_path / "link"):
+        result = serve(path)
+        assert result.returncode == 1
+        assert f"{path} was made by uid 1234" in result.stderr
+    assert precious.read_text() == "not to be emptied"
+
+
 def test_what_a_dead_daemon_has_left_in_the_runtime_directory_is_replaced(tmp_path: Path, folder: Path) -> None:
     daemon = Daemon(tmp_path / "daemon")
     daemon.runtime_dir.mkdir(parents=True)

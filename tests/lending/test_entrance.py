@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import http.client
 import os
 import resource
@@ -33,6 +34,7 @@ from weightd.daemon.lending import entrance as module
 from weightd.daemon.lending.credentials import AllowedPeers, Peer
 from weightd.daemon.lending.entrance import Entrance, Rules, Visit, reserve, share
 from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.peers.moving.movers import unavailable
 
 Start = Callable[..., Daemon]
 
@@ -90,16 +92,19 @@ def test_hundreds_who_say_nothing_or_half_of_it_on_every_socket_keep_nobody_out(
     start_daemon: Start, opened: contextlib.ExitStack, folder: Path, said: str
 ) -> None:
     limit = 400
-    api, health, metrics = free_ports(3)
+    api, health, metrics, peers = free_ports(4)
+    has_peers = not unavailable()  # without NIXL there is no port for them
     daemon = start_daemon(
         "--listen", f"127.0.0.1:{api}", "--health-listen", f"127.0.0.1:{health}",
         "--metrics-listen", f"127.0.0.1:{metrics}", "--max-leases", "8",
+        "--peer-listen", f"127.0.0.1:{peers}",
         command=[command("prlimit", "apt-get install util-linux"), f"--nofile={limit}:{limit}"],
     )  # fmt: skip
     daemon.stage(folder)
     sockets: list[str | tuple[str, int]] = [
         ("127.0.0.1", api), ("127.0.0.1", health), ("127.0.0.1", metrics),
         str(daemon.runtime_dir / "api.sock"), str(daemon.runtime_dir / "lease.sock"),
+        *([("127.0.0.1", peers)] if has_peers else []),
     ]  # fmt: skip
     pid, silent = daemon.pid, []
     for address in sockets * 250:
@@ -107,7 +112,8 @@ def test_hundreds_who_say_nothing_or_half_of_it_on_every_socket_keep_nobody_out(
         with contextlib.suppress(OSError):  # hung up on already
             silent[-1].sendall(SAID[said][str(address).endswith("lease.sock")])
 
-    for port, path in ((health, "/livez"), (metrics, "/metrics"), (api, "/v1/node")):
+    asked = [(health, "/livez"), (metrics, "/metrics"), (api, "/v1/node")]
+    for port, path in asked + ([(peers, "/peer/v1/stages")] if has_peers else []):
         assert httpx.get(f"http://127.0.0.1:{port}{path}", timeout=60).status_code == 200, path
     assert daemon.client.node()["pid"] == pid
     with daemon.attach(folder) as weights:
@@ -117,7 +123,7 @@ def test_hundreds_who_say_nothing_or_half_of_it_on_every_socket_keep_nobody_out(
         assert float(weights["w"][1]) == 1
     with httpx.Client(base_url=f"http://127.0.0.1:{metrics}", timeout=60) as client:
         found = client.get("/metrics").text
-    for name in ("api", "api.sock", "health", "metrics", "lease.sock"):
+    for name in ("api", "api.sock", "health", "metrics", "lease.sock", *(["peers"] if has_peers else [])):
         line = f'weightd_connections_dropped_total{{listener="{name}",reason="room"}} '
         assert float(found.partition(line)[2].partition("\n")[0]) > 100, name
     until(lambda: all(map(ended, silent)), "all of them are hung up on in the end", 90)
@@ -343,6 +349,27 @@ def test_descriptors_that_run_out_end_no_accept_loop(tmp_path: Path, opened: con
     inside(tmp_path, 10, body)
 
 
+def test_a_connection_that_is_gone_before_it_is_let_in_ends_no_accept_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(room: Room) -> None:
+        await room.come()
+        loop = asyncio.get_running_loop()
+        accept, gone = loop.sock_accept, [errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN]
+
+        async def accepting(listener: socket.socket) -> Any:
+            if gone:
+                raise OSError(gone.pop(0), "of the one that is gone")
+            return await accept(listener)
+
+        monkeypatch.setattr(loop, "sock_accept", accepting)
+        await room.come()
+        await room.come()
+        assert (len(room.visits), gone) == (3, [])
+
+    inside(tmp_path, 10, body)
+
+
 # ---------------------------------------------------------------------- HTTP behind it
 
 
@@ -358,14 +385,18 @@ async def app(scope: dict[str, Any], receive: Callable[[], Any], send: Callable[
 
 
 @contextlib.contextmanager
-def serving(most: int, **options: Any) -> Iterator[tuple[tuple[str, int], Metrics]]:
+def serving(
+    most: int, *, tls: dict[str, Path] | None = None, keep_alive: int = 600, **options: Any
+) -> Iterator[tuple[tuple[str, int], Metrics]]:
     """A server of that app; yields its address, and what it counts."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     metrics, up = Metrics(), threading.Event()
     ends: list[Callable[[], object]] = []
 
     async def run() -> None:
-        server = Server(app, Entrance(metrics, **options), "api", rules(metrics, most), timeout_graceful_shutdown=1)
+        entrance, own = Entrance(metrics, **options), rules(metrics, most, secured=tls is not None)
+        deadlines = {"timeout_graceful_shutdown": 1, "timeout_keep_alive": keep_alive}
+        server = Server(app, entrance, "api", own, **deadlines, **(tls or {}))
         loop = asyncio.get_running_loop()
         ends.append(lambda: loop.call_soon_threadsafe(server.end))
         loop.call_soon(up.set)
@@ -436,6 +467,32 @@ def test_an_event_stream_outlasts_the_deadline_of_the_silent(opened: contextlib.
         assert stream.sock is not None
         assert not ended(stream.sock)
         stream.close()
+
+
+def test_who_never_agrees_on_tls_is_not_waited_for(opened: contextlib.ExitStack, tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        [
+            command("openssl", "apt-get install openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes",
+            "-days", "2", "-subj", "/CN=localhost", "-keyout", str(key), "-out", str(certificate),
+        ],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    with serving(4, tls={"ssl_keyfile": key, "ssl_certfile": certificate}, head_seconds=600) as (address, metrics):
+        silent = [connected(opened, address) for _ in range(20)]
+        answer = httpx.get(f"https://{address[0]}:{address[1]}/", timeout=60, verify=False)
+        assert answer.text == "done"
+        assert value(metrics, "room") >= 17
+        until(lambda: sum(map(ended, silent)) >= 17, "who was in the way is hung up on")
+    with serving(4, tls={"ssl_keyfile": key, "ssl_certfile": certificate}, head_seconds=0.3) as (address, metrics):
+        half = connected(opened, address)
+        half.sendall(b"\x16\x03\x01")
+        until(lambda: ended(half), "it is hung up on")
+        assert value(metrics, "silent") == 1
+        connected(opened, address).sendall(b"GET / HTTP/1.1\r\n\r\n")  # no TLS at all
+        until(
+            lambda: metrics.registry.get_sample_value("weightd_connections", {"listener": "api"}) == 0, "all are gone"
+        )
 
 
 def test_who_finds_every_place_taken_is_answered_and_told_to_come_back(opened: contextlib.ExitStack) -> None:
