@@ -331,7 +331,9 @@ def test_who_is_idle_for_too_long_is_hung_up_on_and_who_is_served_is_not(tmp_pat
     inside(tmp_path, 10, body, head_seconds=0.1, rest_seconds=0.2)
 
 
-def test_descriptors_that_run_out_end_no_accept_loop(tmp_path: Path, opened: contextlib.ExitStack) -> None:
+def test_descriptors_that_run_out_end_no_accept_loop(
+    tmp_path: Path, opened: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
     async def body(room: Room) -> None:
         await room.come()
         room.visits[0].works()
@@ -340,7 +342,7 @@ def test_descriptors_that_run_out_end_no_accept_loop(tmp_path: Path, opened: con
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
             connection.connect(room.path)
-            await asyncio.sleep(0)
+            await noticed(lambda: "cannot accept" in caplog.text)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         await noticed(lambda: len(room.visits) == 2)
@@ -374,14 +376,14 @@ def test_a_connection_that_is_gone_before_it_is_let_in_ends_no_accept_loop(
 
 
 async def app(scope: dict[str, Any], receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
-    """Answers at once; of /stream with an answer that goes on until its client hangs up."""
+    """Answers at once; /large with more than sockets hold, /stream until its client hangs up."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"transfer-encoding", b"chunked")]})
     if scope["path"] == "/stream":
         await send({"type": "http.response.body", "body": b"begun", "more_body": True})
         while (await receive())["type"] != "http.disconnect":
             pass
         return
-    await send({"type": "http.response.body", "body": b"done"})
+    await send({"type": "http.response.body", "body": b"done" if scope["path"] != "/large" else bytes(32 << 20)})
 
 
 @contextlib.contextmanager
@@ -467,6 +469,15 @@ def test_an_event_stream_outlasts_the_deadline_of_the_silent(opened: contextlib.
         assert stream.sock is not None
         assert not ended(stream.sock)
         stream.close()
+
+
+@pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"])
+def test_who_takes_nothing_of_an_answer_is_hung_up_on(opened: contextlib.ExitStack, more: bytes) -> None:
+    with serving(10, head_seconds=0.3) as (address, metrics):
+        connected(opened, address).sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n" + more + b"\r\n")
+        until(lambda: value(metrics, "silent") == 1, "it is hung up on")
+        labels = {"listener": "api"}
+        assert metrics.registry.get_sample_value("weightd_connections", labels) == 0
 
 
 def test_who_never_agrees_on_tls_is_not_waited_for(opened: contextlib.ExitStack, tmp_path: Path) -> None:
