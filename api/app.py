@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from functools import partial
+from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
@@ -47,8 +48,19 @@ MAX_WAIT_SECONDS = 86400.0
 StageId = Annotated[str, Path(max_length=64, description="The stage's id.")]
 
 
-def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, listen_host: str = "127.0.0.1") -> FastAPI:
-    """The application. ``listen_host`` is where it is served by TCP, beside the Unix socket; empty: nowhere."""
+def create_app(
+    node: Node,
+    *,
+    peers: AllowedPeers,
+    token: str | None = None,
+    own_token: str | None = None,
+    folder: FilePath | None = None,
+    listen_host: str = "127.0.0.1",
+) -> FastAPI:
+    """The application. ``listen_host`` is where it is served by TCP, beside the Unix socket; empty: nowhere.
+
+    ``token`` is demanded there for whatever is asked, ``own_token``, which lies in ``folder``, for changes alone.
+    """
     app = FastAPI(
         title="weightd",
         version=version("weightd") or "0",
@@ -62,6 +74,8 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
         Gate,
         peers=peers,
         token=token,
+        own_token=own_token,
+        folder=folder,
         listen_host=listen_host,
         metrics=node.metrics,
     )
@@ -83,14 +97,17 @@ def create_app(node: Node, *, peers: AllowedPeers, token: str | None = None, lis
     async def stage(
         request: StageRequest,
         response: Response,
+        http: Request,
         wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS, description="Seconds to wait for its end.")] = 0,
         dry_run: Annotated[bool, Query(description="Only say whether it would fit, and what would go for it.")] = False,
     ) -> StageRecord | FitRecord:
-        """Stage a checkpoint, or join a stage of the same that is there or on its way. Answers once it is planned."""
+        """Stage a checkpoint, or join a stage of the same that is there or on its way. Answers once it is planned.
+
+        Over TCP without a token it takes what room there is, evicts nothing, and changes no stage that is there."""
         if dry_run:
             response.status_code = 200
             return fit_record(await node.would_fit(request))
-        found, existed = await node.stage(request)
+        found, existed = await node.stage(request, guest=http.scope.get("state", {}).get("guest", False))
         if wait:
             await found.wait(wait)
         if existed and found.state == "ready":

@@ -1,4 +1,4 @@
-"""Who may come in: peers of the Unix socket by their credentials, TCP clients by token and by the host they name."""
+"""Who may do what: peers of the Unix socket by their credentials, TCP clients by token and by the host they name."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyio import BrokenResourceError
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from weightd.api.problems import problem
-from weightd.daemon.lending.credentials import AllowedPeers, Peer, peer_of
+from weightd.api.problems import STATUS, problem
+from weightd.daemon.addresses import is_loopback
+from weightd.daemon.errors import DaemonError, ReadOnly
+from weightd.daemon.lending.credentials import AllowedPeers, Peer
+from weightd.daemon.lending.entrance import Rules
 from weightd.daemon.observing.logs import request_id
 from weightd.daemon.observing.metrics import Metrics
+from weightd.daemon.observing.refusals import Refusals
+from weightd.ipc.runtime_dir import API_SOCKET, TOKEN_FILE
 
 if TYPE_CHECKING:
-    import asyncio
-
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
@@ -33,20 +38,39 @@ MAX_BODY_BYTES = 16 << 20
 _OPEN = frozenset({"/livez", "/readyz", "/healthz"})
 _PAGE = "/"
 """Served to whoever asks, as a page that asks for the token: what it shows goes only to who is ``authorized``."""
-_LOCAL_HOSTS = {"localhost": "localhost", "127.0.0.1": "127.0.0.1", "::1": "[::1]"}
-"""Hosts that only this machine reaches → what the Host header calls them."""
+_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+"""What the Host header calls hosts that only this machine reaches."""
+_STAGE = "/v1/stage"
+"""Where somebody without a token may post to as well: a guest, for whom nothing of others' goes."""
 
 
-class PeerProtocol(H11Protocol):
-    """uvicorn's HTTP protocol, which also tells the application who is at the other end of a Unix socket, and how to
-    hang up on whoever takes nothing."""
+def rules(
+    metrics: Metrics,
+    most: int,
+    *,
+    admitted: AllowedPeers | None = None,
+    refusals: Refusals | None = None,
+    secured: bool = False,
+) -> Rules:
+    """Of a socket that speaks HTTP: so many connections, and a problem document for those who may not stay.
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.app_state = {**self.app_state, "hang_up": transport.abort}
-        connection = transport.get_extra_info("socket")
-        if connection is not None and connection.family.name == "AF_UNIX":
-            self.app_state = {**self.app_state, "peer": peer_of(connection)}
+    ``secured``: by TLS, which has to be agreed on before anything can be said.
+    """
+    return Rules(most, partial(_turned_away, metrics, refusals, secured), admitted)
+
+
+def _turned_away(metrics: Metrics, refusals: Refusals | None, secured: bool, error: DaemonError) -> bytes | None:
+    """An answer to whatever is being asked, as it goes over the wire; None where it could not be read."""
+    metrics.errors.labels(error.code).inc()
+    if refusals is not None:
+        refusals.note(error)
+    if secured:
+        return None
+    status = STATUS[error.code]
+    answer = problem(status, error.code, str(error), {"Connection": "close", "Retry-After": "1"})
+    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
+    lines = [head, *(name + b": " + value for name, value in answer.raw_headers), b"", b""]
+    return b"\r\n".join(lines) + bytes(answer.body)
 
 
 class BodyLimit:
@@ -74,13 +98,24 @@ class Gate:
     """ASGI middleware: refuses who may not come in, measures those who may, and gives every request an id."""
 
     def __init__(
-        self, app: ASGIApp, *, peers: AllowedPeers, token: str | None, listen_host: str, metrics: Metrics
+        self,
+        app: ASGIApp,
+        *,
+        peers: AllowedPeers,
+        token: str | None,
+        own_token: str | None,
+        folder: Path | None,
+        listen_host: str,
+        metrics: Metrics,
     ) -> None:
         self._app = app
         self._peers = peers
         self._token = f"Bearer {token}".encode() if token else None
+        self._own_token = f"Bearer {own_token}".encode() if own_token else None
+        self._how = _how_to_change(folder, own_token is not None)
         # A page in a browser can reach loopback under a name of its own (DNS rebinding); the Host header tells.
-        self._hosts = frozenset(_LOCAL_HOSTS.values()) if listen_host in _LOCAL_HOSTS else None
+        own_name = f"[{listen_host}]" if ":" in listen_host else listen_host
+        self._hosts = frozenset({*_LOCAL_HOSTS, own_name}) if is_loopback(listen_host) else None
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,6 +159,12 @@ class Gate:
             return problem(403, "cross_site", "pages of other sites may not call this API")
         given = headers.get(b"authorization", b"")
         state["authorized"] = self._token is None or hmac.compare_digest(given, self._token)
+        method, path = scope["method"], scope["path"]
+        if self._token is None and (self._own_token is None or not hmac.compare_digest(given, self._own_token)):
+            state["guest"] = True
+            if method not in ("GET", "HEAD") and (method, path) != ("POST", _STAGE):
+                self._metrics.errors.labels(ReadOnly.code).inc()
+                return problem(403, ReadOnly.code, f"{method} {path[:200]} changes something: {self._how}")
         if not state["authorized"] and scope["path"] not in _OPEN and scope["path"] != _PAGE:
             return problem(
                 401,
@@ -132,6 +173,18 @@ class Gate:
                 {"WWW-Authenticate": "Bearer"},
             )
         return None
+
+
+def _how_to_change(folder: Path | None, has_token: bool) -> str:
+    place = folder or Path("$WEIGHTD_RUNTIME_DIR")
+    words = (
+        "whoever shows no token may read here, and stage what fits beside what there is. As a user whom "
+        f"WEIGHTD_PEER_UIDS admits, ask over the Unix socket: curl --unix-socket {place / API_SOCKET}, or the command "
+        "weightd"
+    )
+    if has_token:
+        words += f'; or show the token here: -H "Authorization: Bearer $(cat {place / TOKEN_FILE})"'
+    return words
 
 
 def _from_another_site(method: str, headers: dict[bytes, bytes]) -> bool:

@@ -9,8 +9,11 @@ import os
 import socket
 import ssl
 
+from weightd.api.gate import rules
 from weightd.api.peer_app import create_peer_app
 from weightd.api.uvicorn_server import Server
+from weightd.daemon.lasting import lasting
+from weightd.daemon.lending.entrance import Entrance
 from weightd.daemon.node.service import Node
 from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.peers.finding.directory import Directory, open_directory
@@ -70,6 +73,7 @@ class Peering:
         fleet: Fleet,
         movers: Movers,
         listener: socket.socket | None,
+        entrance: Entrance,
     ) -> None:
         self._directory = directory
         self._fleet = fleet
@@ -82,8 +86,10 @@ class Peering:
         authority = settings.peer_tls_ca
         self._server = Server(
             create_peer_app(self._serving, node.cache, node.metrics, fleet),
+            entrance,
+            "peers",
+            rules(node.metrics, _CONNECTIONS, secured=settings.peer_tls_cert is not None),
             timeout_graceful_shutdown=1,
-            limit_concurrency=_CONNECTIONS,
             ssl_certfile=settings.peer_tls_cert,
             ssl_keyfile=settings.peer_tls_key,
             ssl_ca_certs=str(authority) if authority else None,
@@ -93,16 +99,16 @@ class Peering:
 
     async def start(self) -> None:
         await self._directory.start()
-        self._tasks.append(asyncio.create_task(self._publish(), name="publish"))
+        self._tasks.append(lasting(self._publish(), "telling peers what is here"))
         if self._listener is not None:
-            self._tasks.append(asyncio.create_task(self._server.serve(sockets=[self._listener]), name="peers"))
+            self._tasks.append(lasting(self._server.serve(sockets=[self._listener]), "the port for peers"))
 
     async def _publish(self) -> None:
         self._fleet.off = self._fleet.off or await asyncio.to_thread(self._movers.test)
         if self._fleet.off:
             log.error("nothing comes from peers, and nothing goes to them: %s", self._fleet.off)
             return
-        with contextlib.suppress(MoverFailed):  # then they are started when they are needed
+        with contextlib.suppress(MoverFailed, OSError):  # then they are started when they are needed
             if self._listener is not None:
                 await self._serving.mover()
             await asyncio.to_thread(self._movers.prepare)

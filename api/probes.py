@@ -8,15 +8,17 @@ import socket
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse, Response
 
-from weightd.api.gate import BodyLimit
+from weightd.api.gate import BodyLimit, rules
 from weightd.api.models import Health
 from weightd.api.problems import install, responses
 from weightd.api.uvicorn_server import Server
 from weightd.daemon.errors import NotReady
+from weightd.daemon.lasting import lasting
+from weightd.daemon.lending.entrance import Entrance
 from weightd.daemon.node.service import Node
 
 _CONNECTIONS = 64
-"""At the same time, of each port: it is open to the network."""
+"""At the same time, of each port: it is open to the network, and what it answers is short."""
 _IDLE_SECONDS = 5
 
 
@@ -54,23 +56,26 @@ def metrics_routes(node: Node) -> APIRouter:
 
 
 class Port:
-    """A port that serves such routes and nothing else, to whoever asks."""
+    """A port that serves such routes and nothing else, to whoever asks. ``name`` is what its connections go by."""
 
-    def __init__(self, node: Node, routes: APIRouter, listener: socket.socket) -> None:
+    def __init__(self, node: Node, entrance: Entrance, name: str, routes: APIRouter, listener: socket.socket) -> None:
+        self._name = name
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
         app.include_router(routes)
         install(app, node.metrics)
         self._listener = listener
         self._server = Server(
             BodyLimit(app, 0),
+            entrance,
+            name,
+            rules(node.metrics, _CONNECTIONS),
             timeout_graceful_shutdown=1,
             timeout_keep_alive=_IDLE_SECONDS,
-            limit_concurrency=_CONNECTIONS,
         )
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="port")
+        self._task = lasting(self._server.serve(sockets=[self._listener]), f"the port {self._name}")
 
     async def close(self) -> None:
         self._server.end()

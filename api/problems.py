@@ -41,6 +41,8 @@ STATUS = {
     "lease_limit": 429,
     "queue_full": 429,
     "too_many_watchers": 429,
+    "read_only": 403,
+    "too_many_connections": 503,
     "peers_off": 503,
     "not_ready": 503,
 }

@@ -9,10 +9,11 @@ import resource
 import signal
 
 from weightd.api.app import create_app
-from weightd.api.gate import PeerProtocol
+from weightd.api.gate import rules
 from weightd.api.peering import Peering, open_fleet
 from weightd.api.probes import Port, health_routes, metrics_routes
 from weightd.api.uvicorn_server import Server
+from weightd.daemon import lasting
 from weightd.daemon.addresses import parse_listen
 from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.devices.cpu import held_bytes
@@ -23,8 +24,10 @@ from weightd.daemon.keeper import supervisor
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.keeper.supervisor import LISTEN, LOCK
 from weightd.daemon.lending.credentials import AllowedPeers
+from weightd.daemon.lending.entrance import Entrance
 from weightd.daemon.lending.lease_socket import LeaseServer
 from weightd.daemon.lending.listeners import Listeners
+from weightd.daemon.lending.token import forget_token, own_token
 from weightd.daemon.node.gauges import KeeperGauges, NodeGauges
 from weightd.daemon.node.preload import Preload, read
 from weightd.daemon.node.preloading import Preloading
@@ -42,8 +45,8 @@ from weightd.ipc.runtime_dir import API_SOCKET, LEASE_SOCKET
 
 log = logging.getLogger(__name__)
 
-_GPU_FAILED = 70
-"""Exit code of a process that a GPU's error has made useless: EX_SOFTWARE of sysexits.h."""
+_CONNECTIONS = 2048
+"""To the API at the same time, over TCP and over the Unix socket each."""
 _STOP_DEADLINE = 10.0
 """Seconds that a clean stop may take; stalled native reads are left to the kernel after it."""
 
@@ -57,8 +60,9 @@ def serve(settings: Settings) -> int:
     quarantine = Quarantine(deposits, held)
     capacity = {name: int(size) for name, size in settings.capacity.items()}
     devices = open_devices(capacity, settings.cuda_limits, settings.host_fill, held=held_bytes(held.values()))
+    lasting.before_the_end(lambda reason: deposits.dying(redacted(reason)))
     # From here on: GPUs that err as they are looked for are not used, and no reason to end.
-    cuda.on_sticky(lambda error: _crash(deposits, quarantine, error))
+    cuda.on_sticky(lambda error: _crash(quarantine, error))
     for device in devices.values():
         device.quarantined = quarantine.reason(device.uuid)
     allow = Allow(settings.allow)
@@ -72,15 +76,21 @@ def serve(settings: Settings) -> int:
             over_http.append(listeners.tcp(settings.listen))
         peer_listener = listeners.tcp(settings.peer_listen) if settings.peer_listen and not unavailable() else None
         probed = {
-            routes: listeners.tcp(address)
-            for routes, address in ((health_routes, settings.health_listen), (metrics_routes, settings.metrics_listen))
+            name: (routes, listeners.tcp(address))
+            for name, routes, address in (
+                ("health", health_routes, settings.health_listen),
+                ("metrics", metrics_routes, settings.metrics_listen),
+            )
             if address
         }
         lease_listener = listeners.unix(LEASE_SOCKET)
+        own = own_token(settings.runtime_dir) if settings.listen and settings.token is None else None
     except OSError:
         listeners.close()
         raise
     listeners.drop_others()
+    if own is None:
+        forget_token(settings.runtime_dir)
     peers = AllowedPeers(frozenset(settings.peer_uids), frozenset(settings.peer_gids))
 
     async def run() -> bool:
@@ -114,17 +124,22 @@ def serve(settings: Settings) -> int:
         metrics.watch(KeeperGauges(settings.runtime_dir if deposits.kept else None))
         node.adopt(held, quarantine)
         node.preload = _preload(settings.preload)
-        expiry = asyncio.create_task(residency.expire())
-        leases = LeaseServer(node, lease_listener, peers, settings.max_leases)
+        expiry = lasting.lasting(residency.expire(), "evicting what nobody has used for long")
+        entrance = Entrance(metrics)
+        leases = LeaseServer(node, lease_listener, peers, settings.max_leases, entrance)
         app = create_app(
             node,
             peers=peers,
             token=settings.token.get_secret_value() if settings.token else None,
+            own_token=own,
+            folder=settings.runtime_dir,
             listen_host=parse_listen(settings.listen)[0] if settings.listen else "",
         )
         server = Server(
             app,
-            http=PeerProtocol,
+            entrance,
+            "api",
+            rules(metrics, _CONNECTIONS, admitted=peers, refusals=node.refusals),
             timeout_graceful_shutdown=2,
             on_end=app.state.feed.close,
         )
@@ -132,9 +147,9 @@ def serve(settings: Settings) -> int:
         tidying = asyncio.create_task(node.tidy_cache())
         peering = None
         if fleet is not None and directory is not None:
-            peering = Peering(node, settings, directory, fleet, movers, peer_listener)
+            peering = Peering(node, settings, directory, fleet, movers, peer_listener, entrance)
             await peering.start()
-        ports = [Port(node, routes(node), listener) for routes, listener in probed.items()]
+        ports = [Port(node, entrance, name, routes(node), listener) for name, (routes, listener) in probed.items()]
         for port in ports:
             port.start()
         preloading = Preloading(node)
@@ -227,13 +242,10 @@ def _preload(setting: str) -> Preload:
         return Preload([], str(error))
 
 
-def _crash(deposits: Deposits, quarantine: Quarantine, error: CudaError) -> None:
+def _crash(quarantine: Quarantine, error: CudaError) -> None:
     """End at once: nothing that this process does with that GPU can work any more, and the next one adopts it all."""
-    log.critical("the GPU has failed, and with it this process: %s", error)
     quarantine.failed(error.uuid, redacted(str(error)))
-    deposits.dying(redacted(str(error)))
-    logging.shutdown()
-    os._exit(_GPU_FAILED)
+    lasting.end(f"the GPU has failed, and with it this process: {error}")
 
 
 def _raise_file_limit() -> None:

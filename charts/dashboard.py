@@ -403,6 +403,20 @@ def _api(board: Board) -> None:
         {"{{instance}}": f"scrape_duration_seconds{{{HERE}}} and on (job, instance) weightd_build_info"}, "s",
     ))  # fmt: skip
     board.add(lines(
+        "Connections", "Connections that are open, by the socket that they came in by.",
+        {"{{listener}}": f"sum by (listener) (weightd_connections{{{HERE}}})"}, "short", stacked=True,
+    ))  # fmt: skip
+    board.add(lines(
+        "Connections dropped",
+        "Connections that were hung up on or turned away: silent for too long, silent where others needed the place, "
+        "too many, or of a user who may not come in.",
+        {
+            "{{listener}} {{reason}}": f"sum by (listener, reason) "
+            f"(increase(weightd_connections_dropped_total{{{HERE}}}[$__rate_interval]))"
+        },
+        "short",
+    ))  # fmt: skip
+    board.add(lines(
         "Memory", "Resident memory of the daemon's process, segments in host memory included.",
         {"{{instance}}": f"process_resident_memory_bytes{{{HERE}}} and on (job, instance) weightd_build_info"},
         "bytes", width=8,

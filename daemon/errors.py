@@ -149,6 +149,24 @@ class TooManyWatchers(DaemonError):
     remedy = "close status pages that nobody looks at"
 
 
+class TooManyConnections(DaemonError):
+    """As many connections are open as may: close some, or try again later."""
+
+    code = "too_many_connections"
+    remedy = "close connections that nobody uses, or try again later"
+
+
+class ReadOnly(DaemonError):
+    """This port reads only without its token: use the Unix socket, or show the token. The message says where it is."""
+
+    code = "read_only"
+    remedy = "use the Unix socket, or show the token that lies beside it"
+
+
+HOW_TO_CHANGE = "ask over the Unix socket, as weightd does, or show the token that lies beside it (docs/security.md)"
+"""What to do where something is refused as read_only."""
+
+
 class StageRevoked(DaemonError):
     """The stage is being taken away from its lessees: stage the model again once it has gone."""
 

@@ -62,7 +62,11 @@ class Settings(BaseSettings):
         ByteSize(4 << 30), ge=0,
         description="Bytes kept in it, least recently used go first; what is of resident stages stays in any case.",
     )  # fmt: skip
-    token: SecretStr | None = Field(None, description="Bearer token that the TCP API demands; empty: none.")
+    token: SecretStr | None = Field(
+        None,
+        description="Bearer token that the TCP API demands, needed beyond loopback; empty: reading, and staging what "
+        "fits, take none, all else the one in the file token of the runtime directory.",
+    )
     peer_uids: Annotated[list[int], NoDecode] = Field(
         default_factory=lambda: sorted({0, os.geteuid()}), description="Users, by number, that may use the sockets."
     )
@@ -213,6 +217,11 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _reachable(self) -> Settings:
+        if self.listen and self.token is None and not is_loopback(parse_listen(self.listen)[0]):
+            raise ValueError(
+                f"listen {self.listen!r} is open to the network: set WEIGHTD_TOKEN, or listen on loopback, as in "
+                "127.0.0.1:7400"
+            )
         address = self.peer_address or self.peer_listen
         if address and self.peers != "none":
             parse_directory(self.peers)(node=address, address=address)

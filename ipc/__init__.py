@@ -7,6 +7,7 @@ from weightd.ipc.client import Client
 from weightd.ipc.errors import (
     AttachTimeout,
     CudaError,
+    DaemonNotTrusted,
     DaemonUnavailable,
     DeviceUnavailable,
     DigestMismatch,
@@ -25,6 +26,7 @@ __all__ = [
     "AttachTimeout",
     "Client",
     "CudaError",
+    "DaemonNotTrusted",
     "DaemonUnavailable",
     "DeviceUnavailable",
     "DigestMismatch",

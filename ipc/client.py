@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightd.ipc import trust
 from weightd.ipc.absence import Absence
 from weightd.ipc.errors import DaemonUnavailable, RequestRefused
 from weightd.ipc.runtime_dir import API_SOCKET, runtime_dir
@@ -20,7 +21,9 @@ class Client:
     """The daemon's API: each method is one route and returns its JSON. Close it, or use it in a ``with`` block.
 
     ``url`` (``http://127.0.0.1:7400``) and ``token`` are for TCP; without a url it is the ``api.sock`` of
-    ``runtime_directory`` (default: ``WEIGHTD_RUNTIME_DIR``). All methods raise DaemonUnavailable and RequestRefused.
+    ``runtime_directory`` (default: ``WEIGHTD_RUNTIME_DIR``). Without a token, the one that lies there is shown to this
+    machine's daemon, where this process may read it. All methods raise DaemonUnavailable, of which DaemonNotTrusted is
+    one kind, and RequestRefused.
     """
 
     def __init__(
@@ -32,12 +35,14 @@ class Client:
     ) -> None:
         import httpx
 
-        socket = None if url else str(Path(runtime_directory or runtime_dir()) / API_SOCKET)
+        self._folder = Path(runtime_directory or runtime_dir())
+        socket = None if url else str(self._folder / API_SOCKET)
         self.address = url or socket
+        self._url = url
+        self._token = token
         self._http = httpx.Client(
             base_url=url or "http://weightd",
             transport=httpx.HTTPTransport(uds=socket),
-            headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(30.0, read=None),
         )
 
@@ -107,7 +112,7 @@ class Client:
         absence = Absence(met=True)
         while True:
             try:
-                with self._http.stream("GET", f"/v1/stage/{stage}/events") as response:
+                with self._http.stream("GET", f"/v1/stage/{stage}/events", **self._asking()) as response:
                     if response.is_error:
                         response.read()
                         self._refuse(response)
@@ -128,7 +133,7 @@ class Client:
         absence = Absence(met=True)
         while True:
             try:
-                response = self._http.request(method, path, json=json, params=dict(params or {}))
+                response = self._http.request(method, path, json=json, params=dict(params or {}), **self._asking())
                 break
             except httpx.TransportError as error:
                 # Asking for a stage twice is asking once; dropping one twice is an error.
@@ -138,6 +143,24 @@ class Client:
             self._refuse(response)
         answer: dict[str, Any] = response.json()
         return answer
+
+    def _asking(self) -> dict[str, Any]:
+        """What goes with every request: the token where there is one, and a look at who listens, before a word."""
+        token = self._token or (trust.own_token(self._url, self._folder) if self._url else None)
+        return {
+            "headers": {"Authorization": f"Bearer {token}"} if token else {},
+            "extensions": {} if self._url else {"trace": self._look},
+        }
+
+    def _look(self, event: str, told: dict[str, Any]) -> None:
+        """httpx tells of all that it does for a request; a connection that it has made is looked at."""
+        if event == "connection.connect_unix_socket.complete":
+            stream = told["return_value"]
+            try:
+                trust.check(stream.get_extra_info("socket"), self._folder / API_SOCKET)
+            except BaseException:
+                stream.close()
+                raise
 
     def _refuse(self, response: httpx.Response) -> None:
         try:

@@ -18,6 +18,13 @@ class DaemonUnavailable(WeightdError):
     """No daemon answers at the socket: start one, point at another, or load weights another way."""
 
 
+class DaemonNotTrusted(DaemonUnavailable):
+    """Somebody else listens where the daemon should be; nothing was said to them. The message says what to set."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="daemon_not_trusted")
+
+
 class DeviceUnavailable(WeightdError):
     """This process cannot use the GPU that is meant: no driver, no bindings, or it does not see that one."""
 

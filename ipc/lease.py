@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from weightd.ipc import wire
+from weightd.ipc import trust, wire
 from weightd.ipc.absence import Absence
 from weightd.ipc.errors import (
     AttachTimeout,
@@ -56,8 +56,8 @@ class LeaseConnection:
     def acquire(self, timeout: float | None) -> tuple[dict[str, Any], list[int]]:
         """Ask for the lease and wait for it; returns the daemon's answer and its descriptors, which the caller closes.
 
-        A daemon that dies meanwhile is waited for. Raises DaemonUnavailable, RequestRefused, StageFailed,
-        DigestMismatch, AttachTimeout.
+        A daemon that dies meanwhile is waited for. Raises DaemonUnavailable, DaemonNotTrusted, RequestRefused,
+        StageFailed, DigestMismatch, AttachTimeout.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         absence = Absence(met=False)
@@ -96,6 +96,7 @@ class LeaseConnection:
         try:
             connection.settimeout(_left(deadline))
             connection.connect(str(self._path))
+            trust.check(connection, self._path)
             with contextlib.suppress(BrokenPipeError):  # the daemon may refuse before it has heard everything
                 wire.send(connection, self._message)
         except BaseException:

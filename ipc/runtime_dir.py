@@ -1,4 +1,4 @@
-"""Where daemon and clients meet: one folder with two sockets."""
+"""Where daemon and clients meet: one folder with two sockets, and the token of the TCP port."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 API_SOCKET = "api.sock"
 LEASE_SOCKET = "lease.sock"
+TOKEN_FILE = "token"  # noqa: S105 - its name
+"""File with what has to be shown over TCP to change anything, where the operator has set no token."""
 
 
 def runtime_dir() -> Path:

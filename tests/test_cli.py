@@ -166,7 +166,8 @@ def test_the_readme_lists_every_setting() -> None:
     [
         (("--listen", "nonsense"), "HOST:PORT"),
         (("--listen", "127.0.0.1:65536"), "HOST:PORT"),
-        (("--listen", "192.0.2.1:80"), "cannot listen on 192.0.2.1:80"),
+        (("--listen", "192.0.2.1:80"), "WEIGHTD_TOKEN"),
+        (("--listen", "192.0.2.1:80", "--token", "s3cret"), "cannot listen on 192.0.2.1:80"),
         (("--no-listen", "--listen", "127.0.0.1:80"), "--no-listen"),
         (("--no-listen", "--capacity", "cpu"), "DEVICE=SIZE"),
         (("--no-listen", "--capacity", "cpu=lots"), "capacity"),

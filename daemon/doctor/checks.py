@@ -11,12 +11,13 @@ from typing import Any
 
 from weightd.daemon.devices import libstreamer
 from weightd.daemon.devices.cpu import available_memory
+from weightd.daemon.doctor.access import examine_access
 from weightd.daemon.doctor.gpus import examine_gpus
 from weightd.daemon.doctor.report import Finding
 from weightd.daemon.doctor.s3 import examine_s3
 from weightd.daemon.keeper.control import NoKeeper, keeper_status
 from weightd.daemon.settings import Settings
-from weightd.ipc import Client, WeightdError
+from weightd.ipc import Client, DaemonNotTrusted, WeightdError
 from weightd.ipc.runtime_dir import API_SOCKET, LEASE_SOCKET, runtime_dir
 
 _PROBE_SECONDS = 5.0
@@ -26,7 +27,7 @@ def examine() -> list[Finding]:
     """Look at everything. Raises nothing: what cannot be looked at is a finding."""
     findings: list[Finding] = []
     checks = (
-        _keeper, _daemon, _sockets, _memory, _memlock, _huge_pages, _files, _streamer, examine_gpus,
+        _keeper, _daemon, _sockets, examine_access, _memory, _memlock, _huge_pages, _files, _streamer, examine_gpus,
         examine_s3, _credentials, _cache,
     )  # fmt: skip
     for check in checks:
@@ -72,7 +73,8 @@ def _daemon() -> Iterator[Finding]:
         with Client() as client:
             node, directory = client.node(), client.peers()
     except WeightdError as error:
-        yield Finding("daemon", "error", str(error), "weightd serve")
+        remedy = "set what it names" if isinstance(error, DaemonNotTrusted) else "weightd serve"
+        yield Finding("daemon", "error", str(error), remedy)
         return
     yield Finding("daemon", "ok", f"pid {node['pid']} at {client.address}")
     for why in node["not_ready"]:

@@ -54,6 +54,8 @@ _AT_ONCE = 3
 delay."""
 _STATUS_PAUSE = 0.5
 """Seconds at least between two writings of the status that only say how much is held."""
+_ANYBODYS = 0o1002
+"""Mode bits of a folder such as /tmp, in which anybody may make anything that is not there yet."""
 _KILLED = 128
 """Exit codes from here on stand for signals, as in a shell."""
 _HAND_OVER_DEADLINE = 10.0
@@ -386,6 +388,13 @@ def lock(folder: str) -> int:
     path = f"{folder}/{LOCK}"
     try:
         os.makedirs(folder, mode=0o750, exist_ok=True)
+        above = os.stat(os.path.dirname(os.path.abspath(folder))).st_mode
+        owner = os.lstat(folder).st_uid
+        if above & _ANYBODYS == _ANYBODYS and owner not in (0, os.geteuid()):
+            fail(
+                f"{folder} was made by uid {owner}, who may put there what is to be overwritten: remove it, or choose "
+                "another --runtime-dir"
+            )
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     except OSError as error:
         fail(f"cannot use the runtime directory {folder}: {error.strerror}: {error.filename}")

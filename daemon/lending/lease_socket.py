@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import errno
 import logging
 import os
 import re
@@ -15,8 +14,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from weightd.daemon.devices.cuda import IpcSegment
-from weightd.daemon.errors import DaemonError, DigestMismatch, InvalidRequest, LeaseLimit, PeerNotAllowed
-from weightd.daemon.lending.credentials import AllowedPeers, Peer, peer_of
+from weightd.daemon.errors import DaemonError, DigestMismatch, InvalidRequest, LeaseLimit
+from weightd.daemon.lending.credentials import AllowedPeers, Peer
+from weightd.daemon.lending.entrance import Entrance, Rules, Visit
 from weightd.daemon.node.service import Node
 from weightd.daemon.stages.eviction import now
 from weightd.daemon.stages.manifests import SealedManifest
@@ -24,11 +24,12 @@ from weightd.daemon.stages.request import parse_request
 from weightd.daemon.stages.segments import segment_manifest
 from weightd.daemon.stages.stage import Stage
 from weightd.ipc import wire
+from weightd.ipc.runtime_dir import LEASE_SOCKET
 
 log = logging.getLogger(__name__)
 
-_REQUEST_TIMEOUT = 30.0
-"""Seconds that a connection may take to say what it wants."""
+_REFUSAL_TIMEOUT = 30.0
+"""Seconds that a connection may take to be told why not."""
 _PROGRESS_INTERVAL = 1.0
 _LEASE_ID = re.compile(r"le-[0-9a-f]{12}")
 
@@ -70,7 +71,7 @@ async def lend_by_handle(node: Node, stage: Stage, rank: int, peer: Peer | None)
         uid, gid, pid = (peer.uid, peer.gid, peer.pid) if peer else (None, None, None)
         lease = node.residency.leases.begin(stage, rank, uid=uid, gid=gid, pid=pid)
     except DaemonError as error:
-        yield {"type": "error", "code": error.code, "message": str(error), "details": error.details}
+        yield _error(error)
         return
     index = stage.request.ranks.index(rank)
     segment = stage.segments[index]
@@ -100,36 +101,34 @@ async def lend_by_handle(node: Node, stage: Stage, rank: int, peer: Peer | None)
 
 
 class LeaseServer:
-    """Accepts lease connections on a listening Unix socket until closed: a task each, none waits for another."""
+    """Serves the lease connections that come in at a listening Unix socket: a task each, none waits for another."""
 
-    def __init__(self, node: Node, listener: socket.socket, peers: AllowedPeers, max_connections: int) -> None:
+    def __init__(
+        self, node: Node, listener: socket.socket, peers: AllowedPeers, max_connections: int, entrance: Entrance
+    ) -> None:
         self._node = node
         self._listener = listener
-        self._peers = peers
-        self._max = max_connections
         self._loop = asyncio.get_running_loop()
         self._connections: set[asyncio.Task[None]] = set()
-        listener.setblocking(False)
-        self._acceptor = asyncio.create_task(self._accept(), name="lease-acceptor")
+        rules = Rules(max_connections, self._turned_away, peers, LeaseLimit, "WEIGHTD_MAX_LEASES")
+        self._door = entrance.open(LEASE_SOCKET, listener, rules, self._take)
 
-    async def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = await self._loop.sock_accept(self._listener)
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNABORTED):
-                    raise
-                log.warning("lease socket: cannot accept: %s", error)
-                await asyncio.sleep(0.1)
-                continue
-            connection.setblocking(False)
-            task = asyncio.create_task(self._serve(connection))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
+    def _take(self, connection: socket.socket, visit: Visit, peer: Peer | None) -> None:
+        assert peer is not None  # it is a Unix socket
+        task = asyncio.create_task(self._serve(connection, visit, peer))
+        visit.hang_up = task.cancel
+        self._connections.add(task)
 
-    async def _serve(self, connection: socket.socket) -> None:
+        def gone(task: asyncio.Task[None]) -> None:
+            self._connections.discard(task)
+            connection.close()  # here, as a task that is cancelled before it begins does nothing at all
+            visit.end()
+
+        task.add_done_callback(gone)
+
+    async def _serve(self, connection: socket.socket, visit: Visit, peer: Peer) -> None:
         try:
-            await self._conversation(connection)
+            await self._conversation(connection, visit, peer)
         except (OSError, wire.Closed):
             pass  # the client is gone; its lease went with it
         except DaemonError as error:
@@ -137,24 +136,22 @@ class LeaseServer:
         except Exception as error:
             log.exception("lease connection")
             await self._refuse(connection, DaemonError(f"{type(error).__name__}: see the daemon's log"))
-        finally:
-            connection.close()
+
+    def _turned_away(self, error: DaemonError) -> bytes:
+        """What somebody is told who is not let in for this."""
+        self._node.metrics.errors.labels(error.code).inc()
+        self._node.refusals.note(error)
+        return wire.encode(_error(error))
 
     async def _refuse(self, connection: socket.socket, error: DaemonError) -> None:
         self._node.metrics.errors.labels(error.code).inc()
         self._node.refusals.note(error)
-        reply = {"type": "error", "code": error.code, "message": str(error), "details": error.details}
         with contextlib.suppress(OSError, TimeoutError):
-            await asyncio.wait_for(self._send(connection, reply), _REQUEST_TIMEOUT)
+            await asyncio.wait_for(self._send(connection, _error(error)), _REFUSAL_TIMEOUT)
 
-    async def _conversation(self, connection: socket.socket) -> None:
-        peer = peer_of(connection)
-        # Heard out even where it is refused: closing with unread data would take the refusal's words away with it.
-        message = await asyncio.wait_for(self._receive(connection), _REQUEST_TIMEOUT)
-        if not self._peers.admits(peer):
-            raise PeerNotAllowed(self._peers.refusal(peer))
-        if len(self._connections) > self._max:
-            raise LeaseLimit(f"{self._max} lease connections are open, which is all that WEIGHTD_MAX_LEASES allows")
+    async def _conversation(self, connection: socket.socket, visit: Visit, peer: Peer) -> None:
+        message = await self._receive(connection, visit)
+        visit.works()
         started = time.perf_counter()
         # From here on the client has nothing to say: whatever comes in is the end of the connection.
         lending = asyncio.ensure_future(self._lend(connection, peer, message, started))
@@ -262,8 +259,9 @@ class LeaseServer:
                 os.close(lent)
             manifest.close()
 
-    async def _receive(self, connection: socket.socket) -> dict[str, Any]:
+    async def _receive(self, connection: socket.socket, visit: Visit) -> dict[str, Any]:
         (length,) = wire.LENGTH.unpack(await self._receive_exactly(connection, wire.LENGTH.size))
+        visit.sends()
         if length > wire.MAX_REQUEST_BYTES:
             raise InvalidRequest(f"a message of {length} bytes, allowed are {wire.MAX_REQUEST_BYTES}")
         try:
@@ -300,10 +298,11 @@ class LeaseServer:
 
     async def close(self) -> None:
         """Stop accepting and end all leases."""
-        tasks = [self._acceptor, *self._connections]
-        for task in tasks:
+        self._door.close()
+        await self._door.wait_closed()
+        for task in self._connections:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._connections, return_exceptions=True)
         self._listener.close()
 
 
@@ -320,6 +319,10 @@ def _renewed(message: dict[str, Any], stage: Stage, index: int) -> str | None:
             f"stage {stage.id}: the segment's digest is {found}, the lease was on {str(renews.get('digest'))[:50]}"
         )
     return str(renews["lease"])
+
+
+def _error(error: DaemonError) -> dict[str, Any]:
+    return {"type": "error", "code": error.code, "message": str(error), "details": error.details}
 
 
 def _progress(stage: Stage) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from weightd.daemon.errors import TooManyWatchers
+from weightd.daemon.lasting import lasting
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class Feed:
         watcher = Watcher(self, hang_up)
         self._watchers.add(watcher)
         if self._looking is None:
-            self._looking = asyncio.create_task(self._look_on(), name="feed")
+            self._looking = lasting(self._look_on(), "looking at what changes")
         try:
             yield watcher
         finally:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.devices.base import Device
 from weightd.daemon.devices.quarantine import Quarantine
-from weightd.daemon.errors import Interrupted, NotMovable
+from weightd.daemon.errors import HOW_TO_CHANGE, Interrupted, NotMovable, ReadOnly
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.limits import FillLimits, NodeLimits
 from weightd.daemon.node.preload import Preload
@@ -109,24 +109,29 @@ class Node:
 
     # ------------------------------------------------------------------ asking for stages
 
-    async def stage(self, request: StageRequest) -> tuple[Stage, bool]:
+    async def stage(self, request: StageRequest, *, guest: bool = False) -> tuple[Stage, bool]:
         """The stage that a request means, and whether it was there already. Returns once it is planned.
 
         A request for what is there, or on its way, joins it; otherwise a new stage starts. What is at the URI is
         listed anew every time, so that a replaced checkpoint is never taken for the one that is resident; where the
         source does not answer, what is resident counts.
 
-        Raises InvalidRequest, NotAllowed, InsufficientCapacity, QueueFull. All else is in the stage's record.
+        A ``guest`` changes nothing for others: what is there stays as it is, and nothing goes for what is new.
+
+        Raises InvalidRequest, NotAllowed, InsufficientCapacity, QueueFull, ReadOnly. All else is in the stage's record.
         """
         asked = time.monotonic()
+        if guest and (request.pin or request.priority > 0):
+            raise ReadOnly(f"pin, and a priority above 0, are at others' expense: {HOW_TO_CHANGE}")
         meant = await self._resolver.resolve(request)
         if isinstance(meant, Unlisted):
             return self._failed(request, meant, asked), False
         if isinstance(meant, Joined):
             found = meant.stage
-            self._join(meant, request)
+            self._join(meant, request, guest=guest)
         else:
             found = Stage(meant.uri, meant.devices, request, meant.listing, asked)
+            found.guest = guest
             self._scheduler.start(found, meant.source)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(found.planned.wait(), _PLAN_DEADLINE)
@@ -136,25 +141,28 @@ class Node:
         found.announced = True
         return found, isinstance(meant, Joined)
 
-    def _join(self, joined: Joined, request: StageRequest) -> None:
-        """Keep a stage as long, and load it as soon, as everybody who asked for it wants."""
+    def _join(self, joined: Joined, request: StageRequest, *, guest: bool) -> None:
+        """Keep a stage as long, and load it as soon, as everybody who asked for it wants, but for guests."""
         stage, listing = joined.stage, joined.listing
         if joined.unanswered is not None:
             self.metrics.errors.labels(joined.unanswered.code).inc()
             self.refusals.note(joined.unanswered)
-        stage.asked_at = now()
         before = stage.ttl_seconds, stage.listing
         if listing is not None and stage.listing is not None:
             stage.listed_at = time.time()
             if stage.listing.identity != listing.identity:  # a record of an earlier version, told by less
                 stage.listing = replace(listing, weight_map=None)
                 stage.left_out = stage.left_out or listing.left_out
-        if stage.ttl_seconds is not None:
+        if not guest:
+            stage.asked_at = now()
+        if stage.ttl_seconds is not None and not guest:
             mine = request.ttl_seconds
             stage.ttl_seconds = None if mine is None else max(stage.ttl_seconds, mine)
         if before != (stage.ttl_seconds, stage.listing):
             record.update(self._deposits, stage)
         self.residency.changed()
+        if guest:
+            return
         self.change(stage, priority=max(stage.priority, request.priority), pin=stage.pin or request.pin)
 
     async def would_fit(self, request: StageRequest) -> Fit:

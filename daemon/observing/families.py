@@ -14,6 +14,14 @@ BETTER_PATHS = ("rdma", "shm", "cuda_ipc")
 DROPPED = ("stalled", "gone", "failed", "unreachable", "wrong_bytes", "nonsense", "version")
 ENDS = ("crashed", "killed", "out_of_memory", "replaced")
 ADOPTED = ("ready", "interrupted", "failed")
+LISTENERS = ("api", "api.sock", "lease.sock", "health", "metrics", "peers")
+REFUSED = {
+    "silent": "it had not said in time what it wants",
+    "room": "it said nothing, and others needed its place",
+    "full": "all places were taken",
+    "not_admitted": "its user may not use this socket",
+}
+"""Why a connection is dropped, or not let in, in words."""
 AGES = {"<1m": 60.0, "<1h": 3600.0, "<1d": 86400.0, ">=1d": float("inf")}
 """Age → seconds below which a lease has it, the first one that fits."""
 
@@ -136,6 +144,10 @@ SECTIONS: dict[str, tuple[Family, ...]] = {
     "API": (
         Family("weightd_api_request_duration_seconds", "histogram", "Seconds to answer an HTTP request (to the first "
                "byte of an event stream).", ("method", "route", "status"), _REQUEST),
+        Family("weightd_connections", "gauge", "Connections that are open, by the socket that they came in by.",
+               ("listener",)),
+        Family("weightd_connections_dropped_total", "counter", "Connections that were hung up on or turned away, by "
+               "the socket that they came to.", ("listener", "reason")),
     ),
     "Build": (
         Family("weightd_build_info", "gauge", "Versions of weightd and of what moves its bytes; always 1.",
@@ -172,6 +184,8 @@ LABELS = {
     f"those on their way and then the youngest are there, {MAX_MODELS} at most",
     "reason": _of(EVICTED),
     "weightd_peers_dropped_total.reason": _of(DROPPED),
+    "weightd_connections_dropped_total.reason": "; ".join(f"`{reason}`: {text}" for reason, text in REFUSED.items()),
+    "listener": f"{_of(LISTENERS)}; `api` is the TCP port of the API, `peers` the one for peers",
     "fill": "`streamer`, `ring`",
     "digests": "`gpu`, `host`",
     "age": _of(tuple(AGES)),

@@ -54,6 +54,8 @@ class Metrics:
         self._sent_bytes = self._counter("weightd_peer_sent_bytes_total")
         self._peers_dropped = self._counter("weightd_peers_dropped_total")
         self._stage_seconds = self._histogram("weightd_stage_duration_seconds")
+        self.connections = self._gauge("weightd_connections")
+        self.connections_dropped = self._counter("weightd_connections_dropped_total")
         self.attach_seconds = self._histogram("weightd_attach_duration_seconds")
         self._api_seconds = self._histogram("weightd_api_request_duration_seconds")
         self._start_seconds = self._gauge("weightd_start_duration_seconds")

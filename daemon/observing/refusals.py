@@ -14,10 +14,13 @@ from weightd.daemon.errors import (
     NotAllowed,
     PeerNotAllowed,
     QueueFull,
+    TooManyConnections,
     TooManyWatchers,
 )
 
-_NOTED = (InsufficientCapacity, LeaseLimit, NotAllowed, PeerNotAllowed, QueueFull, TooManyWatchers)
+_NOTED = (
+    InsufficientCapacity, LeaseLimit, NotAllowed, PeerNotAllowed, QueueFull, TooManyConnections, TooManyWatchers,
+)  # fmt: skip
 """What an operator can do something about; all else is the client's own mistake, or in a stage's record."""
 _REMEMBERED = 20
 

@@ -18,12 +18,14 @@ from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.devices.base import Device, Segment
 from weightd.daemon.devices.copying import copy_segment
 from weightd.daemon.errors import (
+    HOW_TO_CHANGE,
     Cancelled,
     DaemonError,
     DeviceFailed,
     InsufficientCapacity,
     InvalidRequest,
     QueueFull,
+    ReadOnly,
 )
 from weightd.daemon.filling.ledger import Ledger
 from weightd.daemon.keeper.deposits import Deposits
@@ -82,7 +84,8 @@ class Scheduler:
     def start(self, stage: Stage, source: Source) -> None:
         """Take up a new stage. Raises QueueFull."""
         waiting = sum(other.state in ("queued", "planning") for other in self._residency.stages.values())
-        if waiting >= self._limits.max_queued:
+        # Guests leave half of it to others.
+        if waiting >= (max(1, self._limits.max_queued // 2) if stage.guest else self._limits.max_queued):
             raise QueueFull(
                 f"{waiting} stages wait for their turn, which is all that WEIGHTD_MAX_QUEUED allows: try again later",
                 retry_after_seconds=10,
@@ -242,9 +245,14 @@ class Scheduler:
         await self.in_thread(self._cache.trim, set().union(*(stage.cached_as() for stage in here)))
 
     async def _admit(self, stage: Stage, needed: dict[str, int]) -> None:
-        """Promise the stage its bytes, evicting what may go. Raises InsufficientCapacity."""
+        """Promise the stage its bytes, evicting what may go. Raises InsufficientCapacity, ReadOnly."""
         if needed != stage.reserved:  # an adopted stage has its bytes already
             stage.reserved = {}
+            if stage.guest and (going := self._residency.victims(needed)):
+                raise ReadOnly(
+                    f"{stage.uri} needs {sum(needed.values())} bytes, for which {', '.join(one.id for one in going)} "
+                    f"would have to go: {HOW_TO_CHANGE}"
+                )
             await self._residency.dismiss_victims(needed)
             self._residency.make_room(stage.uri, needed)
             stage.reserved = needed
@@ -395,4 +403,4 @@ class Scheduler:
 
 def refused(stage: Stage) -> bool:
     """Whether it turned out that the request cannot be served before anybody was told of the stage."""
-    return isinstance(stage.error, InsufficientCapacity | InvalidRequest) and not stage.announced
+    return isinstance(stage.error, InsufficientCapacity | InvalidRequest | ReadOnly) and not stage.announced

@@ -97,6 +97,8 @@ class Stage:
         """When it was asked for last while it was there already, in monotonic seconds."""
         self.listed_at = self.created_at
         """When its source was last seen to hold what it is of, in seconds since the epoch."""
+        self.guest = False
+        """Whether it was asked for by somebody for whom nothing may go."""
         self.plan: Plan | None = None
         """From planning until it is ready; manifests take its place then."""
         self.infos: tuple[SegmentInfo, ...] = ()

@@ -220,6 +220,7 @@ def test_engines_find_the_sockets_and_files_where_the_daemon_has_them_and_cannot
                 assert mounts[name]["mountPath"] == theirs[name]["mountPath"]
                 assert mounts[name]["readOnly"] is True
             assert env_of(engine)["WEIGHTD_RUNTIME_DIR"] == theirs["weightd-run"]["mountPath"]
+            assert env_of(engine)["WEIGHTD_DAEMON_UID"] == env_of(daemon)["WEIGHTD_DAEMON_UID"]
             if "weightd-shim" in mounts:
                 assert env_of(engine)["PYTHONPATH"] == mounts["weightd-shim"]["mountPath"]
             assert not [name for name in env_of(engine) if re.search("SECRET|TOKEN|KEY", name)]

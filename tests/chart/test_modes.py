@@ -75,6 +75,7 @@ def test_the_example_of_a_consumer_fits_what_mode_node_renders() -> None:
             assert (mount["mountPath"], mount["readOnly"]) == (mounts[volume["name"]], True)
     assert consumer["spec"]["securityContext"]["supplementalGroups"] == [weightd["securityContext"]["runAsGroup"]]
     assert env_of(engine)["WEIGHTD_RUNTIME_DIR"] == mounts["weightd-run"]
+    assert env_of(engine)["WEIGHTD_DAEMON_UID"] == str(weightd["securityContext"]["runAsUser"])
     (shim,) = consumer["spec"]["initContainers"]
     rendered = container(manifests(), "weightd-shim")
     assert (shim["image"], shim["command"]) == (rendered["image"], rendered["command"])

@@ -205,6 +205,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"credentials": {"gcs": {"existingSecret": "a", "emulator": "http://x"}}}, "without credentials"),
     ({"credentials": {"caBundle": {"configMap": "a", "secret": "b"}}}, "name one of them"),
     ({"credentials": {"s3": {"roleArn": ROLE}}, "serviceAccount": {"create": False}}, "serviceAccount.create: false"),
+    ({"settings": {"listen": "0.0.0.0:7400"}}, "apiToken.existingSecret"),
+    ({"settings": {"listen": "[::]:7400"}}, "apiToken.existingSecret"),
     ({"peers": {"enabled": True, "auth": "tls"}}, "peers.tls.existingSecret"),
     ({"peers": {"enabled": True, "directory": "etcd"}}, "peers.etcd.endpoints"),
     ({"peers": {**PEERS, "etcd": {"endpoints": ["http://etcd:2379"]}}}, "peers.directory is dns"),

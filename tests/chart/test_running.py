@@ -221,6 +221,7 @@ def test_an_engine_of_any_user_is_let_in_by_the_pods_group_and_reads_the_metadat
                 "import os; from weightd.ipc import attach; print(os.listdir(attach(os.environ['MODEL']).metadata))"
             )
             env = {**os.environ, "MODEL": str(folder / "model"), "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}
+            env["WEIGHTD_DAEMON_UID"] = env_of(container(manifests(), "engine"))["WEIGHTD_DAEMON_UID"]
 
             def engine(*groups: int) -> subprocess.CompletedProcess[str]:
                 arguments = [*user(1234, *groups), sys.executable, "-c", script]

@@ -52,7 +52,7 @@ def _parsed(
             r"\$\$|\$\((\w+)\)", lambda found: known.get(found[1], found[0]) if found[1] else "$", text
         )
     for name, text in known.items():
-        if name.startswith("WEIGHTD_"):
+        if name.startswith("WEIGHTD_") and name != "WEIGHTD_DAEMON_UID":  # which is its clients'
             setting = name.removeprefix("WEIGHTD_").lower()
             assert setting in Settings.model_fields, f"{name} is no setting"
             if name.startswith("WEIGHTD_PEER_TLS_"):

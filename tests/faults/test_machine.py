@@ -6,6 +6,7 @@ import asyncio
 import json
 import mmap
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ from tests.servers import Daemon, until
 from weightd.daemon.devices.cpu import CpuDevice
 from weightd.daemon.filling.ledger import Ledger
 from weightd.daemon.keeper.deposits import Deposits
+from weightd.daemon.lending.entrance import KEPT, reserve
 from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.stages.eviction import evictable, expires_at
 from weightd.daemon.stages.request import StageRequest
@@ -115,12 +117,16 @@ def test_without_descriptors_it_refuses_and_works_again_once_there_are_some(
     daemon = start_daemon(command=prlimit(f"--nofile={limit}:{limit}"))
     stage = daemon.stage(folder)["id"]
     fds = Path(f"/proc/{daemon.pid}/fd")
-    with pytest.raises((AttachTimeout, DaemonUnavailable, RequestRefused)):  # noqa: PT012
+    with pytest.raises(RequestRefused, match="ulimit -n"):  # noqa: PT012
         while len(held) < limit:
-            held.append(daemon.attach(stage=stage, timeout=3))
-    assert len(os.listdir(fds)) > limit - 5
+            held.append(daemon.attach(stage=stage, timeout=60))
+    assert limit - reserve(limit) - 2 <= len(os.listdir(fds)) <= limit - reserve(limit) + 2 * KEPT
     assert len(held) > 10
+    another = checkpoint(tmp_path / "another")
+    assert daemon.stage(another)["state"] == "ready", "what connections leave is enough to work with"
 
+    # Less than that, so that there is nothing left at all.
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (len(os.listdir(fds)) + 1, limit))
     other = checkpoint(tmp_path / "other")
     try:
         said = str(daemon.stage(other)["error"])  # it is listed by descriptors
@@ -128,7 +134,10 @@ def test_without_descriptors_it_refuses_and_works_again_once_there_are_some(
         said = str(refused)
     assert "Too many open files" in said
     assert all(float(weights["w3"].max()) == 3 for weights in held)
+    with pytest.raises((AttachTimeout, DaemonUnavailable, RequestRefused)):
+        daemon.attach(stage=stage, timeout=3)
 
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (limit, limit))
     while held:
         held.pop().close()
     until(lambda: not daemon.client.leases(), "no lease is left")
@@ -182,6 +191,24 @@ def test_a_runtime_directory_that_cannot_be_used_is_one_line_and_exit_code_1(
     assert words in result.stderr
     assert inside in result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_a_runtime_directory_that_somebody_else_has_made_in_tmp_is_not_used(tmp_path: Path) -> None:
+    if os.getuid():
+        pytest.skip("needs root, to become another user")
+    tmp_path.chmod(0o1777)
+    folder, precious = tmp_path / "weightd-0", tmp_path / "precious"
+    precious.write_text("not to be emptied")
+    folder.mkdir(0o755)
+    (folder / "lock").symlink_to(precious)
+    os.chown(folder, 1234, 1234)
+    (tmp_path / "link").symlink_to(folder)
+    os.chown(tmp_path / "link", 1234, 1234, follow_symlinks=False)
+    for path in (folder, tmp_path / "link"):
+        result = serve(path)
+        assert result.returncode == 1
+        assert f"{path} was made by uid 1234" in result.stderr
+    assert precious.read_text() == "not to be emptied"
 
 
 def test_what_a_dead_daemon_has_left_in_the_runtime_directory_is_replaced(tmp_path: Path, folder: Path) -> None:

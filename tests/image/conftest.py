@@ -15,6 +15,14 @@ from tests.image.dockerfile import Dockerfile
 from tests.servers import Missing
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _believed(dockerfile: Dockerfile) -> Iterator[None]:
+    """Clients on this machine believe the image's user, as engines beside it do by the same variable."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WEIGHTD_DAEMON_UID", dockerfile.stages["weightd"].last("USER").value.partition(":")[0])
+        yield
+
+
 @pytest.fixture(scope="session")
 def dockerfile() -> Dockerfile:
     return Dockerfile((ROOT / "Dockerfile").read_text())

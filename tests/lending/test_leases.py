@@ -387,8 +387,10 @@ def test_an_untrusted_user_is_refused_by_credentials_even_where_the_file_mode_le
         pytest.skip("needs root, to become another user")
     with tempfile.TemporaryDirectory() as base, Daemon(Path(base) / "d") as daemon:
         Path(base).chmod(0o755)
-        for path in (daemon.runtime_dir, *daemon.runtime_dir.iterdir(), Path(base) / "d"):
-            path.chmod(0o777)
+        for path in (daemon.runtime_dir, Path(base) / "d"):
+            path.chmod(0o755)
+        for path in daemon.runtime_dir.glob("*.sock"):
+            path.chmod(0o666)
         script = (
             "import os, sys, datetime, httpx, httpcore, h11, ssl\nimport weightd.ipc.client\n"
             "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
@@ -433,8 +435,10 @@ def test_a_group_that_may_use_the_sockets_lets_its_members_in() -> None:
         with daemon, other:
 
             def told(server: Daemon, *groups: int) -> list[str]:
-                for path in (server.runtime_dir, *server.runtime_dir.iterdir(), server.runtime_dir.parent):
-                    path.chmod(0o777)
+                for path in (server.runtime_dir, server.runtime_dir.parent):
+                    path.chmod(0o755)
+                for path in server.runtime_dir.glob("*.sock"):
+                    path.chmod(0o666)
                 lease = str(server.runtime_dir / "lease.sock")
                 command = [sys.executable, "-c", STRANGER, lease, *map(str, groups)]
                 env = {**os.environ, "WEIGHTD_RUNTIME_DIR": str(server.runtime_dir)}

@@ -33,6 +33,7 @@ QUIET = (
     "weightd_stages_adopted_total", "weightd_keeper_daemon_ends_total", "weightd_keeper_orphaned_bytes",
     "weightd_leases_awaited", "weightd_peers_off", "weightd_preload_missing", "weightd_source_retries_total",
     "weightd_digest_mismatches_total", "weightd_queue_oldest_seconds", 'state="queued"',
+    "weightd_connections_dropped_total",
 )  # fmt: skip
 """In queries of what does not happen here."""
 SELDOM = (

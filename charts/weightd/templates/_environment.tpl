@@ -156,11 +156,23 @@ etcd:{{ $endpoints }}{{ $prefix }}
 {{- toYaml $env -}}
 {{- end -}}
 
+{{/* Who runs weightd, so that clients believe it: volumes of Kubernetes belong to root, and anybody may write to them.
+     In the engine's container that is root where nothing says who; what runs there finds out by itself. */}}
+{{- define "weightd.daemonUid" -}}
+{{- if eq (include "weightd.sharing" .) "singleContainer" -}}
+{{- dig "runAsUser" (dig "runAsUser" 0 .Values.podSecurityContext) .Values.engine.securityContext | int64 -}}
+{{- else -}}
+{{- .Values.securityContext.runAsUser | default 0 | int64 -}}
+{{- end -}}
+{{- end -}}
+
 {{/* All variables of the daemon, as a list. */}}
 {{- define "weightd.env" -}}
 {{- $any := include "weightd.anyAddress" . -}}
 {{- $cache := .Values.cache.path -}}
 {{- $env := list (dict "name" "WEIGHTD_RUNTIME_DIR" "value" .Values.runtimeDir) -}}
+{{- /* For the commands that are run in its container. */ -}}
+{{- $env = append $env (dict "name" "WEIGHTD_DAEMON_UID" "value" (include "weightd.daemonUid" .)) -}}
 {{- $env = append $env (dict "name" "WEIGHTD_CACHE_DIR" "value" $cache) -}}
 {{- /* Beside the cache, because the root file system is read-only and engines read what lies there. */ -}}
 {{- $env = append $env (dict "name" "HF_HOME" "value" (printf "%s/huggingface" $cache)) -}}
@@ -192,6 +204,7 @@ etcd:{{ $endpoints }}{{ $prefix }}
 {{- include "weightd.validate" $weightd -}}
 {{- $values := $weightd.Values -}}
 {{- $env := list (dict "name" "WEIGHTD_RUNTIME_DIR" "value" $values.runtimeDir) -}}
+{{- $env = append $env (dict "name" "WEIGHTD_DAEMON_UID" "value" (include "weightd.daemonUid" $weightd)) -}}
 {{- if $values.shim.enabled }}{{ $env = append $env (dict "name" "PYTHONPATH" "value" $values.shim.path) }}{{ end -}}
 {{- if and (eq (include "weightd.sharing" $weightd) "visibleDevices") (eq $values.mode "sidecar") (eq $values.gpu.visibleDevices.engine "same") -}}
   {{- $env = append $env (dict "name" "NVIDIA_VISIBLE_DEVICES" "value" (include "weightd.text" $values.gpu.visibleDevices.devices)) -}}

@@ -1,6 +1,8 @@
 {{/* What a container runs that has weightd and the engine in it: sh -c THIS supervise COMMAND... */}}
 {{- define "weightd.supervise" -}}
 # weightd beside the engine, in one container. The engine is started again where it ends, the container ends with weightd.
+# The volume of the sockets may be written to by others: clients are told whose daemon to believe.
+export WEIGHTD_DAEMON_UID="$(id -u)"
 weightd serve &
 daemon=$!
 engine=

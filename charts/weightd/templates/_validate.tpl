@@ -43,6 +43,11 @@
 {{- end -}}
 {{- $ports := dict "ports.health" .Values.ports.health "ports.metrics" .Values.ports.metrics "ports.peers" .Values.ports.peers -}}
 {{- with include "weightd.apiPort" . }}{{ $_ := set $ports "settings.listen" (int .) }}{{ end -}}
+{{- with get .Values.settings "listen" -}}
+  {{- if not (or $.Values.apiToken.existingSecret (regexMatch "^(localhost|127[.][0-9.]+|\\[::1\\]):" .)) -}}
+    {{- fail (printf "settings.listen: %s is open to the network: name the Secret of its token, apiToken.existingSecret, or listen on 127.0.0.1" .) -}}
+  {{- end -}}
+{{- end -}}
 {{- if and (eq .Values.mode "sidecar") .Values.engine.enabled }}{{ $_ := set $ports "engine.port" .Values.engine.port }}{{ end -}}
 {{- $seen := dict -}}
 {{- range $name, $port := $ports -}}
@@ -226,7 +231,7 @@
   {{- if eq (include "weightd.sharing" .) "singleContainer" -}}
     {{- $_ := set $lists "engine.env" (concat $daemon .Values.engine.env) -}}
   {{- else -}}
-    {{- $own := list (dict "name" "WEIGHTD_RUNTIME_DIR") -}}
+    {{- $own := list (dict "name" "WEIGHTD_RUNTIME_DIR") (dict "name" "WEIGHTD_DAEMON_UID") -}}
     {{- if .Values.shim.enabled }}{{ $own = append $own (dict "name" "PYTHONPATH") }}{{ end -}}
     {{- if and (eq (include "weightd.sharing" .) "visibleDevices") (eq .Values.gpu.visibleDevices.engine "same") -}}
       {{- $own = concat $own (list (dict "name" "NVIDIA_VISIBLE_DEVICES") (dict "name" "NVIDIA_DRIVER_CAPABILITIES")) -}}

@@ -17,6 +17,7 @@ import dns.rdatatype
 import dns.resolver
 
 from weightd.daemon.addresses import is_address, join_address, parse_address
+from weightd.daemon.lasting import lasting
 from weightd.daemon.peers.finding.directory import MAX_MEMBERS, Backoff, BaseDirectory, Member, Opener
 
 LIFETIME = 5.0  # seconds of one look-up, with all servers and tries
@@ -63,7 +64,7 @@ class DnsDirectory(BaseDirectory):
         self._wrong = f"{self.name}: not looked up yet"
 
     async def start(self) -> None:
-        self._task = asyncio.create_task(self._keep_looking())
+        self._task = lasting(self._keep_looking(), f"asking {self.name} for peers")
 
     async def close(self) -> None:
         if self._task is not None:

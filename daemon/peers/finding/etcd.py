@@ -33,6 +33,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from weightd.daemon.addresses import join_address, parse_address
+from weightd.daemon.lasting import lasting
 from weightd.daemon.peers.finding.directory import (
     MAX_MEMBERS,
     MAX_STAGES,
@@ -119,7 +120,7 @@ class EtcdDirectory(BaseDirectory):
         self._wrong = f"{self.name}: not connected yet"
 
     async def start(self) -> None:
-        self._task = asyncio.create_task(self._keep_connected())
+        self._task = lasting(self._keep_connected(), f"asking {self.name} for peers")
 
     async def publish(self, stages: Mapping[str, float]) -> None:
         # In hundredths, rounded down: what changes by less is not worth a write, and 1 is complete.

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from weightd.api.app import create_app
-from weightd.api.gate import PeerProtocol
+from weightd.api.gate import rules
 from weightd.api.uvicorn_server import Server
 from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.devices.cpu import CpuDevice
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.lending.credentials import AllowedPeers
+from weightd.daemon.lending.entrance import Entrance
 from weightd.daemon.limits import FillLimits, NodeLimits
 from weightd.daemon.node.service import Node
 from weightd.daemon.observing.clock import Clock
@@ -83,7 +84,9 @@ class MadeNode:
         # Connections inherit it: whoever does not read is not read for by the kernel, which would take megabytes.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = Server(app, on_end=self.feed.close, http=PeerProtocol, timeout_graceful_shutdown=2)
+        self._server = Server(
+            app, Entrance(metrics), "api", rules(metrics, 1000), on_end=self.feed.close, timeout_graceful_shutdown=2
+        )
         self._loop.call_soon(self._up.set)
         await self._server.serve(sockets=[listener])
         if left := asyncio.all_tasks() - {asyncio.current_task()}:
