@@ -114,7 +114,7 @@ def cover(tree: Path, folder: Path, files: Sequence[str], env: dict[str, str]) -
         for part in data.glob("part*"):
             part.unlink()
         command = ["-m", "coverage", "run", f"--rcfile={rules}", f"--data-file={data / 'part'}", f"--context={file}"]
-        plugin = ["-p", "tests.mutants.each_test", "-p", "no:cacheprovider", f"--reached={path}.seconds"]
+        plugin = ["-p", "tests.mutants.each_test", "-p", "no:cacheprovider", f"--reached={path}.json"]
         subprocess.run(
             [sys.executable, *command, "-m", "pytest", "-q", "--no-header", *plugin, file],
             cwd=tree,
@@ -134,7 +134,7 @@ def mutate(
 ) -> None:
     """Try these changes, but for those that were tried before."""
     waiting = [change for change in to_try if change not in results]
-    trials = Trials(tree, env)
+    trials = Trials(tree, env, reached.modules)
     for number, change in enumerate(waiting, 1):
         tests = reached.tests(change.module, change.lines, within)
         began = time.monotonic()
@@ -143,7 +143,10 @@ def mutate(
         result = Result(change, noticed, len(tests.names), diff)
         results.add(result)
         took = time.monotonic() - began
-        print(f"{number}/{len(waiting)} {change}: {noticed or 'SURVIVED'} ({len(tests.names)} tests, {took:.1f} s)")
+        print(
+            f"{number}/{len(waiting)} {change}: {noticed or 'SURVIVED'} ({len(tests.names)} tests, {took:.1f} s)",
+            flush=True,
+        )
 
 
 def output(*command: str) -> str:

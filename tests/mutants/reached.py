@@ -30,12 +30,15 @@ class Reached:
 
     def __init__(self, data: Sequence[Path], tree: Path) -> None:
         self._tree = tree
+        self.modules = set[str]()
+        """What they import of other packages."""
         self._data: list[tuple[CoverageData, dict[str, float]]] = []
         for path in data:
             one = CoverageData(str(path))
             one.read()
-            self._data.append((one, json.loads(Path(f"{path}.seconds").read_text())))
-        self._lines: dict[str, dict[str, dict[int, list[str]]]] = {}
+            noted = json.loads(Path(f"{path}.json").read_text())
+            self._data.append((one, noted["seconds"]))
+            self.modules.update(noted["modules"])
 
     def tests(self, module: str, lines: range, within: float) -> Tests:
         """Those that reach any of these lines, the fastest first; first those that do it in their own process."""

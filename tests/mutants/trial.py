@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
 import os
 import re
 import select
@@ -10,11 +12,10 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import hypothesis
-import numpy  # noqa: F401  as nearly all tests do: a trial begins with what this process has
 import pytest
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -24,9 +25,13 @@ FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 class Trials:
     """Trials of the tests in ``tree``, with whose code and environment they run."""
 
-    def __init__(self, tree: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, tree: Path, env: Mapping[str, str], modules: Iterable[str]) -> None:
+        """``modules``: of other packages, which are imported now, so that no trial has to."""
         self._tree = tree
         self._env = env
+        for name in sorted(modules):
+            with contextlib.suppress(Exception):  # some cannot be imported by themselves
+                importlib.import_module(name)
         # What a trial leaves running becomes this process's child.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
