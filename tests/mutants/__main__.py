@@ -83,7 +83,7 @@ def cloned(folder: Path, commit: str) -> Path:
         package.mkdir(parents=True)
         for name in FOLDERS:
             (package / name).symlink_to(tree / name)
-    subprocess.run(["git", "fetch", "--quiet", str(ROOT), commit], cwd=tree, check=False)
+    subprocess.run(["git", "fetch", "--quiet", str(ROOT), "HEAD"], cwd=tree, check=True)
     subprocess.run(["git", "checkout", "--quiet", "--force", commit], cwd=tree, check=True)  # a change may be left over
     compiled = [sys.executable, "-m", "compileall", "-q", *FOLDERS]  # trials write no bytecode
     subprocess.run(compiled, cwd=tree, check=True)

@@ -36,7 +36,7 @@ class Trials:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def noticed(self, tests: Sequence[str], seconds: float) -> str | None:
-        """The test that fails, "time" where they have not ended after five times the time that they need."""
+        """The test that fails, "time" where they have not ended after three times what they need and five seconds."""
         if not tests:
             return None
         folder = Path(tempfile.mkdtemp(prefix="mutant-"))  # short: sockets are in it
@@ -44,7 +44,7 @@ class Trials:
             pid = os.fork()
             if pid == 0:
                 self._run(folder, tests)
-            ended = select.select([os.pidfd_open(pid)], [], [], 10 + 5 * seconds)[0]
+            ended = select.select([os.pidfd_open(pid)], [], [], 5 + 3 * seconds)[0]
             if not ended:
                 os.kill(pid, signal.SIGKILL)
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
