@@ -61,10 +61,12 @@ def main() -> None:
     tests = sorted({file for name in wanted.tests.split(",") for file in found(tree, name, "test_*.py")})
     data = cover(tree, folder, [file for file in tests if not LEFT_OUT.intersection(Path(file).parts)], env)
     modules = [file for name in wanted.modules for file in found(tree, name, "*.py")]
-    to_try = [change for module in modules for change in sample(changes(tree, module), wanted.sample, wanted.seed)]
+    known = [changes(tree, module) for module in modules]
     if wanted.again:
         earlier = Results(folder / f"{output('rev-parse', wanted.again)[:12]}.jsonl")
-        to_try = [change for change in to_try if earlier.survived(change)]
+        to_try = [change for of_module in known for change in of_module if earlier.survived(change)]
+    else:
+        to_try = [change for of_module in known for change in sample(of_module, wanted.sample, wanted.seed)]
     results = Results(folder / f"{commit}.jsonl")
     mutate(tree, to_try, Reached(data, tree), wanted.within, results, env)
     report = table(results, to_try)

@@ -16,6 +16,8 @@ from cosmic_ray.plugins import get_operator, operator_names
 
 SAME = {"core/ReplaceComparisonOperator_Is_Eq", "core/ReplaceComparisonOperator_IsNot_NotEq"}
 """``is`` is used of None and the like alone, of which ``==`` says the same."""
+BETWEEN = {"arith_expr", "term", "power", "shift_expr", "and_expr", "xor_expr", "expr"}
+"""What an operator between two values is a part of; the star of ``*args`` is none."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,10 @@ def changes(tree: Path, module: str) -> list[Change]:
         operator = get_operator(name)
         if name in SAME or operator.arguments():
             continue
-        places = (place for node in nodes for place in operator().mutation_positions(node))
-        for occurrence, (start, end) in enumerate(places):
+        places = ((place, node) for node in nodes for place in operator().mutation_positions(node))
+        for occurrence, ((start, end), node) in enumerate(places):
+            if "BinaryOperator" in name and node.parent.type not in BETWEEN:
+                continue
             if any(first <= start and end <= last for first, last in hints):
                 continue
             lines = [lines for lines, _ in statements if start[0] in lines]  # outer ones first

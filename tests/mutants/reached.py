@@ -56,7 +56,7 @@ class Reached:
         total = 0.0
         for some in (themselves, perhaps):
             for name in sorted(some.keys() - set(names), key=some.__getitem__):
-                if total + some[name] > within:
+                if names and total + some[name] > within:
                     break
                 names.append(name)
                 total += some[name]
