@@ -62,6 +62,7 @@ class Made(Account):
 
     def leaf_marks(self, entry: int, segment: int = 0) -> bytes:
         starts = self.leaf_starts(segment)
+        assert len(self.there[segment]) == starts[-1]
         return bytes(self.there[segment][starts[entry] : starts[entry + 1]])
 
 
@@ -156,12 +157,13 @@ def test_what_is_forgotten_is_to_come_again_and_who_uses_it_is_asked() -> None:
     account.take_back = take_back
     account.come(account.of(A)[:1])
     account.come(account.of(A)[1:] + account.of(C), from_peer=True)
+    account.come(account.of(D))
     gone = account.of(A)[1:2] + account.of(C)[:1]
     assert account.forget(gone) is True
     assert asked == [{(0, A), (0, C)}]
     assert account.forget(account.of(A)[:1]) is False
-    assert (account.leaf_marks(A), account.leaf_marks(C)) == (b"\0\0\1", bytes(4))
-    assert (account.bytes_read, account.peer_bytes) == (3 * LEAF + 5, 3 * LEAF + 5)
+    assert (account.leaf_marks(A), account.leaf_marks(C), account.leaf_marks(D)) == (b"\0\0\1", bytes(4), b"\1")
+    assert (account.bytes_read, account.peer_bytes) == (3 * LEAF + 5 + 4, 3 * LEAF + 5)
     assert [account.has(extent) for extent in account.of(A)] == [False, False, True]
     before = list(account.verified)
     account.announce({0: [A, C]})
