@@ -119,6 +119,20 @@ def test_turns_go_by_priority_then_by_coming_and_priorities_are_asked_when_one_i
     asyncio.run(within())
 
 
+def test_of_many_who_wait_the_highest_goes_first_each_time() -> None:
+    async def within() -> None:
+        turns, had, _, (wait, _) = taking(1, ("a", 0), ("b", 1), ("c", -3), ("d", 7), ("e", 2))
+        tasks = [asyncio.create_task(wait(name)) for name in "abcde"]
+        for _ in range(5):
+            await rest()
+            turns.release()
+        await asyncio.gather(*tasks)
+        assert had == ["a", "d", "e", "b", "c"]
+        assert turns.free
+
+    asyncio.run(within())
+
+
 def test_who_has_given_up_gets_a_turn_at_once_which_is_one_less_for_others() -> None:
     async def within() -> None:
         turns, had, given_up, (wait, _) = taking(1, ("a", 0), ("b", 9), ("c", 0), ("d", 0))
@@ -129,8 +143,10 @@ def test_who_has_given_up_gets_a_turn_at_once_which_is_one_less_for_others() -> 
         turns.changed()
         await rest()
         assert had == ["a", "c"]
+        assert not turns.free
         turns.release()  # a's
         await rest()
+        assert not turns.free
         assert had == ["a", "c"], "the turn that c has is not given back yet"
         turns.release()
         await rest()

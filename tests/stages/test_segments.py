@@ -14,6 +14,7 @@ from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.devices.cpu import CpuDevice
 from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.layouts.recipe import Recipe
+from weightd.daemon.sources.base import SourceFile
 from weightd.daemon.stages.manifests import SealedManifest
 from weightd.daemon.stages.planning import Plan, SegmentInfo, allocated, expected_sha256, make_plan
 from weightd.daemon.stages.request import parse_request
@@ -126,3 +127,13 @@ def test_the_only_file_needs_no_name_and_one_with_gaps_cannot_be_expected(tmp_pa
         with pytest.raises(InvalidRequest, match=r"0.safetensors holds tensors that None leaves out"):
             expected_sha256(gappy, wanted)
     assert expected_sha256(gappy, parse_request({"model": "/m"})) == {}
+
+
+def test_of_many_files_ten_are_named(tmp_path: Path) -> None:
+    checkpoint = store(tmp_path, {"a": tensor("U8", (3,))}).checkpoint
+    files = tuple(SourceFile(f"{i:02}.safetensors", 9, "v") for i in range(12))
+    many = replace(checkpoint, listing=replace(checkpoint.listing, weights=files))
+    with pytest.raises(InvalidRequest) as refused:
+        expected_sha256(many, parse_request({"model": "/m", "expect_digest": {"x": HEX, "y": HEX}}))
+    assert "'x' is no file" in str(refused.value)
+    assert str(refused.value).endswith(f"its files are {[file.name for file in files[:10]]}")

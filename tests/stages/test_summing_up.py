@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from tests.filling.far import FarDevice
 from tests.filling.fills import LIMITS, MiB, Stored, leaves_of, store, tensor
 from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.devices.cpu import CpuDevice
 from weightd.daemon.errors import Cancelled, DigestMismatch
-from weightd.daemon.layouts.digests import checkpoint_digest, tensor_digest
+from weightd.daemon.layouts.digests import checkpoint_digest, leaf_digest, tensor_digest
 from weightd.daemon.layouts.extents import Extent
+from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.sources.base import SourceFile
 from weightd.daemon.sources.file import FileSource
 from weightd.daemon.sources.uris import Allow
@@ -195,6 +197,41 @@ def test_where_two_readings_differ_the_first_leaf_that_does_is_named(
         assert error.value.details == {"tensor": "c", "leaf": leaves[0]}
 
 
+def brought(made: Load) -> None:
+    """A peer has brought the first extent, and all of its bytes are 0."""
+    account = made.loading.fill.account
+    extent = account.next()
+    assert extent is not None
+    leaves = [
+        (piece.segment, piece.entry, piece.leaf + leaf, leaf_digest(bytes(min(MiB, piece.nbytes - leaf * MiB))))
+        for piece in extent.pieces
+        for leaf in range(-(-piece.nbytes // MiB))
+    ]
+    account.arrived([extent], leaves)
+    assert account.peer_bytes == extent.nbytes
+
+
+def test_where_what_peers_brought_is_not_what_is_expected_the_origin_is_read_instead(
+    stored: Stored, tmp_path: Path
+) -> None:
+    with load(stored, tmp_path, expect_digest=WHOLE) as made:
+        brought(made)
+        made.loading.fill.count_with(metrics := Metrics(), "file")
+        assert made.run().checkpoint_digest == WHOLE
+        assert made.loading.fill.account.peer_bytes == 0
+        assert metrics.registry.get_sample_value("weightd_digest_mismatches_total", {"source": "peer"}) == 1
+
+
+@pytest.mark.parametrize("why", ["no origin is wanted", "clients use it"])
+def test_it_fails_where_the_origin_cannot_make_up_for_peers(why: str, stored: Stored, tmp_path: Path) -> None:
+    sources = ["peer"] if why == "no origin is wanted" else ["peer", "origin"]
+    with load(stored, tmp_path, expect_digest=WHOLE, sources=sources) as made:
+        brought(made)
+        made.loading.fill.account.take_back = lambda entries: why != "clients use it"
+        with pytest.raises(DigestMismatch, match=WHOLE):
+            made.run()
+
+
 def test_one_that_is_stopped_is_cancelled_and_seals_nothing(stored: Stored, tmp_path: Path) -> None:
     with load(stored, tmp_path) as made:
         made.loading.stop()
@@ -222,3 +259,24 @@ def test_files_take_turns_where_each_is_hashed_along_its_length() -> None:
     assert [(extent.file, extent.offset) for extent in _interleave(extents)] == [
         (0, 0), (1, 0), (2, 0), (0, 1), (2, 1), (0, 2),
     ]  # fmt: skip
+
+
+class Streaming(FarDevice):
+    """A GPU that libstreamer can write to."""
+
+    def streams_into(self) -> int:
+        return 0
+
+
+def test_the_library_writes_to_one_gpu_by_itself_and_never_to_several_nor_to_the_host(
+    stored: Stored, tmp_path: Path
+) -> None:
+    one, other, slow = Streaming("cuda:0"), Streaming("cuda:1"), FarDevice("cuda:2")
+    host = CpuDevice("cpu", 1 << 30)
+    wanted = parse_request({"model": "/m", "parallel": TP})
+    cache = Cache(tmp_path / "cache")
+    plan = make_plan(stored.source, stored.checkpoint.listing, wanted, cache)
+    for devices, native in (([one, one], True), ([one, other], False), ([slow, slow], False), ([host, host], False)):
+        loading = Loading(stored.source, plan, wanted, devices, cache, LIMITS)
+        loading.lay_out()
+        assert loading._native is native
