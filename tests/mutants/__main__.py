@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tests.mutants.changes import Change, changes, sample
+from tests.mutants.changes import Change, Unmade, changes, sample
 from tests.mutants.reached import Reached, file_of_data
 from tests.mutants.results import Result, Results, table
 from tests.mutants.trial import Trials
@@ -140,8 +140,12 @@ def mutate(
     for number, change in enumerate(waiting, 1):
         tests = reached.tests(change.module, change.lines, within)
         began = time.monotonic()
-        with change.made(tree) as diff:
-            noticed = trials.noticed(tests.names, tests.seconds)
+        try:
+            with change.made(tree) as diff:
+                noticed = trials.noticed(tests.names, tests.seconds)
+        except Unmade as error:
+            print(f"{number}/{len(waiting)} {change}: {error}")
+            continue
         result = Result(change, noticed, len(tests.names), diff)
         results.add(result)
         took = time.monotonic() - began

@@ -20,6 +20,10 @@ BETWEEN = {"arith_expr", "term", "power", "shift_expr", "and_expr", "xor_expr", 
 """What an operator between two values is a part of; the star of ``*args`` is none."""
 
 
+class Unmade(Exception):
+    """cosmic-ray has a place for the change, and cannot make it there."""
+
+
 @dataclass(frozen=True)
 class Change:
     """One change of one module, known by its operator and by which of the places where that applies it is."""
@@ -40,10 +44,13 @@ class Change:
 
     @contextmanager
     def made(self, tree: Path) -> Iterator[str]:
-        """Within the block the file has the change; gives it as a diff."""
+        """Within the block the file has the change; gives it as a diff. Raises Unmade."""
         path = tree / self.module
         before = path.read_text()
-        after = mutate_code(before, get_operator(self.operator)(), self.occurrence)
+        try:
+            after = mutate_code(before, get_operator(self.operator)(), self.occurrence)
+        except AttributeError as error:  # of exceptions with a dot in their name
+            raise Unmade(str(error)) from None
         assert after is not None
         diff = difflib.unified_diff(before.split("\n"), after.split("\n"), lineterm="", n=1)
         try:

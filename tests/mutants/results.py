@@ -52,7 +52,8 @@ def table(results: Results, tried: Iterable[Change]) -> str:
     """Each change that survived, and then a line for each module."""
     modules: dict[str, list[Change]] = {}
     for change in tried:
-        modules.setdefault(change.module, []).append(change)
+        if change in results:
+            modules.setdefault(change.module, []).append(change)
     survivors = [change for found in modules.values() for change in found if results.survived(change)]
     text = [f"{change}, {results.tests(change)} tests\n{results.diff(change)}\n" for change in survivors]
     text.append(f"{'tried':>6} {'killed':>6} {'survived':>8}")

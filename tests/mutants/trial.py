@@ -44,7 +44,8 @@ class Trials:
             pid = os.fork()
             if pid == 0:
                 self._run(folder, tests)
-            ended = select.select([os.pidfd_open(pid)], [], [], 5 + 3 * seconds)[0]
+            with open(os.pidfd_open(pid)) as over:
+                ended = select.select([over], [], [], 5 + 3 * seconds)[0]
             if not ended:
                 os.kill(pid, signal.SIGKILL)
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

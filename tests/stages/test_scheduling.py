@@ -169,6 +169,32 @@ async def collect(stage: Stage, seen: list[str]) -> None:
         seen.append(stage.state)
 
 
+def test_a_device_is_opened_before_anything_is_promised_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(house: House) -> None:
+        promised: list[int] = []
+        monkeypatch.setattr(house.device, "open", lambda: promised.append(house.residency.used("cpu")), raising=True)
+        house.held.set()
+        assert await house.start().wait(60)
+        assert promised == [0]
+
+    run(test)
+
+
+def test_the_cache_is_trimmed_to_what_is_of_stages_that_are_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(house: House) -> None:
+        kept: list[set[str]] = []
+        monkeypatch.setattr(house.scheduler._cache, "trim", kept.append)
+        ready, loading, evicted, failed = (house.stage(expect_digest=f"xxh3:{n:032}") for n in range(4))
+        for stage, state in ((ready, "ready"), (loading, "loading"), (evicted, "evicted"), (failed, "failed")):
+            stage.listing = None
+            stage.enter(state)
+            house.residency.keep(stage)
+        await house.scheduler.trim_cache()
+        assert kept == [{f"xxh3:{0:032}", f"xxh3:{1:032}"}]
+
+    run(test)
+
+
 def test_of_more_stages_than_may_load_at_once_the_others_wait_by_priority(run: Run) -> None:
     async def test(house: House) -> None:
         first = house.start()

@@ -47,6 +47,24 @@ def test_one_place_has_16_threads_and_others_of_its_kind_go_on_beside_it() -> No
     asyncio.run(within())
 
 
+def test_what_waits_for_a_thread_when_it_is_over_never_runs() -> None:
+    async def within() -> None:
+        threads, over, running = SourceThreads("test"), threading.Event(), list[int]()
+
+        def block(number: int) -> None:
+            running.append(number)
+            assert over.wait(60)
+
+        tasks = [asyncio.create_task(threads.run(f"s3://b{i % 3}/x", block, i)) for i in range(33)]
+        await asyncio.to_thread(until, lambda: len(running) == 32, "a kind's 32 threads are at work")
+        threads.close()
+        over.set()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert (len(running), sum(isinstance(end, asyncio.CancelledError) for end in ends)) == (32, 1)
+
+    asyncio.run(within())
+
+
 def test_what_runs_there_is_known_by_what_was_known_where_it_was_asked_for_and_its_error_comes_back() -> None:
     known = contextvars.ContextVar("known", default="")
 

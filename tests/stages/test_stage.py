@@ -65,6 +65,8 @@ def test_a_state_that_is_an_end_is_left_only_by_what_is_ready() -> None:
     assert not ready.finished
     ready.enter("loading")
     assert (ready.finished, ready.planned.is_set(), ready.ready_at) == (False, False, None)
+    ready.enter("verifying")
+    assert ready.ready_at is None
     ready.enter("ready")
     assert ready.planned.is_set()
     ready.enter("evicted")
@@ -147,6 +149,7 @@ def test_who_watches_sees_each_change_once_silence_as_such_and_the_end_last() ->
 
 def test_what_came_from_peers_is_told_apart() -> None:
     stage = made()
+    assert stage.bytes_by_source() == {"": 0, "peer": 0}
     stage.source_kind, stage.bytes_read, stage.peer_bytes = "s3", 100, 30
     assert stage.bytes_by_source() == {"s3": 70, "peer": 30}
     assert stage.bytes_done == 100
