@@ -15,7 +15,7 @@ from weightd.daemon.peers.moving.movers import Mover, Offered
 from weightd.daemon.peers.moving.window import SLOT
 from weightd.daemon.peers.serving.offer import Offer
 
-BASE = 1 << 40
+BASE = (1 << 40) + (1 << 16)
 
 
 class Mapping:
@@ -92,6 +92,12 @@ def test_pieces_of_what_is_on_a_gpu_are_put_into_a_slot_each_on_a_boundary(far: 
     ):
         found = bytes(offer.window.view[slot + start : slot + start + nbytes])
         assert found == noise(far[segment].nbytes, segment)[offset : offset + nbytes]
+    other = offer.fetch("one", [(1, 3, 1 << 20), (1, 9, 100_000)], 0.0)
+    assert other is not None
+    assert {slot, other - BASE} == {0, SLOT}
+    for start, offset, nbytes in ((0, 3, 1 << 20), (1 << 20, 9, 100_000)):
+        at = other - BASE + start
+        assert bytes(offer.window.view[at : at + nbytes]) == noise(far[1].nbytes, 1)[offset : offset + nbytes]
     offer.close()
 
 
@@ -113,7 +119,7 @@ def test_slots_are_given_back_by_who_has_them_and_all_of_who_is_gone(far: list[C
 
 def test_what_is_not_in_the_segments_or_too_much_is_refused_and_takes_no_slot(far: list[CpuSegment]) -> None:
     offer = made(Mapping(), *far, slots=1)
-    for piece in ((2, 0, 1), (0, 10_000, 1), (0, 9_999, 2), (1, 0, SLOT + 1)):
+    for piece in ((2, 0, 1), (3, 0, 1), (0, 10_000, 1), (0, 9_999, 2), (1, 0, SLOT + 1)):
         with pytest.raises(ValueError, match=f"{piece[2]} bytes at {piece[1]} of segment {piece[0]} are not there"):
             offer.fetch("one", [piece], 0.0)
     with pytest.raises(ValueError, match="too many at once"):
