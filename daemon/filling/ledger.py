@@ -31,7 +31,7 @@ class Ledger:
     def __init__(self, fd: int, nbytes: int) -> None:
         self.fd = fd
         """The memfd, -1 where it is private. The ledger's own until ``close``."""
-        self._map = mmap.mmap(fd, nbytes) if fd < 0 else mmap.mmap(fd, nbytes, mmap.MAP_SHARED)
+        self._map = mmap.mmap(fd, nbytes)  # shared, which is the default
 
     @classmethod
     def new(cls, extents: int, leaves: int, fingerprint: bytes) -> Ledger:

@@ -56,7 +56,7 @@ class Deposits:
         if self._channel is not None:
             # Where the keeper has died, this process is about to.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                socket.send_fds(self._channel, [message.encode()], fds, socket.MSG_NOSIGNAL)
+                socket.send_fds(self._channel, [message.encode()], fds)
 
     def up(self) -> None:
         """Say that this daemon serves."""

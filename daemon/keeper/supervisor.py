@@ -165,7 +165,7 @@ class Keeper:
     def _receive(self, channel: socket.socket) -> bool:
         """Take one message; whether the daemon's end is still open."""
         try:
-            data, fds, flags, _ = socket.recv_fds(channel, MAX_MESSAGE, 4, socket.MSG_DONTWAIT)
+            data, fds, flags, _ = socket.recv_fds(channel, MAX_MESSAGE, 4)
         except BlockingIOError:
             return True
         except OSError:
@@ -215,7 +215,7 @@ class Keeper:
         try:
             while self._outbox:
                 data, fd = self._outbox[0]
-                socket.send_fds(channel, [data], [fd] if fd >= 0 else [], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                socket.send_fds(channel, [data], [fd] if fd >= 0 else [])
                 self._outbox.popleft()
         except BlockingIOError:
             pass
@@ -255,6 +255,7 @@ class Keeper:
         self._start_at, self._agreed = None, False
         self._oom_kills = control_groups.oom_kills()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel.setblocking(False)  # a daemon that reads nothing holds up nobody; send_fds passes no flags on
         theirs.set_inheritable(True)
         environment = {**os.environ, FD_VARIABLE: str(theirs.fileno())}
         try:

@@ -50,7 +50,12 @@ class SourceThreads:
             self._leave(place)
             raise
         context = contextvars.copy_context()  # so that what is logged there is known to be of the stage
-        call = self._pool(place).submit(partial(context.run, function, *arguments))
+        try:
+            call = self._pool(place).submit(partial(context.run, function, *arguments))
+        except RuntimeError:  # closed meanwhile
+            turns.release()
+            self._leave(place)
+            raise
         call.add_done_callback(lambda _: self._ended(place, turns))
         return await asyncio.wrap_future(call)
 

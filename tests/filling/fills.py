@@ -128,10 +128,11 @@ def prepared(
     limits: FillLimits = LIMITS,
     kind: type[Fill] = Fill,
     on_verified: Callable[[int, list[int]], None] | None = None,
+    device: CpuDevice | None = None,
     **options: Any,
 ) -> Iterator[Filled]:
     """Segments and a fill for them, nothing read yet."""
-    device = CpuDevice("cpu", 1 << 40)
+    device = device or CpuDevice("cpu", 1 << 40)
     segments = [device.allocate(recipe.nbytes, f"test/{recipe.rank}") for recipe in recipes]
     verified: list[list[int]] = [[] for _ in recipes]
     try:

@@ -31,6 +31,7 @@ from tests.filling.fills import (
     bring,
     flaky,
     land,
+    leaves_of,
     prepared,
     roomy,
     sliced,
@@ -177,6 +178,24 @@ def test_many_tensors_side_by_side_are_one_read(tmp_path: Path) -> None:
     extents = plan_extents(stored.checkpoint.tensors, checkpoint_layout(stored.checkpoint.tensors), DEFAULTS)
     assert len(extents) == 1
     assert len(extents[0].runs) == 1  # multiples of 256 bytes follow each other in the segment as in the file
+
+
+def test_what_is_read_into_buffers_is_hashed_there_and_written_to_each_of_its_places(tmp_path: Path) -> None:
+    stored = store(
+        tmp_path, {f"t{i}": tensor("U8", (1000 + i,), i) for i in range(5)} | {"t9": tensor("U8", (MiB,), 9)}
+    )
+    recipes = checkpoint_layout(stored.checkpoint.tensors)
+    with prepared(stored, recipes, device=CpuDevice("cpu", 1 << 40, "buffered"), buffered=True) as filled:
+        assert [len(extent.runs) for extent in filled.extents] == [5, 1]
+        landing = filled.fill.landing(filled.extents[0])
+        assert landing is not None
+        assert landing.slot is not None
+        filled.fill.abandon(landing)
+        bring(stored, filled.fill)
+        assert [filled.held(0, entry) for entry in recipes[0].entries] == list(stored.data.values())
+        leaves = [list(found) for found in filled.fill.account.leaves[0]]
+        assert leaves == [leaves_of(data) for data in stored.data.values()]
+        assert sorted(filled.verified[0]) == list(range(6))
 
 
 # ---------------------------------------------------------------------------- any recipe

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from tests.checkpoint_files import BITS
 from tests.layouts.recipes import PACKED, dtypes, filled, from_bits, held, info, infos, random_bytes, to_bits
 from weightd.daemon.errors import Cancelled, InvalidRequest
+from weightd.daemon.layouts import checkpoint
+from weightd.daemon.layouts import patterns as patterns_module
 from weightd.daemon.layouts.checkpoint import Split, checkpoint_layout
 from weightd.daemon.layouts.patterns import MAX_COMPARED, MAX_COMPARISONS, Patterns
-from weightd.daemon.layouts.recipe import ALIGNMENT, blocks, validate
+from weightd.daemon.layouts.recipe import ALIGNMENT, Box, blocks, validate
 from weightd.daemon.tensors import TensorInfo
 
 
@@ -255,7 +257,9 @@ def test_patterns_that_have_to_be_compared_are_bounded(count: int, tensors: int)
 def test_ranks_times_tensors_are_bounded_before_anything_is_made() -> None:
     tensors = infos(*((f"w{i}", "U8", (1,)) for i in range(92_000)))
     start = time.monotonic()
-    with pytest.raises(InvalidRequest, match=r"1024 ranks of 92000 tensors each .* at most 2000000 .* fewer ranks"):
+    with pytest.raises(
+        InvalidRequest, match=r"1024 ranks of 92000 tensors each are 94208000 .* at most 2000000 .* fewer ranks"
+    ):
         checkpoint_layout(tensors, tp_size=1024, tp_ranks=range(1024), splits={"*": "replicate"})
     assert time.monotonic() - start < 30
     assert len(checkpoint_layout(tensors[:1000], tp_size=1024, tp_ranks=range(4), splits={"*": "replicate"})) == 4
@@ -276,3 +280,57 @@ def test_planning_looks_at_cancellation_while_it_compares_and_between_ranks() ->
     with pytest.raises(Cancelled):
         checkpoint_layout(tensors[:1], tp_ranks=range(3), cancelled=cancelled)
     assert asked == 2
+
+
+def test_as_many_tensors_times_ranks_as_are_allowed_are_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MAX_ENTRIES", 6)
+    tensors = infos(*((f"w{i}", "U8", (1,)) for i in range(3)))
+    assert len(checkpoint_layout(tensors, tp_size=4, tp_ranks=[0, 3], splits={"*": "replicate"})) == 2
+    with pytest.raises(InvalidRequest, match=r"3 ranks of 3 tensors each are 9 tensors, at most 6"):
+        checkpoint_layout(tensors, tp_size=4, tp_ranks=[0, 1, 3], splits={"*": "replicate"})
+
+
+def test_the_rank_is_0_where_none_is_said() -> None:
+    tensors = infos(("t", "U8", (4,)))
+    assert [recipe.rank for recipe in checkpoint_layout(tensors)] == [0]
+    (recipe,) = checkpoint_layout(tensors, tp_size=2, splits={"t": 0})
+    assert (recipe.rank, recipe.copies[0].source) == (0, Box(0, (2,), (1,)))
+
+
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (10, ""), (11, " and 1 more"), (14, " and 4 more")])
+def test_of_many_patterns_that_leave_nothing_the_first_ten_are_shown(count: int, more: str) -> None:
+    patterns = [f"p{i}" for i in range(count)]
+    with pytest.raises(InvalidRequest) as refusal:
+        checkpoint_layout(infos(("t", "U8", (4,))), include=patterns)
+    assert f"include {patterns[:10]}{more} and exclude [] leave none" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "yes", "no"),
+    [
+        ("a?*", "abc", "a"),
+        ("*?a", "bca", "a"),
+        ("[ab]*", "bx", "[ab]x"),
+        ("*[ab]", "xb", "x[ab]"),
+        ("a*b", "aab", "a*"),
+    ],
+)
+def test_a_pattern_with_a_wildcard_elsewhere_too_is_compared(pattern: str, yes: str, no: str) -> None:
+    found = Patterns([pattern], "x", 2)
+    assert (found.first(yes), found.first(no)) == (0, None)
+
+
+def test_as_many_patterns_may_be_compared_as_are_allowed_and_the_message_says_how_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patterns_module, "MAX_COMPARED", 5)
+    monkeypatch.setattr(patterns_module, "MAX_COMPARISONS", 20)
+    compared = [f"*{i}*" for i in range(9)]
+    assert Patterns(compared[:5], "x", 4).first("a4b") == 4
+    assert Patterns(compared[:2], "x", 10).first("a1b") == 1
+    assert Patterns(compared[:5], "x", 0).first("a") is None
+    for count, names, most in ((6, 1, 5), (6, 0, 5), (5, 5, 4), (3, 8, 2)):
+        with pytest.raises(
+            InvalidRequest, match=rf"x: {count} patterns, '\*0\*' .* each of {names} .* most {most} may"
+        ):
+            Patterns(compared[:count], "x", names)

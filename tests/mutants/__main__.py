@@ -1,24 +1,30 @@
-"""Tries every small change that cosmic-ray knows, each with the tests that run through the changed line.
+"""Tries small changes of the code, each with the tests that run through the changed line.
 
-``python -m tests.mutants [--tests FOLDER,...] [MODULE...]``: modules as paths, by default those of ``MODULES``. All is
-done in ``.mutants/COMMIT``, in a clone of the commit that is checked out; where it is interrupted, the same
-command goes on. Survivors are in ``report`` there, with the change and how many test files were tried.
+``python -m tests.mutants [--tests FOLDER,...] [--sample N] [MODULE...]``: modules as paths, by default those of
+``MODULES``. All is done in ``.mutants``, on a clone of the commit that is checked out; where it is interrupted, the
+same command goes on. It ends with how many changes of each module some test noticed, and which none did.
 
-First each test file is run once, alone, and ``coverage`` notes which lines it reached, in the daemons that it started
-too. A file is the unit because its tests share daemons.
+Each file of tests that has changed since is run once first, alone, and ``coverage`` notes which lines each test
+reaches: by itself where it runs them in its own process, with all tests of its file where daemons run them that these
+share.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import hashlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tests.mutants.chosen import COVERAGE, SECONDS
+from tests.mutants.changes import Change, Unmade, changes, sample
+from tests.mutants.reached import Reached, file_of_data
+from tests.mutants.results import Result, Results, table
+from tests.mutants.trial import Trials
 
 ROOT = Path(__file__).parents[2]
 MODULES = (
@@ -27,101 +33,131 @@ MODULES = (
 )  # fmt: skip
 LEFT_OUT = {"bench", "chart", "gpu", "image", "mutants"}
 """Folders of tests that run nothing of these, or not here."""
+FOLDERS = ("api", "daemon", "ipc")
 RULES = """[run]
 parallel = true
 patch = subprocess
 sigterm = true
 source = {tree}/daemon, {tree}/ipc, {tree}/api
 """
-SESSION = """[cosmic-ray]
-module-path = {modules}
-timeout = 3600.0
-excluded-modules = []
-test-command = "{python} -m tests.mutants.chosen"
-
-[cosmic-ray.distributor]
-name = "local"
-
-[cosmic-ray.filters.operators-filter]
-exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]
-"""
-"""Of ``|`` nearly all are in type hints, which nothing evaluates."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--tests", default="tests", help="folders or files of tests, with commas between")
+    parser.add_argument("--sample", type=int, metavar="N", help="N changes of each module, the same ones each time")
+    parser.add_argument("--seed", type=int, default=0, help="for other ones")
+    parser.add_argument(
+        "--within", type=float, default=float("inf"), metavar="SECONDS",
+        help="of the tests that reach a line, the fastest, as many as take so long together",
+    )  # fmt: skip
+    parser.add_argument("--again", metavar="COMMIT", help="only what no test noticed at that commit")
     parser.add_argument("modules", nargs="*", default=MODULES)
     wanted = parser.parse_args()
-    commit = output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    folder = ROOT / ".mutants" / commit[:12]
-    tree = folder / "tree"
+    commit = output("rev-parse", "HEAD")[:12]
+    folder = ROOT / ".mutants"
+    tree = cloned(folder, commit)
+    env = {**os.environ, "PYTHONPATH": f"{folder / 'path'}{os.pathsep}{tree}", "PYTHONDONTWRITEBYTECODE": "1"}
+    tests = sorted({file for name in wanted.tests.split(",") for file in found(tree, name, "test_*.py")})
+    data = cover(tree, folder, [file for file in tests if not LEFT_OUT.intersection(Path(file).parts)], env)
+    modules = [file for name in wanted.modules for file in found(tree, name, "*.py")]
+    known = [changes(tree, module) for module in modules]
+    if wanted.again:
+        earlier = Results(folder / f"{output('rev-parse', wanted.again)[:12]}.jsonl")
+        to_try = [change for of_module in known for change in of_module if earlier.survived(change)]
+    else:
+        to_try = [change for of_module in known for change in sample(of_module, wanted.sample, wanted.seed)]
+    results = Results(folder / f"{commit}.jsonl")
+    mutate(tree, to_try, Reached(data, tree), wanted.within, results, env)
+    report = table(results, to_try)
+    (folder / f"{commit}.report").write_text(report)
+    print(report)
+
+
+def cloned(folder: Path, commit: str) -> Path:
+    """A clone of the commit, held by this process alone, and beside it a folder with the package."""
+    tree, package = folder / "tree", folder / "path" / "weightd"
+    folder.mkdir(exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # until the end of the process
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if not tree.exists():
-        run("git", "clone", "--quiet", "--shared", str(ROOT), str(tree))
-        (folder / "path" / "weightd").mkdir(parents=True)
-        for name in ("api", "daemon", "ipc"):
-            (folder / "path" / "weightd" / name).symlink_to(tree / name)
-    run("git", "checkout", "--quiet", "--force", commit, cwd=tree)  # a change may be left over
-    env = {**os.environ, "PYTHONPATH": f"{folder / 'path'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    cover(tree, folder, wanted.tests.split(","), env)
-    mutate(tree, folder, wanted.modules, env)
+        subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(tree)], check=True)
+        package.mkdir(parents=True)
+        for name in FOLDERS:
+            (package / name).symlink_to(tree / name)
+    subprocess.run(["git", "fetch", "--quiet", str(ROOT), "HEAD"], cwd=tree, check=True)
+    subprocess.run(["git", "checkout", "--quiet", "--force", commit], cwd=tree, check=True)  # a change may be left over
+    compiled = [sys.executable, "-m", "compileall", "-q", *FOLDERS]  # trials write no bytecode
+    subprocess.run(compiled, cwd=tree, check=True)
+    return tree
 
 
-def cover(tree: Path, folder: Path, tests: Sequence[str], env: dict[str, str]) -> None:
-    """Run each test file that has not been run yet, and note what it reaches and how long it takes."""
-    data = folder / COVERAGE
+def found(tree: Path, name: str, pattern: str) -> list[str]:
+    """Files of a folder, or a file."""
+    path = tree / name
+    if not path.exists():
+        raise SystemExit(f"{name}: there is no such file or folder")
+    files = [path] if path.is_file() else path.rglob(pattern)
+    return sorted(str(file.relative_to(tree)) for file in files)
+
+
+def cover(tree: Path, folder: Path, files: Sequence[str], env: dict[str, str]) -> list[Path]:
+    """Run each test file that has not been run with this code yet; what each reaches and how long its tests take."""
+    code = hashlib.sha256("".join(output("rev-parse", f"HEAD:{name}") for name in FOLDERS).encode())
+    data = folder / f"reached-{code.hexdigest()[:12]}"
     data.mkdir(exist_ok=True)
     rules = folder / "coveragerc"
     rules.write_text(RULES.format(tree=tree))
-    files = sorted({file for name in tests for file in found(tree, name)})
-    for file in files:
-        name = file.replace("/", ".")
-        if (data / name).exists():
+    at = [file_of_data(data, file, (tree / file).read_bytes()) for file in files]
+    for file, path in zip(files, at, strict=True):
+        if path.exists():
             continue
-        began = time.monotonic()
-        command = ["-m", "coverage", "run", f"--rcfile={rules}", f"--data-file={data / 'part'}", f"--context={file}"]
         print(f"{file} ...", flush=True)
-        run(sys.executable, *command, "-m", "pytest", "-q", "--no-header", file, cwd=tree, env=env, check=False)
-        seconds = time.monotonic() - began
-        combine = ["-m", "coverage", "combine", f"--rcfile={rules}", f"--data-file={data / (name + '.new')}"]
-        parts = [str(part) for part in data.glob("part.*")]
-        if parts:
-            run(sys.executable, *combine, "--quiet", *parts, cwd=tree, env=env)
-            (data / f"{name}.new").rename(data / name)
-        with (data / SECONDS).open("a") as times:
-            times.write(f"{seconds:.1f} {file}\n")
+        for part in data.glob("part*"):
+            part.unlink()
+        command = ["-m", "coverage", "run", f"--rcfile={rules}", f"--data-file={data / 'part'}", f"--context={file}"]
+        plugin = ["-p", "tests.mutants.each_test", "-p", "no:cacheprovider", f"--reached={path}.json"]
+        subprocess.run(
+            [sys.executable, *command, "-m", "pytest", "-q", "--no-header", *plugin, file],
+            cwd=tree,
+            env=env,
+            stdout=subprocess.DEVNULL,
+            check=False,  # tests that fail by themselves are left out of trials
+        )
+        combine = ["-m", "coverage", "combine", f"--rcfile={rules}", f"--data-file={data / 'part-all'}", "--quiet"]
+        if parts := [str(part) for part in data.glob("part.*")]:
+            subprocess.run([sys.executable, *combine, *parts], cwd=tree, env=env, check=True)
+            (data / "part-all").rename(path)
+    return [path for path in at if path.exists()]
 
 
-def found(tree: Path, name: str) -> list[str]:
-    """Test files of a folder, or a file."""
-    path = tree / name
-    files = [path] if path.is_file() else path.rglob("test_*.py")
-    inside = [file.relative_to(tree) for file in files]
-    return [str(file) for file in inside if not LEFT_OUT.intersection(file.parts)]
-
-
-def mutate(tree: Path, folder: Path, modules: Sequence[str], env: dict[str, str]) -> None:
-    """Try all changes of these modules that have not been tried yet, and write the report."""
-    name = "-".join(module.replace("/", ".") for module in modules)[:100]
-    session, rules = folder / f"{name}.sqlite", folder / f"{name}.toml"
-    tool = Path(sys.executable).parent
-    rules.write_text(SESSION.format(modules=list(modules), python=sys.executable))
-    if not session.exists():
-        run(str(tool / "cosmic-ray"), "init", str(rules), str(session), cwd=tree, env=env)
-        run(str(tool / "cr-filter-operators"), str(session), str(rules), cwd=tree, env=env)
-    run(str(tool / "cosmic-ray"), "exec", str(rules), str(session), cwd=tree, env=env)
-    text = output(str(tool / "cr-report"), "--surviving-only", "--show-diff", "--show-output", str(session))
-    report = folder / f"{name}.report"
-    report.write_text(text)
-    print(*text.splitlines()[-4:], report, sep="\n")
-
-
-def run(*command: str, cwd: Path = ROOT, env: dict[str, str] | None = None, check: bool = True) -> None:
-    subprocess.run(command, cwd=cwd, env=env, check=check)
+def mutate(
+    tree: Path, to_try: Iterable[Change], reached: Reached, within: float, results: Results, env: dict[str, str]
+) -> None:
+    """Try these changes, but for those that were tried before."""
+    waiting = [change for change in to_try if change not in results]
+    trials = Trials(tree, env, reached.modules)
+    for number, change in enumerate(waiting, 1):
+        tests = reached.tests(change.module, change.lines, within)
+        began = time.monotonic()
+        try:
+            with change.made(tree) as diff:
+                noticed = trials.noticed(tests.names, tests.seconds)
+        except Unmade as error:
+            print(f"{number}/{len(waiting)} {change}: {error}")
+            continue
+        result = Result(change, noticed, len(tests.names), diff)
+        results.add(result)
+        took = time.monotonic() - began
+        print(
+            f"{number}/{len(waiting)} {change}: {noticed or 'SURVIVED'} ({len(tests.names)} tests, {took:.1f} s)",
+            flush=True,
+        )
 
 
 def output(*command: str) -> str:
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    got = subprocess.run(["git", "-C", str(ROOT), *command], check=True, stdout=subprocess.PIPE, text=True)
+    return got.stdout.strip()
 
 
 if __name__ == "__main__":

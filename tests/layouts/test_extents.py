@@ -1,0 +1,234 @@
+"""Extents, by their numbers alone: which reads a recipe comes to, and that they bring what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.layouts.recipes import entry, filled, infos, random_bytes, recipe_of
+from weightd.daemon.layouts.checkpoint import checkpoint_layout
+from weightd.daemon.layouts.digests import LEAF
+from weightd.daemon.layouts.extents import Demands, Extent, Piece, Run, Scatter, plan_extents
+from weightd.daemon.layouts.recipe import Block, Box, Copy, Entry, Recipe, arrange, contiguous, validate
+from weightd.daemon.tensors import TensorInfo
+
+DEMANDS = Demands(extent_bytes=4 * LEAF, max_runs=8, min_range=100)
+
+
+def carried(extents: Sequence[Extent], recipes: Sequence[Recipe], file: bytes) -> list[bytes]:
+    """What segments hold once extents have come, byte by byte. Asserts that no byte comes twice."""
+    segments = [bytearray(recipe.nbytes) for recipe in recipes]
+    written = [bytearray(recipe.nbytes) for recipe in recipes]
+
+    def put(segment: int, offset: int, data: bytes) -> None:
+        assert len(data) > 0
+        assert not any(written[segment][offset : offset + len(data)])
+        segments[segment][offset : offset + len(data)] = data
+        written[segment][offset : offset + len(data)] = b"\1" * len(data)
+
+    for extent in extents:
+        data = file[extent.offset : extent.offset + extent.nbytes]
+        position = 0
+        for run in extent.runs:
+            put(run.segment, run.offset, data[position : position + run.nbytes])
+            position += run.nbytes
+        for segment, block in extent.scatters or ():
+            for row in range(block.rows):
+                start, target = block.source + row * block.source_stride, block.target + row * block.target_stride
+                assert 0 <= start <= start + block.run <= extent.nbytes
+                put(segment, target, data[start : start + block.run])
+    return [bytes(segment) for segment in segments]
+
+
+def file_of(tensors: Sequence[TensorInfo], data: Sequence[bytes]) -> bytes:
+    return bytes(tensors[0].start) + b"".join(data)
+
+
+@st.composite
+def boxed(draw: st.DrawFn) -> tuple[list[TensorInfo], list[Recipe]]:
+    """A few small tensors, and segments whose entries are whole ones, and boxes of them with strides of any kind."""
+    tensors = infos(*((f"t{i}", "U8", (draw(st.integers(0, 40)),)) for i in range(draw(st.integers(1, 4)))))
+    recipes = []
+    for rank in range(draw(st.integers(1, 2))):
+        items: list[tuple[Entry, Copy]] = []
+        for index, tensor in enumerate(tensors):
+            kind = draw(st.sampled_from(["whole", "box", "none"]))
+            if kind == "whole":
+                items.append((Entry(tensor.name, "U8", tensor.shape, 0, tensor.nbytes), Copy(index, 0)))
+            elif kind == "box" and tensor.nbytes:
+                shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+                strides = [draw(st.integers(0, 9)) for _ in shape]
+                while (reach := sum((n - 1) * s for n, s in zip(shape, strides, strict=True))) >= tensor.nbytes:
+                    strides[strides.index(max(strides))] -= 1
+                box = Box(draw(st.integers(0, tensor.nbytes - 1 - reach)), shape, tuple(strides))
+                items.append((Entry(tensor.name, "U8", shape, 0, prod(shape)), Copy(index, 0, box)))
+        recipes.append(arrange(items, rank))
+    return tensors, recipes
+
+
+demands = st.builds(
+    Demands,
+    extent_bytes=st.sampled_from([4, 7, 16, 1000]),
+    max_runs=st.integers(1, 4),
+    min_range=st.sampled_from([0, 2, 5, 1000]),
+    whole_tensors=st.booleans(),
+    whole_files=st.sampled_from([(), (0,)]),
+)
+
+
+@given(boxed(), demands)
+@settings(deadline=None, max_examples=400)
+def test_extents_bring_what_recipes_say_in_the_files_order_and_each_byte_of_it_once(
+    case: tuple[list[TensorInfo], list[Recipe]], wanted: Demands
+) -> None:
+    tensors, recipes = case
+    data = random_bytes(tensors)
+    for recipe in recipes:
+        validate(recipe, tensors)
+    extents = plan_extents(tensors, recipes, wanted)
+    expected = [filled(recipe, tensors, data) for recipe in recipes]
+    assert carried(extents, recipes, file_of(tensors, data)) == expected
+    for extent, following in pairwise(extents):
+        assert extent.offset + extent.nbytes <= following.offset, "no byte of the file is read twice"
+    for extent in extents:
+        assert 0 < extent.nbytes <= wanted.extent_bytes
+        assert len(extent.runs) <= wanted.max_runs
+        assert bool(extent.runs) != (extent.scatters is not None)
+    brought: dict[tuple[int, int], int] = {}
+    for extent in extents:
+        for piece in extent.pieces:
+            key = (piece.segment, piece.entry)
+            brought[key] = brought.get(key, 0) + piece.nbytes
+            if piece.leaf >= 0:
+                target = recipes[piece.segment].entries[piece.entry]
+                assert target.offset <= piece.offset
+                assert piece.offset + piece.nbytes <= target.offset + target.nbytes
+    assert brought == {
+        (segment, number): target.nbytes
+        for segment, recipe in enumerate(recipes)
+        for number, target in enumerate(recipe.entries)
+        if target.nbytes
+    }
+    if wanted.whole_tensors or wanted.whole_files:
+        assert sum(extent.nbytes for extent in extents) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_tensors_of_up_to_half_an_extent_share_one_and_larger_ones_have_their_own() -> None:
+    half = 2 * LEAF
+    tensors = infos(("a", "U8", (half,)), ("b", "U8", (half,)), ("c", "U8", (256,)), ("d", "U8", (half + 1,)))
+    extents = plan_extents(tensors, checkpoint_layout(tensors), DEMANDS)
+    assert [(extent.offset, extent.nbytes) for extent in extents] == [
+        (8, 2 * half),
+        (8 + 2 * half, 256),
+        (8 + 2 * half + 256, half + 1),
+    ]
+    assert extents[0].runs == [Run(0, 0, 2 * half)], "they follow each other in the segment too"
+    assert extents[0].pieces == [Piece(0, 0, 0, half, 0), Piece(0, 1, half, half, 0)]
+
+
+def test_tensors_share_an_extent_only_where_they_follow_each_other_in_one_file() -> None:
+    first = infos(("a", "U8", (10,)), ("b", "U8", (10,)), ("c", "U8", (10,)))
+    gap = [first[0], first[2]]
+    files = [first[0], first[1]._replace(file=1)]
+    assert len(plan_extents(first, checkpoint_layout(first), DEMANDS)) == 1
+    assert [(e.file, e.offset) for e in plan_extents(gap, checkpoint_layout(gap), DEMANDS)] == [(0, 8), (0, 28)]
+    assert [(e.file, e.offset) for e in plan_extents(files, checkpoint_layout(files), DEMANDS)] == [(0, 8), (1, 18)]
+    (extent,) = plan_extents(first, checkpoint_layout(first), DEMANDS)
+    assert extent.runs == [Run(0, 0, 10), Run(0, 256, 10), Run(0, 512, 10)]
+
+
+def test_a_large_tensor_is_read_extent_by_extent_of_whole_leaves() -> None:
+    tensors = infos(("small", "U8", (3,)), ("t", "U8", (9 * LEAF + 5,)))
+    extents = plan_extents(tensors, checkpoint_layout(tensors), DEMANDS)[1:]
+    assert [(e.offset - 11, e.nbytes, e.runs, e.pieces) for e in extents] == [
+        (start, nbytes, [Run(0, 256 + start, nbytes)], [Piece(0, 1, 256 + start, nbytes, start // LEAF)])
+        for start, nbytes in ((0, 4 * LEAF), (4 * LEAF, 4 * LEAF), (8 * LEAF, LEAF + 5))
+    ]
+    assert [extent.tensor for extent in extents] == [None] * 3
+
+
+def test_a_slice_that_is_one_run_is_read_as_a_tensor_and_rows_are_hashed_once_all_have_come() -> None:
+    tensors = infos(("t", "U8", (4, 3 * LEAF)))
+    (rows,) = checkpoint_layout(tensors, tp_size=2, tp_ranks=[1], splits={"*": 0})
+    (columns,) = checkpoint_layout(tensors, tp_size=3, tp_ranks=[1], splits={"*": 1})
+    extents = plan_extents(tensors, [rows], DEMANDS)
+    assert [(e.offset - 8, e.nbytes, e.pieces[0].leaf) for e in extents] == [
+        (6 * LEAF, 4 * LEAF, 0),
+        (10 * LEAF, 2 * LEAF, 4),
+    ]
+    extents = plan_extents(tensors, [columns], DEMANDS)
+    assert [(e.offset - 8, e.nbytes, e.runs) for e in extents] == [
+        (row * 3 * LEAF + LEAF, LEAF, [Run(0, row * LEAF, LEAF)]) for row in range(4)
+    ]
+    assert [e.pieces for e in extents] == [[Piece(0, 0, row * LEAF, LEAF, -1)] for row in range(4)]
+
+
+@pytest.mark.parametrize(("run", "together"), [(99, True), (100, False), (101, False)])
+def test_short_runs_are_read_with_what_lies_between_from_the_first_to_the_last(run: int, together: bool) -> None:
+    tensors = infos(("t", "U8", (5, 3 * run)))
+    (recipe,) = checkpoint_layout(tensors, tp_size=3, tp_ranks=[1], splits={"*": 1})
+    extents = plan_extents(tensors, [recipe], DEMANDS)
+    if not together:
+        assert [(e.offset - 8, e.nbytes) for e in extents] == [(row * 3 * run + run, run) for row in range(5)]
+        return
+    (extent,) = extents
+    assert (extent.offset - 8, extent.nbytes) == (run, 12 * run + run)
+    assert extent.scatters == [Scatter(0, Block(0, 3 * run, 0, run, run, 5))]
+    assert extent.pieces == [Piece(0, 0, -1, 5 * run, -1)]
+    assert extent.tensor is None, "it is not all of the tensor"
+
+
+def test_rows_that_overlap_are_read_once_however_long_they_are() -> None:
+    tensors = infos(("t", "U8", (1000,)))
+    target = entry(shape=(3, 400))
+    recipe = recipe_of([target], [Copy(0, 0, Box(50, (3, 400), (200, 1)))], target.nbytes)
+    (extent,) = plan_extents(tensors, [recipe], DEMANDS)
+    assert (extent.offset - 8, extent.nbytes, extent.runs) == (50, 800, [])
+    side_by_side = recipe_of([target], [Copy(0, 0, Box(0, (3, 400), (300, 1)))], target.nbytes)
+    assert len(plan_extents(tensors, [side_by_side], DEMANDS)) == 1
+    apart = recipe_of([entry(shape=(2, 400))], [Copy(0, 0, Box(0, (2, 400), (600, 1)))], 800)
+    assert [e.nbytes for e in plan_extents(tensors, [apart], DEMANDS)] == [400, 400]
+    touching = recipe_of([entry(shape=(2, 2, 200))], [Copy(0, 0, Box(0, (2, 2, 200), (200, 400, 1)))], 800)
+    assert [e.nbytes for e in plan_extents(tensors, [touching], DEMANDS)] == [200] * 4
+
+
+def test_what_is_hashed_as_the_checkpoint_has_it_is_read_whole_and_says_which_leaves_it_is() -> None:
+    tensors = infos(("t", "U8", (2, 3 * LEAF)), ("other", "U8", (5,)))
+    recipes = checkpoint_layout(tensors, include=["t"], tp_size=2, tp_ranks=[0], splits={"*": 1})
+    extents = plan_extents(tensors, recipes, DEMANDS._replace(whole_tensors=True))
+    assert [(e.offset - 8, e.nbytes, e.tensor) for e in extents] == [
+        (0, 4 * LEAF, (0, 0)),
+        (4 * LEAF, 2 * LEAF, (0, 4)),
+        (6 * LEAF, 5, (1, 0)),
+    ]
+    assert [e.pieces for e in extents[1:]] == [[Piece(0, 0, -1, LEAF // 2, -1)], []]
+    by_file = plan_extents(tensors, recipes, DEMANDS._replace(whole_files=[0]))
+    assert [(e.offset, e.tensor) for e in by_file] == [(e.offset, e.tensor) for e in extents]
+    others = plan_extents(tensors, recipes, DEMANDS._replace(whole_files=[1]))
+    assert 5 not in [extent.nbytes for extent in others]
+
+
+def test_more_destinations_than_a_source_can_scatter_over_go_through_a_buffer() -> None:
+    tensors = infos(*((f"t{i}", "U8", (10 + i,)) for i in range(9)))
+    recipes = checkpoint_layout(tensors[:8])
+    (extent,) = plan_extents(tensors[:8], recipes, DEMANDS)
+    assert (len(extent.runs), extent.scatters) == (8, None)
+    (extent,) = plan_extents(tensors, checkpoint_layout(tensors), DEMANDS)
+    assert extent.runs == []
+    starts = [sum(10 + before for before in range(i)) for i in range(9)]
+    assert extent.scatters == [Scatter(0, Block(starts[i], 0, 256 * i, 0, 10 + i, 1)) for i in range(9)]
+    assert [piece.leaf for piece in extent.pieces] == [0] * 9, "each is whole, and hashed as it lands"
+
+
+def test_what_several_segments_want_is_read_once_and_scattered() -> None:
+    tensors = infos(("t", "U8", (300,)))
+    recipes = checkpoint_layout(tensors, tp_size=2, tp_ranks=[0, 1], splits={"*": "replicate"})
+    (extent,) = plan_extents(tensors, recipes, DEMANDS)
+    assert extent.scatters == [Scatter(segment, Block(0, 0, 0, 0, 300, 1)) for segment in (0, 1)]
+    assert (extent.tensor, contiguous((300,))) == ((0, 0), Box(0, (300,), (1,)))
+    assert extent.pieces == [Piece(segment, 0, -1, 300, -1) for segment in (0, 1)]
