@@ -1,5 +1,6 @@
 # make demo    the main job, end to end, on a real model (MODEL=uri or folder: on yours)
 # make test    the whole test suite, files side by side in WORKERS processes (ARGS="-k name tests/chart")
+# make test-engines  engines that people serve with, as they come, on a CPU: vLLM, SGLang (gigabytes, and minutes to install)
 # make quick   the tests of one room, without torch, engines and servers: minutes from nothing (ARGS=tests/filling)
 # make check   lint, format, types, and that no room imports what is above it: make lint, formatted, types, layers
 # make soak    kill -9 at random moments, ROUNDS times (SEED=... for the same ones again)
@@ -43,14 +44,17 @@ TAG_none = cpu
 BUILD = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) docker buildx build --build-arg VERSION=$(VERSION) \
   --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(git log -1 --format=%cI) --build-arg SOURCE=$(SOURCE)
 
-.PHONY: demo test quick check lint formatted types layers soak mutants bench chart screenshots simulate image shim lock \
+.PHONY: demo test test-engines quick check lint formatted types layers soak mutants bench chart screenshots simulate image shim lock \
   image-test image-sizes gpu-test gpu-bench gpu-path clean
 
 demo: $(VENV)/weightd.stamp
 	@$(VENV)/bin/python -m tests.demo $(if $(MODEL),"$(MODEL)")
 
-test: $(VENV)/weightd.stamp $(VENV)/test.stamp
+test: $(VENV)/weightd.stamp $(VENV)/test.stamp $(VENV)/clients.stamp
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+test-engines: $(VENV)/weightd.stamp $(VENV)/test.stamp $(VENV)/vllm.stamp $(VENV)/sglang.stamp
+	$(VENV)/bin/python -m pytest $(or $(ARGS),tests/engines)
 
 # Of the checkout itself: nothing is built, and an edit is tested at once.
 quick: $(VENV)/quick.stamp
@@ -145,6 +149,18 @@ $(VENV)/test.stamp: $(VENV)/base.stamp
 	rm -rf build *.egg-info
 	@# A test that needs what is missing says so; on CI that is a failure.
 	-if command -v npm >/dev/null; then npm install --silent --no-fund --no-audit --prefix $(VENV)/azurite azurite@$(AZURITE); fi
+	touch $@
+
+$(VENV)/clients.stamp: tests/s3/clients.txt
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/python -m pip --disable-pip-version-check install --quiet -r tests/s3/clients.txt
+	touch $@
+
+# torch first, by its pin, from where its build for CPUs is; what is frozen behind it brings nothing along.
+$(VENV)/vllm.stamp $(VENV)/sglang.stamp: $(VENV)/%.stamp: tests/engines/%.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)/$*
+	$(VENV)/$*/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt torch
+	$(VENV)/$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/engines/$*.txt
 	touch $@
 
 $(VENV)/mutants.stamp: $(VENV)/test.stamp

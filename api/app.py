@@ -226,6 +226,7 @@ def create_app(
                     gid=lease.gid,
                     pid=lease.pid,
                     since=lease.since,
+                    client=lease.client or None,
                 )
                 for lease in node.residency.leases
             ]

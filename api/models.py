@@ -218,6 +218,7 @@ class LeaseRecord(BaseModel):
         description="Its process id as the daemon sees it; 0 in a foreign pid namespace, null where it came over TCP."
     )
     since: float = Field(description="Since when, in seconds since the epoch.")
+    client: str | None = Field(description="HOST:PORT of who reads it over S3, until that is answered; else null.")
 
 
 class LeaseRequest(BaseModel):

@@ -95,6 +95,7 @@ class LeaseSummary(BaseModel):
     uid: int | None = Field(description="User of the process, by number; null where it came over TCP.")
     pid: int | None = Field(description="Its process id; 0 in a foreign pid namespace, null where it came over TCP.")
     since: float = Field(description="Since when, in seconds since the epoch.")
+    client: str | None = Field(None, description="HOST:PORT of who reads it over S3; else null.")
 
 
 class PeerSummary(BaseModel):
@@ -216,7 +217,13 @@ _AS_IN_RECORD = StageSummary.model_fields.keys() & StageRecord.model_fields.keys
 def lease_summary(lease: Lease) -> LeaseSummary:
     """A lease."""
     return LeaseSummary(
-        id=lease.id, stage=lease.stage, tp_rank=lease.rank, uid=lease.uid, pid=lease.pid, since=lease.since
+        id=lease.id,
+        stage=lease.stage,
+        tp_rank=lease.rank,
+        uid=lease.uid,
+        pid=lease.pid,
+        since=lease.since,
+        client=lease.client or None,
     )
 
 

@@ -37,7 +37,11 @@ from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.peers.moving.movers import Movers, unavailable
 from weightd.daemon.peers.pulling.for_stages import Pulling
 from weightd.daemon.redaction import redacted
+from weightd.daemon.s3.endpoint import Access, Endpoint
+from weightd.daemon.s3.objects import Objects
+from weightd.daemon.s3.signatures import Keys
 from weightd.daemon.settings import Settings
+from weightd.daemon.sources import aws
 from weightd.daemon.sources.uris import Allow
 from weightd.daemon.stages.residency import Residency
 from weightd.ipc import CudaError, cuda
@@ -66,6 +70,8 @@ def serve(settings: Settings) -> int:
     for device in devices.values():
         device.quarantined = quarantine.reason(device.uuid)
     allow = Allow(settings.allow)
+    if settings.s3_listen:
+        aws.check_not_itself(settings.s3_listen)
     # Without a keeper, which has locked it, the directory is this process's own to lock.
     lock = held.pop(LOCK, None) or supervisor.lock(str(settings.runtime_dir))
     sockets = {name: held.pop(name) for name in list(held) if name.startswith(LISTEN)}
@@ -83,6 +89,7 @@ def serve(settings: Settings) -> int:
             )
             if address
         }
+        s3_listener = listeners.tcp(settings.s3_listen) if settings.s3_listen else None
         lease_listener = listeners.unix(LEASE_SOCKET)
         own = own_token(settings.runtime_dir) if settings.listen and settings.token is None else None
     except OSError:
@@ -152,6 +159,10 @@ def serve(settings: Settings) -> int:
         ports = [Port(node, entrance, name, routes(node), listener) for name, (routes, listener) in probed.items()]
         for port in ports:
             port.start()
+        s3 = None
+        if s3_listener is not None:
+            s3 = open_endpoint(settings, node, allow)
+            s3.open(entrance, s3_listener)
         preloading = Preloading(node)
         preloading.start()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -176,6 +187,8 @@ def serve(settings: Settings) -> int:
             os._exit(0)  # whatever threads still write, the keeper holds
         expiry.cancel()
         tidying.cancel()
+        if s3 is not None:
+            s3.close()
         await leases.close()
         listeners.close()
         await preloading.close()
@@ -193,6 +206,18 @@ def serve(settings: Settings) -> int:
         logging.shutdown()
         os._exit(0)  # threads inside native code would keep the interpreter waiting
     return 0
+
+
+def open_endpoint(settings: Settings, node: Node, allow: Allow) -> Endpoint:
+    """The S3 endpoint, as the settings have it."""
+    secret = settings.s3_secret_key
+    keys = Keys(settings.s3_access_key, secret.get_secret_value()) if secret else None
+    objects = Objects(node, allow, absent=settings.s3_absent, device=settings.s3_device)
+    host = parse_listen(settings.s3_listen)[0]
+    access = Access(
+        keys, tuple(dict.fromkeys(("localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host.lower())))
+    )
+    return Endpoint(objects, access, node.metrics, threads=min(4, max(2, (os.cpu_count() or 1) // 2)))
 
 
 class _Stop:

@@ -417,6 +417,20 @@ def _api(board: Board) -> None:
         "short",
     ))  # fmt: skip
     board.add(lines(
+        "Read over S3", "Bytes of objects that the S3 endpoint has sent, by where they came from: memory, memory once "
+        "it was loaded, or the origin.",
+        {"{{outcome}}": f"sum by (outcome) (rate(weightd_s3_sent_bytes_total{{{HERE}}}[$__rate_interval]))"},
+        "binBps", stacked=True,
+    ))  # fmt: skip
+    board.add(lines(
+        "Requests over S3", "Requests to the S3 endpoint, by what they were and how they were answered.",
+        {
+            "{{operation}} {{status}}": f"sum by (operation, status) "
+            f"(rate(weightd_s3_requests_total{{{HERE}}}[$__rate_interval]))"
+        },
+        "reqps",
+    ))  # fmt: skip
+    board.add(lines(
         "Memory", "Resident memory of the daemon's process, segments in host memory included.",
         {"{{instance}}": f"process_resident_memory_bytes{{{HERE}}} and on (job, instance) weightd_build_info"},
         "bytes", width=8,

@@ -25,6 +25,7 @@ Schema = dict[str, Any]
 
 ELSEWHERE = {
     "runtime_dir", "cache_dir", "token", "preload", "health_listen", "metrics_listen",
+    "s3_listen", "s3_access_key", "s3_secret_key",
     "peers", "peer_listen", "peer_address", "peer_token", "peer_tls_cert", "peer_tls_key", "peer_tls_ca",
 }  # fmt: skip
 """Settings that the chart makes of values of its own."""
@@ -214,7 +215,8 @@ def values() -> Schema:
         # A socket's path has at most 107 bytes.
         runtimeDir=text(PATH, longest=90),
         cache=closed(path=text(PATH), sizeLimit=text(QUANTITY, empty=True), existingClaim=OBJECT),
-        ports=closed(peers=PORT, health=PORT, metrics=PORT),
+        ports=closed(peers=PORT, health=PORT, metrics=PORT, s3=PORT),
+        s3=closed(enabled=BOOL),
         ipFamily=one_of("IPv4", "IPv6"),
         gpu=closed(
             sharing=one_of("auto", "dra", "visibleDevices", "replicas", "singleContainer", "none"),

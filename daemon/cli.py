@@ -302,7 +302,8 @@ def leases(as_json: Json = False) -> None:
         for column in ("ID", "STAGE", "RANK", "PID", "UID", "MODEL"):
             view.add_column(column, overflow="fold")
         for lease in held:
-            view.add_row(*(str(lease[key]) for key in ("id", "stage", "tp_rank", "pid", "uid", "model")))
+            who = [f"S3, {lease['client']}", "-"] if lease.get("client") else [str(lease["pid"]), str(lease["uid"])]
+            view.add_row(lease["id"], lease["stage"], str(lease["tp_rank"]), *who, lease["model"])
         out.print(view)
 
     _print(held, as_json, table)

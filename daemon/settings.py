@@ -43,6 +43,18 @@ class Settings(BaseSettings):
         "", description="HOST:PORT that answers /livez, /readyz and /healthz, to whoever asks; empty: none."
     )
     metrics_listen: str = Field("", description="HOST:PORT that answers /metrics, to whoever asks; empty: none.")
+    s3_listen: str = Field(
+        "", description="HOST:PORT of an S3 endpoint, from which whatever reads s3:// gets what is resident; empty: "
+        "none. Beyond loopback only with keys.",
+    )  # fmt: skip
+    s3_access_key: str = Field("", description="Access key that requests to the S3 endpoint must be signed with.")
+    s3_secret_key: SecretStr | None = Field(None, description="Its secret key.")
+    s3_absent: Literal["stage", "pass", "refuse"] = Field(
+        "stage",
+        description="What the S3 endpoint does with weights that are not resident: stage them, pass them on from their "
+        "origin and keep nothing, or refuse.",
+    )
+    s3_device: str = Field("cpu", description="Device that it stages to; from a GPU bytes have to be copied back.")
     preload: str = Field(
         "",
         description="What to stage at start: a JSON array of stage requests, or the path of a file with one. /readyz "
@@ -193,7 +205,7 @@ class Settings(BaseSettings):
         parse_directory(value)
         return value
 
-    @field_validator("listen", "peer_listen", "health_listen", "metrics_listen")
+    @field_validator("listen", "peer_listen", "health_listen", "metrics_listen", "s3_listen")
     @classmethod
     def _as_written(cls, value: str) -> str:
         if value:
@@ -208,7 +220,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _ports_of_their_own(self) -> Settings:
         taken: dict[str, str] = {}
-        for name in ("listen", "peer_listen", "health_listen", "metrics_listen"):
+        for name in ("listen", "peer_listen", "health_listen", "metrics_listen", "s3_listen"):
             address = getattr(self, name)
             if address and address in taken:
                 raise ValueError(f"{taken[address]} and {name} are both {address!r}: each has a port of its own")
@@ -236,7 +248,18 @@ class Settings(BaseSettings):
                 )
         return self
 
-    @field_validator("token", "peer_token")
+    @model_validator(mode="after")
+    def _s3_is_guarded(self) -> Settings:
+        if bool(self.s3_access_key) != (self.s3_secret_key is not None):
+            missing = "WEIGHTD_S3_SECRET_KEY" if self.s3_access_key else "WEIGHTD_S3_ACCESS_KEY"
+            raise ValueError(f"the S3 endpoint's keys are two, an access key and its secret: {missing} is missing")
+        if self.s3_listen and not self.s3_access_key and not is_loopback(parse_listen(self.s3_listen)[0]):
+            raise ValueError(
+                f"s3_listen {self.s3_listen!r} is open to the network: set WEIGHTD_S3_ACCESS_KEY and _SECRET_KEY"
+            )
+        return self
+
+    @field_validator("token", "peer_token", "s3_secret_key")
     @classmethod
     def _no_empty_token(cls, value: SecretStr | None) -> SecretStr | None:
         return value if value and value.get_secret_value() else None

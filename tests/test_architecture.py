@@ -46,4 +46,4 @@ def test_its_rooms_are_in_the_order_that_is_checked() -> None:
     layers = next(contract["layers"] for contract in contracts if contract["id"] == "rooms")
     picture = PAGE.partition("## Rooms")[2].partition("```mermaid")[2].partition("```")[0]
     drawn = re.findall(r"^  (\w+)\[", picture, re.MULTILINE)
-    assert [room for room in drawn if room not in ("api", "ipc")] == layers[layers.index("lending") : -2]
+    assert [room for room in drawn if room not in ("api", "ipc")] == layers[layers.index("settings") + 1 : -2]

@@ -137,7 +137,7 @@ function stageInside(host) {
     ["Given up", (of) => of.given_up], ["Better", (of) => of.slow_path],
   ], (of) => of.address, "");
   const leases = table(leasesAt, "stacked", "Leases on it", [
-    ["Process", (of) => (of.pid === null ? "over TCP" : of.pid ? `pid ${of.pid}` : "foreign pid")],
+    ["Process", (of) => (of.client ? `S3, ${of.client}` : of.pid === null ? "over TCP" : of.pid ? `pid ${of.pid}` : "foreign pid")],
     ["User", (of) => (of.uid === null ? "" : `uid ${of.uid}`)], ["Rank", (of) => of.tp_rank, { number: true }],
     ["Since", (of) => ago(of.since), { title: (of) => when(of.since) }],
   ], (of) => of.id, "Nobody leases it.");

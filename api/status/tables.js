@@ -6,7 +6,7 @@ const MOST_ERRORS = 20;
 const modelOf = (id) => (there.stages.has(id) ? base(there.stages.get(id).model) : id);
 
 const drawLeases = table(byId("leases").querySelector(".rows"), "stacked", "Who uses what, the latest first", [
-  ["Process", (of) => (of.pid === null ? "over TCP" : of.pid ? `pid ${of.pid}` : "foreign pid")],
+  ["Process", (of) => (of.client ? `S3, ${of.client}` : of.pid === null ? "over TCP" : of.pid ? `pid ${of.pid}` : "foreign pid")],
   ["User", (of) => (of.uid === null ? "" : `uid ${of.uid}`)],
   ["Model", (of) => modelOf(of.stage), { link: (of) => `#s-${of.stage}` }],
   ["Rank", (of) => of.tp_rank, { number: true }],

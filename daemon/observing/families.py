@@ -14,7 +14,21 @@ BETTER_PATHS = ("rdma", "shm", "cuda_ipc")
 DROPPED = ("stalled", "gone", "failed", "unreachable", "wrong_bytes", "nonsense", "version")
 ENDS = ("crashed", "killed", "out_of_memory", "replaced")
 ADOPTED = ("ready", "interrupted", "failed")
-LISTENERS = ("api", "api.sock", "lease.sock", "health", "metrics", "peers")
+LISTENERS = ("api", "api.sock", "lease.sock", "health", "metrics", "peers", "s3")
+S3_OUTCOMES = {
+    "resident": "from memory, or the cache of configuration files",
+    "waited": "from memory, once they had been loaded",
+    "passed": "from the origin, and not kept",
+}
+S3_OPERATIONS = (
+    "GetObject",
+    "HeadObject",
+    "ListObjects",
+    "ListBuckets",
+    "HeadBucket",
+    "GetBucketLocation",
+    "other",
+)
 REFUSED = {
     "silent": "it had not said in time what it wants",
     "room": "it said nothing, and others needed its place",
@@ -149,6 +163,12 @@ SECTIONS: dict[str, tuple[Family, ...]] = {
         Family("weightd_connections_dropped_total", "counter", "Connections that were hung up on or turned away, by "
                "the socket that they came to.", ("listener", "reason")),
     ),
+    "S3 endpoint": (
+        Family("weightd_s3_requests_total", "counter", "Requests to the S3 endpoint that were answered.",
+               ("operation", "status")),
+        Family("weightd_s3_sent_bytes_total", "counter", "Bytes of objects that the S3 endpoint has sent, by where "
+               "they came from.", ("outcome",)),
+    ),
     "Build": (
         Family("weightd_build_info", "gauge", "Versions of weightd and of what moves its bytes; always 1.",
                ("version", "python", "streamer", "obstore", "nixl", "cuda_bindings", "cupy")),
@@ -186,6 +206,8 @@ LABELS = {
     "weightd_peers_dropped_total.reason": _of(DROPPED),
     "weightd_connections_dropped_total.reason": "; ".join(f"`{reason}`: {text}" for reason, text in REFUSED.items()),
     "listener": f"{_of(LISTENERS)}; `api` is the TCP port of the API, `peers` the one for peers",
+    "operation": f"{_of(S3_OPERATIONS)}: what is refused as such",
+    "outcome": "; ".join(f"`{outcome}`: {text}" for outcome, text in S3_OUTCOMES.items()),
     "fill": "`streamer`, `ring`",
     "digests": "`gpu`, `host`",
     "age": _of(tuple(AGES)),

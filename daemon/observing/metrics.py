@@ -23,7 +23,16 @@ from prometheus_client.registry import Collector
 from weightd.daemon import errors
 from weightd.daemon.observing.build import build_info
 from weightd.daemon.observing.clock import Clock
-from weightd.daemon.observing.families import ADOPTED, BETTER_PATHS, DROPPED, EVICTED, FAMILIES, MAX_PEERS, SOURCES
+from weightd.daemon.observing.families import (
+    ADOPTED,
+    BETTER_PATHS,
+    DROPPED,
+    EVICTED,
+    FAMILIES,
+    MAX_PEERS,
+    S3_OUTCOMES,
+    SOURCES,
+)
 from weightd.daemon.observing.labels import OTHER, Named
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -56,6 +65,8 @@ class Metrics:
         self._stage_seconds = self._histogram("weightd_stage_duration_seconds")
         self.connections = self._gauge("weightd_connections")
         self.connections_dropped = self._counter("weightd_connections_dropped_total")
+        self.s3_requests = self._counter("weightd_s3_requests_total")
+        self.s3_bytes = self._counter("weightd_s3_sent_bytes_total")
         self.attach_seconds = self._histogram("weightd_attach_duration_seconds")
         self._api_seconds = self._histogram("weightd_api_request_duration_seconds")
         self._start_seconds = self._gauge("weightd_start_duration_seconds")
@@ -71,6 +82,7 @@ class Metrics:
         for counter, values in (
             (self.source_retries, SOURCES), (self.slow_paths, BETTER_PATHS), (self.finished, _ENDED),
             (self.evictions, EVICTED), (self._adopted, ADOPTED), (self.mismatches, SOURCES),
+            (self.s3_bytes, S3_OUTCOMES),
             (self.errors, error_codes()),
         ):  # fmt: skip
             for value in values:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from threading import Lock
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from weightd.daemon.errors import CredentialsRefused, SourceFailed
+from weightd.daemon.addresses import is_local, parse_listen
+from weightd.daemon.errors import CredentialsRefused, DaemonError, SourceFailed
 
 ADDRESSING = "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"
 _GIVEN_ADDRESSING = os.environ.get(ADDRESSING, "")
@@ -290,3 +292,24 @@ def _is_address(endpoint: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def check_not_itself(listen: str) -> None:
+    """Raise ValueError where this node's own S3 endpoint, at HOST:PORT, is what it would ask for what it lacks."""
+    try:
+        found = resolve().endpoint
+    except DaemonError:
+        return  # whoever asks for something of S3 is told
+    url = urlsplit(found.value)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    if port != parse_listen(listen)[1]:
+        return
+    try:
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(url.hostname, port, type=socket.SOCK_STREAM)}
+    except OSError:
+        return
+    if any(is_local(address) for address in addresses):
+        raise ValueError(
+            f"the S3 endpoint that this daemon reads, {found.value} (from {found.origin}), is the one that it serves "
+            f"(WEIGHTD_S3_LISTEN={listen}): it would ask itself: give the daemon the store's own, and engines this one"
+        )

@@ -27,6 +27,16 @@ class SourceFile(NamedTuple):
     version: str
 
 
+class Object(NamedTuple):
+    """One stored object: ``size`` in bytes, ``version`` as ``SourceFile`` has it, ``modified`` in seconds since the
+    epoch; 0 where that is not known."""
+
+    key: str
+    size: int
+    version: str
+    modified: float
+
+
 ANSWERS = (CheckpointNotFound, CheckpointChanged, AmbiguousCheckpoint, InvalidCheckpoint, NotAllowed)
 """Errors that say what is at a URI: nothing, something else, nothing that can be used, nothing for this daemon to see.
 Any other one is no answer, and says nothing of what was there before."""

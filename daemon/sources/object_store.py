@@ -15,9 +15,16 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from weightd.daemon.devices import libstreamer
-from weightd.daemon.errors import CheckpointNotFound, CredentialsRefused, InvalidRequest, SourceFailed, UnreadableFile
+from weightd.daemon.errors import (
+    CheckpointChanged,
+    CheckpointNotFound,
+    CredentialsRefused,
+    InvalidRequest,
+    SourceFailed,
+    UnreadableFile,
+)
 from weightd.daemon.sources import aws
-from weightd.daemon.sources.base import SourceFile, is_file_name, is_hidden, is_index
+from weightd.daemon.sources.base import Object, SourceFile, is_file_name, is_hidden, is_index
 from weightd.daemon.sources.streamed import StreamerReader
 from weightd.daemon.sources.uris import Allow
 
@@ -159,7 +166,7 @@ class ObjectStoreSource:
                     f"{uri}: the object store refused {what}: {_reason(error)}: weightd doctor shows which are in use"
                 ) from None
             if "NoSuchBucket" in str(error) or "404 Not Found" in str(error):
-                raise CheckpointNotFound(f"{uri}: no such bucket") from None
+                raise CheckpointNotFound(f"{uri}: no such bucket", missing="bucket") from None
             raise SourceFailed(f"{uri}: {_reason(error)}") from None
 
     def fetch(self, files: Sequence[SourceFile]) -> None:
@@ -171,6 +178,42 @@ class ObjectStoreSource:
             return StreamerReader(self, files, uris)
         libstreamer.address_by(virtual=self._access.addressing.value == "virtual")
         return StreamerReader(self, files, uris, self._access.reading)
+
+
+class StoredObjects:
+    """All objects of one bucket, as ``buckets.Bucket`` has it."""
+
+    def __init__(self, root: str) -> None:
+        self._source = ObjectStoreSource(root)
+        self._store = self._source._store
+
+    def head(self, key: str) -> Object:
+        with self._source._errors(f"{self._source.uri}/{key}"):
+            return _object(self._store.head(key))
+
+    def objects(self, prefix: str, after: str) -> Iterator[Object]:
+        folder = prefix.rpartition("/")[0]  # the store's own prefixes end at a slash
+        with self._source._errors(f"{self._source.uri}/{prefix}"):
+            for batch in self._store.list(folder or None, offset=max(after, folder) or None):
+                yield from map(_object, batch)
+
+    def read(self, stored: Object, first: int, count: int) -> bytes:
+        with self._source._errors(f"{self._source.uri}/{stored.key}"):
+            found = self._store.get(stored.key, options={"range": (first, first + count)})
+            data = bytes(found.bytes())
+        if len(data) != count or _version(found.meta) != stored.version:
+            raise CheckpointChanged(f"{self._source.uri}/{stored.key} has changed meanwhile")
+        return data
+
+    def level(self, folder: str) -> list[Object]:
+        with self._source._errors(f"{self._source.uri}/{folder}"):
+            found = self._store.list_with_delimiter(folder.rstrip("/") or None)
+        folders = [Object(f"{prefix}/", 0, "", 0.0) for prefix in found["common_prefixes"]]
+        return sorted([*map(_object, found["objects"]), *folders])
+
+
+def _object(meta: Any) -> Object:
+    return Object(str(meta["path"]), meta["size"], _version(meta), meta["last_modified"].timestamp())
 
 
 def _folders(name: str) -> Iterator[str]:

@@ -34,9 +34,7 @@ class Allow:
 
     def check(self, uri: str) -> None:
         """Raise NotAllowed where ``uri`` (canonical; for files, with symbolic links resolved) is under no prefix."""
-        if not self.prefixes:
-            return
-        if any(_is_below(uri, prefix) for prefix in self.prefixes):
+        if self.permits(uri):
             return
         raise NotAllowed(
             f"{uri} is not below any allowed URI prefix ({', '.join(self.prefixes)}): "
@@ -44,6 +42,14 @@ class Allow:
             setting="WEIGHTD_ALLOW",
             allowed=list(self.prefixes),
         )
+
+    def permits(self, uri: str) -> bool:
+        """Whether what is at a URI (as ``check`` has it) may be staged."""
+        return not self.prefixes or any(_is_below(uri, prefix) for prefix in self.prefixes)
+
+    def leads_to(self, beginning: str) -> bool:
+        """Whether anything that may be staged has a URI that begins so."""
+        return self.permits(beginning) or any(prefix.startswith(beginning) for prefix in self.prefixes)
 
 
 def _is_below(uri: str, prefix: str) -> bool:

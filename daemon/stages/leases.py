@@ -53,7 +53,7 @@ class Leases:
         """Raises StageRevoked, LeaseLimit."""
         if stage.revoked_until is not None:
             raise StageRevoked(f"stage {stage.id} is being taken away: stage {stage.uri} again once it has gone")
-        if sum(lease.uid == uid for lease in self) >= self._most_per_user:
+        if sum(lease.uid == uid and not lease.client for lease in self) >= self._most_per_user:
             who = "TCP clients hold" if uid is None else f"uid {uid} holds"
             raise LeaseLimit(
                 f"{who} {self._most_per_user} leases, which is all that WEIGHTD_MAX_LEASES_PER_USER allows"
@@ -65,6 +65,14 @@ class Leases:
             stage.leases.pop(lease.id, None)
             self.note(stage)
             stage.notify()
+
+    def begin_reading(self, stage: Stage, client: str) -> Lease:
+        """Record that somebody reads a stage over S3: nobody maps it, and nobody comes back to it after a restart."""
+        rank = stage.request.ranks[0]
+        lease = Lease("le-" + secrets.token_hex(6), stage.id, rank, None, None, None, time.time(), client)
+        stage.leases[lease.id] = lease
+        self.note(stage)
+        return lease
 
     def begin_for_peer(self, stage: Stage, by: str) -> PeerLease:
         """Record that a peer reads a stage; it takes nothing of the leases that users may have."""
@@ -82,7 +90,7 @@ class Leases:
         """A lease began or ended, or it became ready: note it where the next daemon finds it."""
         stage.last_used = eviction.now()
         if stage.ledger is not None:
-            leases = len(stage.leases) + eviction.awaited(stage, stage.last_used)
+            leases = sum(not lease.client for lease in stage.leases.values()) + eviction.awaited(stage, stage.last_used)
             stage.ledger.note(leases, stage.last_used, lent=stage.lent)
         self._changed()
 
@@ -124,4 +132,6 @@ class Leases:
 
 
 def _holder(lease: Lease) -> str:
+    if lease.client:
+        return f"a client over S3 at {lease.client}"
     return "a client over TCP" if lease.pid is None else f"pid {lease.pid} (uid {lease.uid})"

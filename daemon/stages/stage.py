@@ -43,6 +43,8 @@ class Lease:
     pid: int | None
     since: float
     """Seconds since the epoch."""
+    client: str = ""
+    """HOST:PORT of who reads it over S3, which gives nobody a handle; empty where it is held for one."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from tests.bench.table import as_json, show_header, show_section, show_verdict
 SECTIONS = {
     "file": "from_file",
     "s3": "from_s3",
+    "s3face": "s3_endpoint",
     "attach": "attaching",
     "planning": "planning",
     "restart": "restarting",

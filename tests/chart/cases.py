@@ -177,6 +177,9 @@ CASES: dict[str, Case] = {
          "shim": {"path": "/srv/shim"}, "ports": {"peers": 1, "health": 2, "metrics": 65535}, "peers": PEERS,
          "apiToken": {"existingSecret": "token"}, "settings": {"listen": "127.0.0.1:7500"}}
     ),
+    "S3 for an engine without weightd": Case(
+        {"s3": {"enabled": True}, "shim": {"enabled": False}, "ports": {"s3": 7480}, "settings": {"s3_absent": "pass"}}
+    ),
     "a small cache": Case({"cache": {"sizeLimit": "500Mi"}, "fullnameOverride": "weights"}),
     "long names": Case(
         {"nameOverride": "n" * 63, "peers": PEERS,

@@ -90,3 +90,16 @@ def test_the_notes_say_how_to_see_what_it_does(values: dict[str, Any], words: li
     _, _, notes = helm(*arguments, stdin=json.dumps(values)).partition("\nNOTES:\n")
     assert all(word in notes for word in words), notes
     assert not [line for line in notes.splitlines() if len(line) > 160]
+
+
+def test_an_engine_without_weightd_is_pointed_at_the_s3_endpoint_and_weightd_at_the_store() -> None:
+    values = {"s3": {"enabled": True}, "credentials": {"s3": {"endpoint": "https://store.example.com"}}}
+    documents = manifests(values)
+    engine, weightd = env_of(container(documents, "engine")), env_of(container(documents, "weightd"))
+    assert weightd["WEIGHTD_S3_LISTEN"] == "127.0.0.1:7404"
+    assert weightd["AWS_ENDPOINT_URL"] == "https://store.example.com"
+    for name in ("AWS_ENDPOINT_URL", "RUNAI_STREAMER_S3_ENDPOINT"):
+        assert engine[name] == "http://127.0.0.1:7404"
+    without = env_of(container(manifests({}), "engine"))
+    assert set(engine) - set(without) == {"AWS_ENDPOINT_URL", "RUNAI_STREAMER_S3_ENDPOINT"}
+    assert "WEIGHTD_S3_LISTEN" not in env_of(container(manifests({}), "weightd"))

@@ -62,19 +62,21 @@ def watched(s3: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         (folder / name).mkdir()
         save_file({"w": rng.standard_normal((1024, 1024), numpy.float32)}, folder / name / "a.safetensors")
         uris.append(s3.upload(folder / name, f"observed-{name}"))
-    ports = free_ports(4)
-    targets, peers = ([f"127.0.0.1:{port}" for port in half] for half in (ports[:2], ports[2:]))
+    ports = free_ports(6)
+    targets, peers, over_s3 = ([f"127.0.0.1:{port}" for port in pair] for pair in (ports[:2], ports[2:4], ports[4:]))
     env = {**s3.env, "UCX_TLS": "tcp", "WEIGHTD_PEERS": "static:" + ",".join(peers), "WEIGHTD_PEER_TOKEN": "fleet"}
     daemons = [
-        Daemon(folder / f"daemon-{index}", "--listen", target, "--capacity", "cpu=10MiB",
+        Daemon(folder / f"daemon-{index}", "--listen", target, "--capacity", "cpu=10MiB", "--s3-listen", s3_at,
                env={**env, "WEIGHTD_PEER_LISTEN": peer})
-        for index, (target, peer) in enumerate(zip(targets, peers, strict=True))
+        for index, (target, peer, s3_at) in enumerate(zip(targets, peers, over_s3, strict=True))
     ]  # fmt: skip
     stopped = threading.Event()
     with daemons[0], daemons[1], Prometheus(folder / "prometheus", targets, ALERTS) as prometheus:
         for daemon in daemons:  # the second one has it from the first
             assert daemon.stage(uris[0])["state"] == "ready"
-        workers = [threading.Thread(target=work, args=(daemon, uris, stopped)) for daemon in daemons]
+        workers = [
+            threading.Thread(target=work, args=(*of, uris, stopped)) for of in zip(daemons, over_s3, strict=True)
+        ]
         for worker in workers:
             worker.start()
         try:
@@ -89,7 +91,7 @@ def watched(s3: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator
                 worker.join()
 
 
-def work(daemon: Daemon, uris: list[str], stopped: threading.Event) -> None:
+def work(daemon: Daemon, s3_at: str, uris: list[str], stopped: threading.Event) -> None:
     """What engines and operators do, again and again: more models than fit, each attached to until the next."""
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(daemon.runtime_dir / "api.sock"))) as client:
         number = 0
@@ -100,6 +102,7 @@ def work(daemon: Daemon, uris: list[str], stopped: threading.Event) -> None:
             if daemon.stage(uri, wait=60)["state"] == "ready":
                 before, held = held, daemon.attach(uri)
                 before.close()
+            httpx.get(f"http://{s3_at}/models/{uri.removeprefix('s3://models/')}/a.safetensors", timeout=60)
             client.get("http://weightd/v1/stage/none", timeout=30)
             client.post("http://weightd/v1/stage", json={"model": "/nowhere"}, timeout=30)
         held.close()
@@ -119,7 +122,7 @@ def queries(panel: Mapping[str, Any]) -> list[str]:
 
 
 def metric_names(query: str) -> set[str]:
-    return set(re.findall(r"\b(?:weightd|process|scrape|up|go)_?[a-z_]*\b", re.sub(r'"[^"]*"', "", query)))
+    return set(re.findall(r"\b(?:weightd|process|scrape|up|go)_?[a-z0-9_]*\b", re.sub(r'"[^"]*"', "", query)))
 
 
 def known(name: str) -> bool:

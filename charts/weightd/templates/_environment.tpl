@@ -182,6 +182,9 @@ etcd:{{ $endpoints }}{{ $prefix }}
 {{- if .Values.metrics.enabled -}}
   {{- $env = append $env (dict "name" "WEIGHTD_METRICS_LISTEN" "value" (printf "%s:%d" $any (int .Values.ports.metrics))) -}}
 {{- end -}}
+{{- if .Values.s3.enabled -}}
+  {{- $env = append $env (dict "name" "WEIGHTD_S3_LISTEN" "value" (printf "127.0.0.1:%d" (int .Values.ports.s3))) -}}
+{{- end -}}
 {{- if .Values.preload -}}
   {{- $env = append $env (dict "name" "WEIGHTD_PRELOAD" "value" (include "weightd.text" (include "weightd.preload" .))) -}}
 {{- end -}}
@@ -206,6 +209,11 @@ etcd:{{ $endpoints }}{{ $prefix }}
 {{- $env := list (dict "name" "WEIGHTD_RUNTIME_DIR" "value" $values.runtimeDir) -}}
 {{- $env = append $env (dict "name" "WEIGHTD_DAEMON_UID" "value" (include "weightd.daemonUid" $weightd)) -}}
 {{- if $values.shim.enabled }}{{ $env = append $env (dict "name" "PYTHONPATH" "value" $values.shim.path) }}{{ end -}}
+{{- if $values.s3.enabled -}}
+  {{- range list "AWS_ENDPOINT_URL" "RUNAI_STREAMER_S3_ENDPOINT" -}}
+    {{- $env = append $env (dict "name" . "value" (printf "http://127.0.0.1:%d" (int $values.ports.s3))) -}}
+  {{- end -}}
+{{- end -}}
 {{- if and (eq (include "weightd.sharing" $weightd) "visibleDevices") (eq $values.mode "sidecar") (eq $values.gpu.visibleDevices.engine "same") -}}
   {{- $env = append $env (dict "name" "NVIDIA_VISIBLE_DEVICES" "value" (include "weightd.text" $values.gpu.visibleDevices.devices)) -}}
   {{- $env = append $env (dict "name" "NVIDIA_DRIVER_CAPABILITIES" "value" "compute,utility") -}}

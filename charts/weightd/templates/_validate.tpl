@@ -36,12 +36,20 @@
 {{- if and .Values.cache.existingClaim .Values.cache.sizeLimit -}}
   {{- fail "cache.existingClaim and cache.sizeLimit: a claim has its own size" -}}
 {{- end -}}
+{{- if .Values.s3.enabled -}}
+  {{- if ne .Values.mode "sidecar" -}}
+    {{- fail "s3.enabled is for mode: sidecar: the S3 endpoint is on loopback, which Pods do not share" -}}
+  {{- end -}}
+  {{- if eq (include "weightd.sharing" .) "singleContainer" -}}
+    {{- fail "s3.enabled and gpu.sharing: singleContainer: both processes would have one endpoint, and weightd would ask itself" -}}
+  {{- end -}}
+{{- end -}}
 {{- $paths := list (clean .Values.runtimeDir) (clean .Values.cache.path) "/tmp" -}}
 {{- if .Values.shim.enabled }}{{ $paths = append $paths (clean .Values.shim.path) }}{{ end -}}
 {{- if lt (len (uniq $paths)) (len $paths) -}}
   {{- fail (printf "runtimeDir, cache.path, shim.path and /tmp must differ, found %s" (join ", " $paths)) -}}
 {{- end -}}
-{{- $ports := dict "ports.health" .Values.ports.health "ports.metrics" .Values.ports.metrics "ports.peers" .Values.ports.peers -}}
+{{- $ports := dict "ports.health" .Values.ports.health "ports.metrics" .Values.ports.metrics "ports.peers" .Values.ports.peers "ports.s3" .Values.ports.s3 -}}
 {{- with include "weightd.apiPort" . }}{{ $_ := set $ports "settings.listen" (int .) }}{{ end -}}
 {{- with get .Values.settings "listen" -}}
   {{- if not (or $.Values.apiToken.existingSecret (regexMatch "^(localhost|127[.][0-9.]+|\\[::1\\]):" .)) -}}
@@ -233,6 +241,7 @@
   {{- else -}}
     {{- $own := list (dict "name" "WEIGHTD_RUNTIME_DIR") (dict "name" "WEIGHTD_DAEMON_UID") -}}
     {{- if .Values.shim.enabled }}{{ $own = append $own (dict "name" "PYTHONPATH") }}{{ end -}}
+    {{- if .Values.s3.enabled }}{{ $own = concat $own (list (dict "name" "AWS_ENDPOINT_URL") (dict "name" "RUNAI_STREAMER_S3_ENDPOINT")) }}{{ end -}}
     {{- if and (eq (include "weightd.sharing" .) "visibleDevices") (eq .Values.gpu.visibleDevices.engine "same") -}}
       {{- $own = concat $own (list (dict "name" "NVIDIA_VISIBLE_DEVICES") (dict "name" "NVIDIA_DRIVER_CAPABILITIES")) -}}
     {{- end -}}
