@@ -8,10 +8,10 @@ import logging
 import posixpath
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 from weightd.daemon.errors import (
@@ -39,8 +39,14 @@ from weightd.ipc.errors import CudaError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _GOOD_FOR = 2.0
 """Seconds for which the origin's word on an object is taken again: a file is read in many ranges."""
+_ORIGIN_DEADLINE = 5.0
+"""Seconds that an origin may take to say whether what is resident is still what it has."""
+_SILENT_FOR = 30.0
+"""Seconds for which one that did not is asked nothing about what is resident."""
 _REMEMBERED = 10_000
 """Objects of which the origin's last word is kept, for when it does not answer."""
 _MAX_HEADER = 128 << 20
@@ -98,6 +104,8 @@ class Objects:
         self._known: OrderedDict[str, tuple[float, Object]] = OrderedDict()
         """URI → when the origin said so (monotonic seconds), and what."""
         self._asking: dict[str, asyncio.Task[Object]] = {}
+        self._silent: dict[str, float] = {}
+        """Root of a bucket → until when its origin is taken to be away (monotonic seconds)."""
         self._staging: dict[str, asyncio.Task[Stage | None]] = {}
         self._failed: dict[str, float] = {}
         """URI of a checkpoint → when staging it was refused last."""
@@ -140,8 +148,9 @@ class Objects:
                 objects = there.objects(query.prefix, query.after)
             return page(filter(may_be_seen, objects), query)
 
+        here = sorted(self._resident_below(root))
         try:
-            return await self._threads.run(root, listed)
+            return await self._asked(root, self._threads.run(root, listed), bool(here))
         except ANSWERS as error:
             if not isinstance(error, CheckpointNotFound):
                 raise
@@ -149,11 +158,28 @@ class Objects:
                 raise S3Error("NoSuchBucket", "The specified bucket does not exist", {"BucketName": bucket}) from None
             return Page()
         except DaemonError as error:
-            here = sorted(self._resident_below(root))
             if not here:
                 raise
             log.warning("%s: listing what is resident, its origin cannot be asked: %s", root, error)
             return page(iter(here), query)
+
+    async def _asked(self, root: str, question: Coroutine[Any, Any, T], is_here: bool) -> T:
+        """What an origin says; where what is asked for is here, it has only so long. Raises SourceFailed then."""
+        if not is_here:
+            return await question
+        if time.monotonic() < self._silent.get(root, 0.0):
+            question.close()
+            raise SourceFailed(f"{root}: it did not answer lately")
+        try:
+            return await asyncio.wait_for(question, _ORIGIN_DEADLINE)
+        except TimeoutError:
+            self._silent[root] = time.monotonic() + _SILENT_FOR
+            raise SourceFailed(f"{root}: no answer within {_ORIGIN_DEADLINE:g} s") from None
+        except ANSWERS:
+            raise
+        except DaemonError:
+            self._silent[root] = time.monotonic() + _SILENT_FOR
+            raise
 
     def _of_stages(self) -> list[Object]:
         return sorted(
@@ -180,12 +206,14 @@ class Objects:
             return self._of_stage(key)
         uri = f"{names.root_of(bucket)}/{key}"
         self._allow.check(uri)
+        root, here = names.root_of(bucket), self._holders(uri)
+        is_ready = any(stage.state == "ready" for stage, _ in here)
         try:
-            stored = await self._current(names.root_of(bucket), key, uri)
+            stored = await self._asked(root, self._current(root, key, uri), is_ready)
         except ANSWERS:
             raise
         except DaemonError as error:
-            for stage, file in self._holders(uri):
+            for stage, file in here:
                 listed = _files(stage)[file]
                 _, known = self._known.get(uri, (0.0, None))
                 same = known is not None and known.version == listed.version

@@ -105,21 +105,30 @@ def test_every_stage_is_a_folder_of_a_bucket_of_its_own_wherever_it_came_from(
     assert refusal(here.s3.get_object, Bucket="weightd", Key=f"{stage}/nothing")[0] == "NoSuchKey"
 
 
+@pytest.mark.parametrize("way", ["refuses", "says nothing"])
 def test_what_is_resident_is_served_and_listed_where_the_origin_is_away(
-    start_daemon: Start, s3: SeaweedFS, origin: FaultProxy, model: Path
+    way: str, start_daemon: Start, s3: SeaweedFS, origin: FaultProxy, model: Path
 ) -> None:
     uri = s3.upload(model, "s3-away")
+    over = threading.Event()
     here = Endpoint(start_daemon, origin.url, s3.env)
     here.daemon.stage(uri)
     asked = {"Bucket": "models", "Key": f"s3-away/{SHARDS[0]}"}
     tag = here.s3.head_object(**asked)["ETag"]
     time.sleep(2.1)  # so long its word is taken again
-    origin.fault = lambda _: "403"
+    origin.fault = lambda _: "403" if way == "refuses" else over.wait(300) and None  # type: ignore[func-returns-value]
     found = here.s3.get_object(**asked)
     assert (found["Body"].read(), found["ETag"]) == ((model / SHARDS[0]).read_bytes(), tag)
     assert here.get("s3-away/config.json") == (model / "config.json").read_bytes()
     listed = here.s3.list_objects_v2(Bucket="models", Prefix="s3-away/")["Contents"]
     assert [item["Key"] for item in listed] == sorted(f"s3-away/{path.name}" for path in model.iterdir())
+    asked_so_far = len(origin.seen)
+    for shard in SHARDS:
+        assert here.get(f"s3-away/{shard}") == (model / shard).read_bytes()
+    assert len(origin.seen) == asked_so_far, "an origin that is away is asked for each file anew"
+    over.set()
+    if way == "says nothing":
+        return
     code, status = refusal(here.s3.get_object, Bucket="models", Key="s3-elsewhere/model.safetensors")
     assert (code, status) == ("AccessDenied", 403)
 
