@@ -85,3 +85,15 @@ def test_a_stranger_at_the_port_is_an_error(folder: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(trust, "trusted", lambda: frozenset({os.getuid() + 1}))
         finding = found()["TCP port"]
     assert (finding.level, f"uid {os.getuid()} listens" in finding.found) == ("error", True)
+
+
+def test_the_s3_endpoint_is_for_host_memory_and_says_for_whom_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "S3 endpoint" not in found()
+    monkeypatch.setenv("WEIGHTD_S3_LISTEN", "127.0.0.1:7404")
+    assert found()["S3 endpoint"].level == "ok"
+    assert "every user of the machine" in found()["S3 endpoint"].found
+    monkeypatch.setenv("WEIGHTD_S3_ACCESS_KEY", "engine")
+    monkeypatch.setenv("WEIGHTD_S3_SECRET_KEY", "secret")
+    assert "whoever signs" in found()["S3 endpoint"].found
+    monkeypatch.setenv("WEIGHTD_S3_DEVICE", "cuda:0")
+    assert (found()["S3 endpoint"].level, "WEIGHTD_S3_DEVICE=cpu" in str(found()["S3 endpoint"])) == ("warning", True)

@@ -17,17 +17,30 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def examine_access() -> Iterator[Finding]:
-    """The folder of the sockets, the TCP port, and its token."""
+    """The folder of the sockets, the S3 endpoint, the TCP port, and its token."""
     settings = Settings()
     folder = settings.runtime_dir
     if folder.is_dir():
         yield _folder(folder)
+    if settings.s3_listen:
+        yield _s3_endpoint(settings)
     if not settings.listen:
         yield Finding("TCP port", "ok", "none: the Unix sockets only")
         return
     yield _port(settings)
     if settings.token is None:
         yield _token(folder)
+
+
+def _s3_endpoint(settings: Settings) -> Finding:
+    who = "whoever signs with its keys" if settings.s3_access_key else "every user of the machine"
+    told = f"{settings.s3_listen}, for {who}; stages to {settings.s3_device}"
+    if settings.s3_device.startswith("cpu"):
+        return Finding("S3 endpoint", "ok", told)
+    return Finding(
+        "S3 endpoint", "warning", f"{told}, from where every byte that is sent has to be copied back",
+        "WEIGHTD_S3_DEVICE=cpu, unless engines map the same stages",
+    )  # fmt: skip
 
 
 def _folder(folder: Path) -> Finding:
