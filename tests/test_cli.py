@@ -156,7 +156,7 @@ def test_the_readme_lists_every_setting() -> None:
     rows = {
         name
         for row in re.findall(r"^\| (`WEIGHTD_.*?) \|", readme, re.MULTILINE)
-        for name in re.findall(r"WEIGHTD_[A-Z_]+", row)
+        for name in re.findall(r"WEIGHTD_[A-Z0-9_]+", row)
     }
     assert rows == {f"WEIGHTD_{name.upper()}" for name in Settings.model_fields}
 

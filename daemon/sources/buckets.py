@@ -52,8 +52,9 @@ class _Listed:
         yield from sorted(Object(file.name, file.size, file.version, 0.0) for file in self._source.list())
 
     def read(self, stored: Object, first: int, count: int) -> bytes:
+        found = self.head(stored.key)
         data = self._source.read(stored.key, first, count)
-        if len(data) != count or self._source.stat(stored.key).version != stored.version:
+        if len(data) != count or found.version != stored.version:
             raise CheckpointChanged(f"{stored.key} has changed meanwhile")
         return data
 

@@ -24,7 +24,8 @@ from tests.checkpoint_files import INDEX
 from tests.fault_proxy import FaultProxy, Request
 from tests.node.adopting import Gate, serving
 from tests.s3.conftest import SHARDS, Endpoint, MiB, Start, client, weight_bytes
-from tests.servers import Daemon, SeaweedFS, free_ports, until
+from tests.servers import Daemon, FakeGCS, SeaweedFS, free_ports, until
+from tests.sources.hub import Hub
 
 
 def refusal(of: Any, **asked: Any) -> tuple[str, int]:
@@ -595,3 +596,29 @@ def test_whatever_comes_to_its_port_is_refused_in_the_words_of_s3_and_the_daemon
     assert here.daemon.status["restarts"] == 0
     assert "Traceback" not in here.daemon.log.read_text()
     assert here.s3.list_buckets()["Buckets"]
+
+
+# ---------------------------------------------------------------------- other origins
+
+
+def test_buckets_of_google_and_repositories_of_the_hub_have_names_of_their_own(
+    start_daemon: Start, s3: SeaweedFS, gcs: FakeGCS, model: Path, tmp_path: Path
+) -> None:
+    gcs.upload(model, "s3-elsewhere")
+    with Hub(model) as hub:
+        of_hub = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        here = Endpoint(start_daemon, s3.url, {**s3.env, **gcs.env, **of_hub})
+        for bucket, prefix in (("gs--models", "s3-elsewhere/"), ("hf--org--name", "")):
+            listed = here.s3.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]
+            assert [item["Key"] for item in listed] == sorted(f"{prefix}{path.name}" for path in model.iterdir())
+            for item in listed:
+                found = here.s3.get_object(Bucket=bucket, Key=item["Key"])
+                assert found["Body"].read() == (model / item["Key"].removeprefix(prefix)).read_bytes()
+                assert found["ETag"] == item["ETag"]
+        assert {stage["model"] for stage in here.daemon.client.stages()} == {
+            "gs://models/s3-elsewhere",
+            "hf://org/name",
+        }
+        assert {bucket["Name"] for bucket in here.s3.list_buckets()["Buckets"]} == {
+            "weightd", "gs--models", "hf--org--name",
+        }  # fmt: skip
