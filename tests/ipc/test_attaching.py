@@ -7,6 +7,7 @@ import gc
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from weightd.ipc.lease import socket_path
 from weightd.ipc.manifest import Manifest
 
 DTYPES = ["F32", "F4", "U8", "F6_E2M3", "F4", "BOOL"]
-SHAPES = [[2, 3], [2, 4], [0, 5], [4], [2, 3], []]
+SHAPES = [[2, 3], [1, 2, 4], [0, 5], [4], [2, 3], []]
 NAMES = ["a", "packed", "empty", "six", "odd", "flag"]
 NBYTES = 256 * 6
 VALUES = bytes(range(256)) * 6
@@ -213,6 +214,15 @@ def test_a_stage_that_is_not_ready_in_time_is_not_waited_for(daemon: Told) -> No
         daemon.attach(timeout=0.01)
 
 
+def test_of_a_deadline_that_is_over_nothing_is_left() -> None:
+    with pytest.raises(TimeoutError):
+        lease._left(time.monotonic() - 5)
+    left = lease._left(time.monotonic() + 500)
+    assert left is not None
+    assert 400 < left <= 500
+    assert lease._left(None) is None
+
+
 # ---------------------------------------------------------------------------- what comes of it
 
 
@@ -233,7 +243,7 @@ def test_tensors_lie_where_the_manifest_says_in_their_shapes(daemon: Told) -> No
         with pytest.raises(UnsupportedDtype, match=f"'{name}'.*{message}.*raw"):
             weights[name]
     packed = weights["packed"]
-    assert (packed.shape, packed.stride()) == ((2, 2), (2, 1))
+    assert (packed.shape, packed.stride()) == ((1, 2, 2), (4, 2, 1))
     with pytest.raises(KeyError):
         weights["b"]
     with pytest.raises(DeviceUnavailable) as error:
@@ -264,6 +274,8 @@ def test_a_lease_ends_when_the_weights_are_forgotten_or_their_block_ends(daemon:
 def test_the_lease_is_kept_and_asked_for_again_by_its_id_and_digest(daemon: Told) -> None:
     daemon.says(both(lend(), lambda connection: connection.close()), lend())
     with daemon.attach("/x"):
+        assert [thread.daemon for thread in threading.enumerate() if thread.name == "weightd-lease"] != []
+        assert all(thread.daemon for thread in threading.enumerate() if thread.name == "weightd-lease")
         until(lambda: len(daemon.asked) == 2, "it came back")
         assert daemon.asked[1] == {
             "op": "lease", "stage": "st-1", "tp_rank": 3, "renews": {"lease": "le-1", "digest": "xxh3:1"},

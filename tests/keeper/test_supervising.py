@@ -149,6 +149,7 @@ def test_what_means_nothing_is_said_so_and_closes_what_came_with_it(
         (b"x" * 99, fds[:1]),
     ):
         socket.send_fds(keeper.theirs, [message], some)
+    socket.send_fds(keeper.theirs, [b"queue name"], fds[:1])
     keeper.take()
     assert keeper.held == []
     assert len(os.listdir("/proc/self/fd")) == before
@@ -221,6 +222,10 @@ def test_a_keeper_that_has_died_is_no_error_and_is_heard_no_more(make: Any) -> N
     assert keeper.deposits.fileno() == keeper.theirs.fileno()
     keeper._hang_up()
     assert not keeper.deposits.listen()
+    keeper.theirs.close()
+    assert not keeper.deposits.listen(), "a channel that is broken is one that is gone"
+    keeper.connect()
+    keeper._hang_up()
     keeper.deposits.drop("a")
     keeper.deposits.put("a", 0)
 

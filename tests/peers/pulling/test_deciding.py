@@ -25,6 +25,7 @@ from weightd.daemon.peers.finding import following
 from weightd.daemon.peers.finding.fleet import Fleet
 from weightd.daemon.peers.finding.listening import FORMAT, Absent, Answered, Gone, Heard, Peer, Said
 from weightd.daemon.peers.moving.movers import Arrival, MoverFailed, Movers
+from weightd.daemon.peers.pulling.for_stages import Pulling
 from weightd.daemon.peers.pulling.reader import PeerReader
 
 LEAVES = 8
@@ -261,7 +262,8 @@ def test_a_claim_that_the_origins_bytes_contradict_gives_a_peer_up(pull: MakePul
 @pytest.mark.parametrize(
     ("what", "why"),
     [
-        ({"format": 99}, "version"),
+        ({"format": FORMAT + 1}, "version"),
+        ({"format": FORMAT - 1}, "version"),
         ({"epoch": "another"}, "nonsense"),
         ({"metadata": b"unreachable"}, "unreachable"),
     ],
@@ -355,3 +357,12 @@ def test_one_that_is_stopped_ends_at_once_with_nobody_reading(pull: MakePull, wh
         stopper.join()
         assert pulled.account.bytes_read == 0
         assert pulled.reader._transfers._mover is None
+
+
+def test_stages_are_told_why_nothing_can_be_read_from_peers(pull: MakePull) -> None:
+    fleet = Fleeting()
+    with pull(fleet) as pulled:
+        pulling = Pulling(fleet.fleet, cast(Movers, pulled))
+        assert pulling.off == ""
+        fleet.fleet.off = "there is no NIXL"
+        assert pulling.off == "there is no NIXL"
