@@ -138,7 +138,8 @@ def test_of_one_that_loads_it_is_told_as_leaves_come_and_at_the_end_the_rest(run
         house.load.account.coming[1][2] = 1
         house.fleet.gossip.publish(house.stage.key, {"other:1": 5})
         found = await until(listening, "readers", "leaves", "coming")
-        assert {event["type"] for event in found} == {"readers", "leaves", "coming"}
+        # Of a machine that is busy it may be said in between that it lives.
+        assert {event["type"] for event in found} - {"alive"} == {"readers", "leaves", "coming"}
         assert next(event for event in found if event["type"] == "readers")["stamps"] == {"other:1": 5}
         house.ready()
         rest = await until(listening, "complete")
