@@ -115,7 +115,7 @@ def object_headers(stored: Object, asked: Range, query: Mapping[str, str]) -> di
     if asked.partial:
         headers["content-range"] = f"bytes {asked.first}-{asked.first + asked.nbytes - 1}/{stored.size}"
     for name, header in OVERRIDES.items():
-        value = query.get(name, "")
+        value = query.get(name, "").strip()
         if value and value.isprintable() and value.isascii():
             headers[header] = value
     return headers

@@ -8,6 +8,7 @@ credentials and endpoints from the same environment.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ _REFUSED = re.compile("status code: 40[13] |<Code>(?:ExpiredToken|InvalidToken|T
 """What tells in an error's text that credentials were refused: S3 answers 400 to a session that has expired."""
 _UNREADABLE = re.compile("InvalidObjectState|BlobArchived|KMS")
 """What tells that one object is archived, or encrypted with a key that is refused, whatever the status."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MAX_OBJECTS = 100_000
 """Objects below one prefix, over which it is taken for no checkpoint."""
 
@@ -189,13 +191,19 @@ class StoredObjects:
 
     def head(self, key: str) -> Object:
         with self._source._errors(f"{self._source.uri}/{key}"):
-            return _object(self._store.head(key))
+            found = _object(self._store.head(key))
+        if found.key != key:  # the store leaves a slash at the end out
+            raise CheckpointNotFound(f"{self._source.uri}/{key}: not found")
+        return found
 
     def objects(self, prefix: str, after: str) -> Iterator[Object]:
         folder = prefix.rpartition("/")[0]  # the store's own prefixes end at a slash
+        if not _can_be(folder):
+            return
+        offset = max(after, folder) if _can_be(after.removesuffix("/")) else folder
         with self._source._errors(f"{self._source.uri}/{prefix}"):
-            for batch in self._store.list(folder or None, offset=max(after, folder) or None):
-                yield from map(_object, batch)
+            batches = self._store.list(folder or None, offset=offset or None)
+            yield from _without_marks(map(_object, itertools.chain.from_iterable(batches)))
 
     def read(self, stored: Object, first: int, count: int) -> bytes:
         with self._source._errors(f"{self._source.uri}/{stored.key}"):
@@ -206,10 +214,31 @@ class StoredObjects:
         return data
 
     def level(self, folder: str) -> list[Object]:
+        folder = folder.removesuffix("/")
+        if not _can_be(folder):
+            return []
         with self._source._errors(f"{self._source.uri}/{folder}"):
-            found = self._store.list_with_delimiter(folder.rstrip("/") or None)
+            found = self._store.list_with_delimiter(folder or None)
         folders = [Object(f"{prefix}/", 0, "", 0.0) for prefix in found["common_prefixes"]]
-        return sorted([*map(_object, found["objects"]), *folders])
+        marked = {prefix.key[:-1] for prefix in folders}
+        objects = [stored for stored in map(_object, found["objects"]) if stored.size or stored.key not in marked]
+        return sorted([*objects, *folders])
+
+
+def _can_be(path: str) -> bool:
+    """Whether anything can have a path, as the store has them: it refuses others."""
+    return not any(part in ("", ".", "..") or _CONTROL.search(part) for part in path.split("/") if path)
+
+
+def _without_marks(objects: Iterator[Object]) -> Iterator[Object]:
+    """Without what marks folders: empty objects before what is in them, whose slash at the end the store leaves out."""
+    before: Object | None = None
+    for stored in objects:
+        if before is not None and (before.size or not stored.key.startswith(f"{before.key}/")):
+            yield before
+        before = stored
+    if before is not None:
+        yield before
 
 
 def _object(meta: Any) -> Object:

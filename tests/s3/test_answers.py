@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from typing import Any
+from unittest import mock
 from xml.etree import ElementTree
 
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from weightd.daemon.s3 import answers, names
 from weightd.daemon.s3.errors import STATUSES, S3Error
 from weightd.daemon.s3.listing import Page, Query, after_of, page, token_of
+from weightd.daemon.sources import object_store
 from weightd.daemon.sources.base import Object
 from weightd.daemon.sources.buckets import one_level
 
@@ -138,6 +142,20 @@ def test_one_level_of_a_bucket_makes_the_same_list_as_all_of_it() -> None:
     for folder in ("", "b/", "b/d/", "c/", "nothing/"):
         query = Query(folder, "/")
         assert page(one_level(iter(everything), folder), query) == page(everything, query)
+
+
+def test_what_marks_a_folder_is_no_object_of_its_name_in_any_list() -> None:
+    def listed(*paths: str) -> list[dict[str, Any]]:
+        at = datetime(2026, 1, 1, tzinfo=UTC)
+        return [{"path": path, "size": 0, "e_tag": "e", "last_modified": at} for path in paths]
+
+    store = mock.Mock()
+    store.list_with_delimiter.return_value = {"common_prefixes": ["m/ab"], "objects": listed("m/ab", "m/e1")}
+    with mock.patch.object(object_store, "_connect_s3", return_value=store):
+        bucket = object_store.StoredObjects("s3://models")
+    store.list.return_value = [listed("m/ab"), listed("m/ab/x", "m/e1")]  # the store has left a slash out
+    assert [found.key for found in bucket.objects("m/", "")] == ["m/ab/x", "m/e1"]
+    assert [found.key for found in bucket.level("m/")] == ["m/ab/", "m/e1"]
 
 
 @pytest.mark.parametrize("token", ["", "!", "a", "ÿ", "/w==", "_w=="])
