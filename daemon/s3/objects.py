@@ -8,14 +8,15 @@ import logging
 import posixpath
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 from weightd.daemon.errors import (
     AmbiguousCheckpoint,
+    Cancelled,
     CheckpointChanged,
     CheckpointNotFound,
     DaemonError,
@@ -39,16 +40,14 @@ from weightd.ipc.errors import CudaError
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _GOOD_FOR = 2.0
 """Seconds for which the origin's word on an object is taken again: a file is read in many ranges."""
-_ORIGIN_DEADLINE = 5.0
-"""Seconds that an origin may take to say whether what is resident is still what it has."""
-_SILENT_FOR = 30.0
-"""Seconds for which one that did not is asked nothing about what is resident."""
 _REMEMBERED = 10_000
 """Objects of which the origin's last word is kept, for when it does not answer."""
+_PATIENCE = 3.0
+"""Seconds that the origin has to say what an object is of which a version is here."""
+_AWAY = 5.0
+"""Seconds for which an origin that has not answered is not asked about what is here."""
 _MAX_HEADER = 128 << 20
 _LATER = 60.0
 """Seconds until staging what could not be staged is tried again; until then it is passed on."""
@@ -82,11 +81,24 @@ class Body:
     by_leaf: bool = False
     origin: tuple[Bucket, Object] | None = None
     """Where parts that are lacking are read; None where there are none."""
+    file: int = -1
+    """Which of the stage's weights it is."""
+    over: bool = False
+    """Whether nobody wants it any more."""
 
     @property
     def gone(self) -> bool:
         """Whether the stage it is read from is not there any more. Callable from any thread."""
         return self.stage is not None and self.stage.state in ("failed", "cancelled", "evicted")
+
+
+class _Looks:
+    """When it was looked last whether a file that is being loaded is still what it was; one look at a time."""
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+        self.began = float("-inf")
+        """Monotonic seconds, of the last look that found it unchanged."""
 
 
 class Objects:
@@ -103,14 +115,16 @@ class Objects:
         self._buckets: dict[str, Bucket] = {}
         self._known: OrderedDict[str, tuple[float, Object]] = OrderedDict()
         """URI → when the origin said so (monotonic seconds), and what."""
-        self._asking: dict[str, asyncio.Task[Object]] = {}
-        self._silent: dict[str, float] = {}
-        """Root of a bucket → until when its origin is taken to be away (monotonic seconds)."""
+        self._asking: dict[str, tuple[float, asyncio.Task[Object]]] = {}
+        """URI → since when the origin is asked (monotonic seconds), and who asks."""
+        self._away: dict[str, float] = {}
+        """Origin → when it was asked last without an answer (monotonic seconds)."""
         self._staging: dict[str, asyncio.Task[Stage | None]] = {}
         self._failed: dict[str, float] = {}
         """URI of a checkpoint → when staging it was refused last."""
         self._opened: dict[str, Opened] = {}
         """Stage → its segments, while any of it is being sent."""
+        self._looks: WeakKeyDictionary[Stage, dict[int, _Looks]] = WeakKeyDictionary()
         self._maps: WeakKeyDictionary[Stage, dict[tuple[int, bool], asyncio.Task[FileMap]]] = WeakKeyDictionary()
 
     # ------------------------------------------------------------------ which objects there are
@@ -148,9 +162,8 @@ class Objects:
                 objects = there.objects(query.prefix, query.after)
             return page(filter(may_be_seen, objects), query)
 
-        here = sorted(self._resident_below(root))
         try:
-            return await self._asked(root, self._threads.run(root, listed), bool(here))
+            return await self._threads.run(root, listed)
         except ANSWERS as error:
             if not isinstance(error, CheckpointNotFound):
                 raise
@@ -158,28 +171,11 @@ class Objects:
                 raise S3Error("NoSuchBucket", "The specified bucket does not exist", {"BucketName": bucket}) from None
             return Page()
         except DaemonError as error:
+            here = sorted(filter(may_be_seen, self._resident_below(root)))
             if not here:
                 raise
             log.warning("%s: listing what is resident, its origin cannot be asked: %s", root, error)
             return page(iter(here), query)
-
-    async def _asked(self, root: str, question: Coroutine[Any, Any, T], is_here: bool) -> T:
-        """What an origin says; where what is asked for is here, it has only so long. Raises SourceFailed then."""
-        if not is_here:
-            return await question
-        if time.monotonic() < self._silent.get(root, 0.0):
-            question.close()
-            raise SourceFailed(f"{root}: it did not answer lately")
-        try:
-            return await asyncio.wait_for(question, _ORIGIN_DEADLINE)
-        except TimeoutError:
-            self._silent[root] = time.monotonic() + _SILENT_FOR
-            raise SourceFailed(f"{root}: no answer within {_ORIGIN_DEADLINE:g} s") from None
-        except ANSWERS:
-            raise
-        except DaemonError:
-            self._silent[root] = time.monotonic() + _SILENT_FOR
-            raise
 
     def _of_stages(self) -> list[Object]:
         return sorted(
@@ -189,12 +185,19 @@ class Objects:
             for file in (*stage.listing.weights, *stage.listing.metadata)
         )
 
-    def _resident_below(self, root: str) -> Iterator[Object]:
-        for stage in self._node.stages():
-            if stage.state == "ready" and stage.listing is not None and stage.uri.startswith(f"{root}/"):
-                folder = _folder(stage)[len(root) + 1 :]
-                for file in (*stage.listing.weights, *stage.listing.metadata):
-                    yield Object(f"{folder}{file.name}", file.size, file.version, stage.created_at)
+    def _resident_below(self, root: str) -> Iterable[Object]:
+        """What ``find`` finds where the origin does not answer."""
+        found: dict[str, Object] = {}
+        for stage in sorted(self._node.stages(), key=lambda stage: stage.listed_at):
+            if stage.state != "ready" or stage.listing is None or not _folder(stage).startswith(f"{root}/"):
+                continue
+            for name, size, version in _files(stage):
+                uri = f"{_folder(stage)}{name}"
+                _, known = self._known.get(uri, (0.0, None))
+                if known.version == version if known is not None else not _is_of_a_revision(stage):
+                    key = uri[len(root) + 1 :]
+                    found[key] = Object(key, size, version, known.modified if known else stage.created_at)
+        return found.values()
 
     async def find(self, bucket: str, key: str) -> Found:
         """An object as its origin has it now, or had it last where that does not answer.
@@ -206,18 +209,15 @@ class Objects:
             return self._of_stage(key)
         uri = f"{names.root_of(bucket)}/{key}"
         self._allow.check(uri)
-        root, here = names.root_of(bucket), self._holders(uri)
-        is_ready = any(stage.state == "ready" for stage, _ in here)
         try:
-            stored = await self._asked(root, self._current(root, key, uri), is_ready)
+            stored = await self._current(names.root_of(bucket), key, uri)
         except ANSWERS:
             raise
         except DaemonError as error:
-            for stage, file in here:
+            for stage, file in self._seen_last(uri):
                 listed = _files(stage)[file]
                 _, known = self._known.get(uri, (0.0, None))
-                same = known is not None and known.version == listed.version
-                modified = known.modified if known is not None and same else stage.created_at
+                modified = known.modified if known is not None else stage.created_at
                 log.warning("%s: serving what is here, its origin cannot be asked: %s", uri, error)
                 return Found(uri, Object(key, listed.size, listed.version, modified), stage, _weight(stage, file))
             raise
@@ -229,6 +229,8 @@ class Objects:
     def _of_stage(self, key: str) -> Found:
         stage_id, _, name = key.partition("/")
         stage = self._node.get(stage_id)
+        if stage.state != "ready":
+            raise UnknownStage(f"stage {stage_id} is {stage.state}")
         for file, listed in enumerate(_files(stage)):
             if listed.name == name:
                 stored = Object(key, listed.size, listed.version, stage.created_at)
@@ -251,6 +253,15 @@ class Objects:
 
         return sorted(found, key=worth, reverse=True)
 
+    def _seen_last(self, uri: str) -> list[tuple[Stage, int]]:
+        """Of the stages that hold the file at a URI those that have what the origin had there last; the best first."""
+        _, known = self._known.get(uri, (0.0, None))
+        holders = self._holders(uri)
+        if known is not None:
+            return [(stage, file) for stage, file in holders if _files(stage)[file].version == known.version]
+        holders = [(stage, file) for stage, file in holders if not _is_of_a_revision(stage)]
+        return sorted(holders, key=lambda holder: holder[0].listed_at, reverse=True)
+
     def _bucket(self, root: str) -> Bucket:
         return open_bucket(root, self._allow)
 
@@ -258,20 +269,35 @@ class Objects:
         at, known = self._known.get(uri, (float("-inf"), None))
         if known is not None and time.monotonic() - at < _GOOD_FOR:
             return known
-        task = self._asking.get(uri)
-        if task is None:
+        patience = _PATIENCE if self._holders(uri) else None
+        if patience is not None and time.monotonic() - self._away.get(root, float("-inf")) < _AWAY:
+            raise SourceFailed(f"{root} did not answer when it was asked last")
+        if uri not in self._asking:
             task = asyncio.ensure_future(self._threads.run(root, lambda: self._bucket(root).head(key)))
-            self._asking[uri] = task
-            task.add_done_callback(lambda task: self._answered(uri, task))
-        return await asyncio.shield(task)
+            self._asking[uri] = time.monotonic(), task
+            task.add_done_callback(lambda task: self._answered(root, uri, task))
+        since, task = self._asking[uri]
+        try:
+            left = None if patience is None else max(0.0, since + patience - time.monotonic())
+            return await asyncio.wait_for(asyncio.shield(task), left)
+        except TimeoutError:
+            self._away[root] = time.monotonic()
+            raise SourceFailed(f"{root} has not answered for {_PATIENCE:g} s") from None
 
-    def _answered(self, uri: str, task: asyncio.Task[Object]) -> None:
+    def _answered(self, root: str, uri: str, task: asyncio.Task[Object]) -> None:
         del self._asking[uri]
-        if not task.cancelled() and task.exception() is None:
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
             self._known[uri] = time.monotonic(), task.result()
             self._known.move_to_end(uri)
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
+        if error is None or isinstance(error, ANSWERS):
+            self._away.pop(root, None)
+        elif self._holders(uri):
+            self._away[root] = time.monotonic()
 
     # ------------------------------------------------------------------ their bytes
 
@@ -281,6 +307,13 @@ class Objects:
         What is not resident is staged, passed on or refused. Raises S3Error, and what asking the origin raises;
         whatever comes of it, the body is to be ended.
         """
+        try:
+            await self._open(found, body, client)
+        except CheckpointChanged as error:
+            self._known.pop(found.uri, None)
+            raise S3Error("ServiceUnavailable", f"{error}: ask again") from None
+
+    async def _open(self, found: Found, body: Body, client: str) -> None:
         if found.stage is None and found.object.key.endswith(".safetensors"):
             if self._absent == "refuse":
                 raise S3Error(
@@ -316,14 +349,18 @@ class Objects:
         if stage.request.handle != "fd":
             return  # its memory goes with what holds it, and cannot be kept for as long as it is sent
         laid_out = await self._map(stage, found.file)
+        if laid_out is not None and stage.state != "ready":
+            await self._check_unchanged(stage, found.file)
         # From here on nothing is waited for, so that it is there and leased, or is not.
-        if laid_out is None or stage.revoked_until is not None:
+        if laid_out is None or stage.revoked_until is not None or (stage.finished and stage.state != "ready"):
             return
+        if body.over:  # who asked has hung up, and nobody would end what is begun here
+            raise Cancelled("nobody wants it any more")
         if (opened := self._opened.get(stage.id)) is None:
             opened = self._opened[stage.id] = Opened(stage)
         opened.users += 1
         body.parts = list(laid_out.parts(body.first, body.nbytes))
-        body.stage, body.opened = stage, opened
+        body.stage, body.opened, body.file = stage, opened, found.file
         body.by_leaf = self._node.fleet is None or "peer" not in stage.request.sources
         body.lease = self._node.residency.leases.begin_reading(stage, client)
 
@@ -396,17 +433,60 @@ class Objects:
             if body.gone:
                 raise UnknownStage(f"stage {stage.id} is {stage.state}")
             if count := file_map.verified(stage, held, by_leaf=body.by_leaf):
+                if stage.state != "ready":
+                    try:
+                        await self._check_unchanged(stage, body.file)
+                    except CheckpointChanged as error:
+                        self._known.pop(body.uri, None)
+                        raise UnknownStage(str(error)) from None
+                    if body.gone:
+                        continue
                 return count
             await stage.changed(0.05 if stage.fill is not None else 1.0)
+
+    async def _check_unchanged(self, stage: Stage, file: int) -> None:
+        """Raise CheckpointChanged where a file that is being loaded is another one at its origin by now.
+
+        What has come until now may be of that one, and only in the end this is seen by who loads it. Where the origin
+        does not say it is taken for unchanged, as it is then.
+        """
+        assert stage.listing is not None
+        planned = stage.listing.weights[file]
+        looks = self._looks.setdefault(stage, {}).setdefault(file, _Looks())
+        came = time.monotonic()
+        async with looks.turn:
+            if looks.began >= came:
+                return  # somebody has looked meanwhile
+            began = time.monotonic()
+            try:
+                found = await self._threads.run(stage.uri, self._look, stage.uri, planned.name)
+            except CheckpointNotFound:
+                raise CheckpointChanged(f"{planned.name} was removed while it was read") from None
+            except DaemonError as error:
+                if isinstance(error, ANSWERS):
+                    raise
+                log.warning("whether %s has changed meanwhile cannot be told: %s", planned.name, error)
+                return
+            if found != planned:
+                raise CheckpointChanged(f"{planned.name} has changed while it was read")
+            looks.began = began
+
+    def _look(self, uri: str, name: str) -> SourceFile:
+        return open_source(uri, self._allow).stat(name)
 
     async def read(self, body: Body, first: int, count: int) -> bytes:
         """Bytes of an object from its origin. Raises CheckpointChanged, and what reading it raises."""
         assert body.origin is not None
         bucket, stored = body.origin
-        return await self._threads.run(body.uri, bucket.read, stored, first, count)
+        try:
+            return await self._threads.run(body.uri, bucket.read, stored, first, count)
+        except CheckpointChanged:
+            self._known.pop(body.uri, None)
+            raise
 
     def end(self, body: Body) -> None:
-        """It was sent, or nobody wants it any more."""
+        """It was sent, or nobody wants it any more: perhaps before it was even opened."""
+        body.over = True
         if body.lease is None or body.stage is None or body.opened is None:
             return
         self._node.residency.leases.end(body.lease)
@@ -440,6 +520,11 @@ def _folder(stage: Stage) -> str:
     if [file.name for file in stage.listing.weights] == [posixpath.basename(uri)]:
         return uri.rpartition("/")[0] + "/"
     return uri.rstrip("/") + "/"
+
+
+def _is_of_a_revision(stage: Stage) -> bool:
+    """Whether it is of a revision of the Hugging Face Hub that was named, which the main one may not be."""
+    return stage.uri.startswith("hf:") and "@" in stage.uri
 
 
 def _files(stage: Stage) -> list[SourceFile]:

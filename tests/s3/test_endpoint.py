@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import numpy
 import pytest
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, IncompleteReadError, ResponseStreamingError
 from safetensors.numpy import load_file, save_file
 
 from tests.checkpoint_files import INDEX
@@ -104,6 +104,9 @@ def test_every_stage_is_a_folder_of_a_bucket_of_its_own_wherever_it_came_from(
     assert {bucket["Name"] for bucket in here.s3.list_buckets()["Buckets"]} == {"weightd"}
     assert refusal(here.s3.get_object, Bucket="weightd", Key="st-nothing/config.json")[0] == "NoSuchKey"
     assert refusal(here.s3.get_object, Bucket="weightd", Key=f"{stage}/nothing")[0] == "NoSuchKey"
+    here.daemon.client.remove(stage)
+    for of in (here.s3.get_object, here.s3.head_object):
+        assert refusal(of, Bucket="weightd", Key=f"{stage}/{SHARDS[0]}")[1] == 404, "it is ready no more"
 
 
 @pytest.mark.parametrize("way", ["refuses", "says nothing"])
@@ -131,6 +134,43 @@ def test_what_is_resident_is_served_and_listed_where_the_origin_is_away(
         return
     code, status = refusal(here.s3.get_object, Bucket="models", Key="s3-elsewhere/model.safetensors")
     assert (code, status) == ("AccessDenied", 403)
+
+
+def test_an_origin_that_hangs_keeps_nobody_from_what_is_resident(
+    start_daemon: Start, s3: SeaweedFS, origin: FaultProxy, model: Path
+) -> None:
+    uri = s3.upload(model, "s3-hangs")
+    here = Endpoint(start_daemon, origin.url, s3.env)
+    here.daemon.stage(uri)
+    answers = threading.Event()
+
+    def hang(_: Request) -> None:
+        answers.wait(120)
+
+    origin.fault = hang
+    try:
+        impatient = client(here.url, read_timeout=20)
+        for name in (SHARDS[0], "config.json"):
+            found = impatient.get_object(Bucket="models", Key=f"s3-hangs/{name}")
+            assert found["Body"].read() == (model / name).read_bytes()
+    finally:
+        answers.set()
+
+
+def test_of_two_versions_that_are_resident_the_one_that_was_seen_last_is_served_where_the_origin_is_away(
+    start_daemon: Start, s3: SeaweedFS, origin: FaultProxy, tmp_path: Path
+) -> None:
+    here = Endpoint(start_daemon, origin.url, s3.env)
+    path = tmp_path / "model.safetensors"
+    for version in (1, 2):
+        save_file({"w": numpy.full(300_000, version, numpy.float32)}, path)
+        uri = s3.upload(tmp_path, "s3-two-versions")
+        assert here.daemon.stage(uri)["state"] == "ready"
+    assert len(here.daemon.client.stages()) == 2
+    origin.fault = lambda _: "403"
+    assert here.get("s3-two-versions/model.safetensors") == path.read_bytes()
+    (listed,) = here.s3.list_objects_v2(Bucket="models", Prefix="s3-two-versions/")["Contents"]
+    assert listed["ETag"] == here.s3.head_object(Bucket="models", Key=listed["Key"])["ETag"]
 
 
 def test_what_was_replaced_at_the_origin_is_another_object_and_its_old_tag_fits_no_more(
@@ -179,6 +219,33 @@ def test_the_first_get_stages_and_whoever_comes_after_reads_nothing_at_the_origi
     for key in keys:
         assert here.get(key) == truth[key]
     assert weight_bytes(origin) == before
+
+
+def test_what_is_replaced_while_it_loads_is_never_sent_under_the_tag_of_what_was_there(
+    start_daemon: Start, s3: SeaweedFS, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": numpy.zeros(4 * MiB, numpy.uint8), "x": numpy.zeros(4 * MiB, numpy.uint8)}, path)
+    old = path.read_bytes()
+    s3.upload(tmp_path, "s3-replaced-amid")
+    save_file({"w": numpy.ones(4 * MiB, numpy.uint8), "x": numpy.ones(4 * MiB, numpy.uint8)}, path)
+    replaced = threading.Event()
+
+    def amid(request: Request) -> None:
+        """Another file takes its place just before the first of its weights are read."""
+        if request.nbytes > 300_000 and not replaced.is_set():
+            s3.upload(tmp_path, "s3-replaced-amid")
+            replaced.set()
+
+    with FaultProxy(s3.url, amid) as proxy:
+        here = Endpoint(start_daemon, proxy.url, s3.env)
+        asked = {"Bucket": "models", "Key": "s3-replaced-amid/model.safetensors"}
+        tag = here.s3.head_object(**asked)["ETag"]
+        with contextlib.suppress(ClientError, IncompleteReadError, ResponseStreamingError):  # refused, or cut short
+            found = here.s3.get_object(**asked, Range=f"bytes={4 * MiB}-{5 * MiB - 1}")
+            assert (found["Body"].read() == old[4 * MiB : 5 * MiB]) == (found["ETag"] == tag)
+            assert found["ETag"] != tag, "bytes that the origin has no more came from there"
+        assert replaced.is_set()
 
 
 def test_a_range_is_answered_as_soon_as_its_bytes_are_verified(start_daemon: Start, s3: SeaweedFS, model: Path) -> None:
@@ -307,6 +374,37 @@ def test_five_thousand_keys_come_in_pages_with_whatever_names(
     assert here.s3.get_bucket_location(Bucket="models")["LocationConstraint"] is None
     assert refusal(here.s3.list_objects_v2, Bucket="no-such-bucket") == ("NoSuchBucket", 404)
     assert refusal(here.s3.head_bucket, Bucket="no-such-bucket") == ("404", 404)
+
+
+@pytest.mark.parametrize("value", [" text/plain", "text/plain ", " "])
+def test_a_header_that_is_asked_for_with_spaces_around_it_comes_without(
+    value: str, start_daemon: Start, s3: SeaweedFS, model: Path
+) -> None:
+    s3.upload(model, "s3-spaces")
+    here = Endpoint(start_daemon, s3.url, s3.env)
+    found = here.s3.get_object(Bucket="models", Key="s3-spaces/config.json", ResponseContentType=value)
+    assert found["ContentType"] == (value.strip() or "binary/octet-stream")
+
+
+def test_a_key_that_ends_with_a_slash_is_not_the_object_without_it(
+    start_daemon: Start, s3: SeaweedFS, model: Path
+) -> None:
+    s3.upload(model, "s3-slash")
+    here = Endpoint(start_daemon, s3.url, s3.env)
+    for name in ("config.json/", f"{SHARDS[0]}/"):
+        asked = {"Bucket": "models", "Key": f"s3-slash/{name}"}
+        assert refusal(here.s3.head_object, **asked) == ("404", 404)
+        assert refusal(here.s3.get_object, **asked) == ("NoSuchKey", 404)
+
+
+@pytest.mark.parametrize("prefix", ["a//b/", "a//", "/a/", "a/../b/", "a/./", "a\n/", "../"])
+def test_below_a_prefix_that_no_key_can_have_is_nothing(prefix: str, start_daemon: Start, s3: SeaweedFS) -> None:
+    s3.store().put("s3-odd-prefix/x", b"x")
+    here = Endpoint(start_daemon, s3.url, s3.env)
+    for asked in ({}, {"Delimiter": "/"}):
+        assert here.s3.list_objects_v2(Bucket="models", Prefix=f"s3-odd-prefix/{prefix}", **asked)["KeyCount"] == 0
+    after = here.s3.list_objects_v2(Bucket="models", Prefix="s3-odd-prefix/", StartAfter=f"s3-odd-prefix/{prefix}")
+    assert [item["Key"] for item in after["Contents"]] == ["s3-odd-prefix/x"]
 
 
 # ---------------------------------------------------------------------- who may ask
