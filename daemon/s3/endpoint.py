@@ -15,7 +15,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -33,6 +33,7 @@ from weightd.daemon.s3.errors import S3Error, as_s3
 from weightd.daemon.s3.file_map import Held, Lacking
 from weightd.daemon.s3.listing import MAX_KEYS, Query, after_of, page
 from weightd.daemon.s3.objects import Body, Objects
+from weightd.daemon.s3.opened import Opened
 from weightd.daemon.s3.sending import Gone, Stalled, hung_up, send, send_file
 from weightd.daemon.s3.signatures import Keys, Request
 
@@ -44,7 +45,12 @@ _CONNECTIONS = 1024
 """At once."""
 _MAX_HEAD = 64 << 10
 _CHUNK = 8 << 20
-"""Bytes that are read at once of what is passed on."""
+"""Bytes that are read at once of what is passed on, where few ask for it."""
+_PIECE = 1 << 20
+"""Bytes that are copied at once from a GPU: they wait in memory for who takes them slowly."""
+_PASSING = 128 << 20
+"""Bytes that all answers together that are passed on may have in memory, but for the least that each needs."""
+_LEAST = 256 << 10
 _ABSOLUTE = re.compile("https?://[^/]*", re.IGNORECASE)
 _PATIENCE = 60.0
 """Seconds that a client may take nothing of what it asked for."""
@@ -76,6 +82,17 @@ class Endpoint:
         self._loop = asyncio.get_running_loop()
         self._lanes = [_Lane(f"s3-{number}") for number in range(threads)]
         self._next = 0
+        self._passing: set[int] = set()
+        """Connections (their Python ids) to which something is passed on."""
+
+    @contextlib.contextmanager
+    def passing(self, who: object) -> Iterator[Callable[[], int]]:
+        """While something is passed on to ``who``: says how many bytes to read of it at once. From any thread."""
+        self._passing.add(id(who))
+        try:
+            yield lambda: max(_LEAST, min(_CHUNK, _PASSING // 2 // max(1, len(self._passing))))
+        finally:
+            self._passing.discard(id(who))
 
     def open(self, entrance: Entrance, listener: socket.socket) -> None:
         """Serve whoever comes in at a listening socket."""
@@ -201,7 +218,8 @@ class _Client:
         self._resource = path
         operation = "other"
         try:
-            if not path.startswith("/"):
+            # What follows a '#' no client means to send as it is, and no signature is of it.
+            if not path.startswith("/") or "#" in path:
                 raise S3Error("InvalidURI", "Couldn't parse the specified URI.")
             query = parse_qsl(question, keep_blank_values=True, max_num_fields=100)
             if self._endpoint.access.keys is not None:
@@ -302,11 +320,9 @@ class _Client:
             opened = body.opened
             assert opened is not None
             if opened.is_on_gpu(held.segment):
-                count = min(count, _CHUNK)
-                with contextlib.ExitStack() as stack:
-                    copied = opened.copied(held.segment, held.offset, count, _CHUNK)
-                    view = await asyncio.to_thread(stack.enter_context, copied)
-                    await send(self._connection, view, patience=_PATIENCE)
+                count = min(count, _PIECE)
+                data = await asyncio.to_thread(_copied, opened, held, count)
+                await send(self._connection, data, patience=_PATIENCE)
             else:
                 await self._send_file(body, opened.fd(held.segment), held.offset, count)
             self._sent("waited" if waited else "resident", count)
@@ -318,23 +334,30 @@ class _Client:
     async def _pass_on(self, body: Body, part: Lacking) -> None:
         """From the origin, a piece ahead of what is being sent."""
         endpoint = self._endpoint
-        starts = range(part.start, part.start + part.nbytes, _CHUNK)
-        end = part.start + part.nbytes
+        start, end = part.start, part.start + part.nbytes
 
-        def read(start: int) -> Awaitable[bytes]:
-            return asyncio.ensure_future(endpoint.ask(endpoint.objects.read(body, start, min(_CHUNK, end - start))))
+        def read(start: int, count: int) -> asyncio.Future[bytes]:
+            return asyncio.ensure_future(endpoint.ask(endpoint.objects.read(body, start, count)))
 
-        coming = read(part.start)
-        for start in starts:
+        with endpoint.passing(self) as most:
+            coming = read(start, min(most(), end - start))
             try:
-                data = await self._unless_gone(coming)
-            except DaemonError as error:
-                log.warning("S3: %s ends short, it is passed on and its origin does not answer: %s", body.uri, error)
-                raise Gone from None
-            if start + _CHUNK < end:
-                coming = read(start + _CHUNK)
-            await send(self._connection, data, patience=_PATIENCE)
-            self._sent("passed", len(data))
+                while start < end:
+                    try:
+                        data = await self._unless_gone(coming)
+                    except DaemonError as error:
+                        log.warning(
+                            "S3: %s ends short, it is passed on and its origin does not answer: %s", body.uri, error
+                        )
+                        raise Gone from None
+                    start += len(data)
+                    if start < end:
+                        coming = read(start, min(most(), end - start))
+                    await send(self._connection, data, patience=_PATIENCE)
+                    self._sent("passed", len(data))
+            finally:
+                if not coming.cancel() and not coming.cancelled():
+                    coming.exception()  # heard, where the client has gone before it came
 
     async def _unless_gone(self, what: Awaitable[T]) -> T:
         """What is waited for, unless the client hangs up meanwhile: then OSError."""
@@ -417,6 +440,12 @@ def _turned_away(error: DaemonError) -> bytes:
     text = answers.error_xml(S3Error("SlowDown", str(error)), "/", "")
     head = f"HTTP/1.1 503 Slow Down\r\ncontent-length: {len(text)}\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
     return head.encode() + text
+
+
+def _copied(opened: Opened, held: Held, count: int) -> bytes:
+    """Bytes of a GPU's segment: pinned memory is for copying, and nobody's to hold who takes them slowly. Blocks."""
+    with opened.copied(held.segment, held.offset, count, _CHUNK) as view:
+        return bytes(view)
 
 
 def _shut_down(connection: socket.socket) -> None:

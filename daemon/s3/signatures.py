@@ -115,7 +115,7 @@ class Keys:
         signer: Any = S3SigV4Auth(Credentials(self.access, self.secret), "s3", scope["region"])
         signer.headers_to_sign = lambda _: signed  # what this client has signed, not what botocore would
         expected = signer.signature(signer.string_to_sign(rebuilt, signer.canonical_request(rebuilt)), rebuilt)
-        right = hmac.compare_digest(expected, signature)
+        right = hmac.compare_digest(expected.encode(), signature.encode())
         if not hmac.compare_digest(scope["key"].encode(), self.access.encode()):
             raise S3Error("InvalidAccessKeyId", "The AWS Access Key Id you provided does not exist in our records.")
         if not right:

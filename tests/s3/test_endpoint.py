@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import random
 import signal
@@ -17,6 +18,9 @@ from typing import Any
 import httpx
 import numpy
 import pytest
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
 from botocore.exceptions import ClientError, IncompleteReadError, ResponseStreamingError
 from safetensors.numpy import load_file, save_file
 
@@ -433,6 +437,14 @@ def test_keys_are_asked_for_where_they_are_set_in_headers_and_in_urls(
     assert refusal(client(here.url, "other", "its secret/+=").get_object, **asked) == ("InvalidAccessKeyId", 403)
     for wrong in (url.replace("%20", "%2B", 1), url[:-1] + ("0" if url[-1] != "0" else "1"), url + "&x=y", here.url):
         assert httpx.get(wrong).status_code == 403
+    other = url.partition("X-Amz-Signature=")[0] + "X-Amz-Signature=%C3%A9"
+    assert "<Code>SignatureDoesNotMatch</Code>" in httpx.get(other).text
+    s3.store().put("s3-signed/a#b", b"what was not signed for")
+    signed = AWSRequest("GET", f"{here.url}/models/s3-signed/a", headers={"x-amz-content-sha256": "UNSIGNED-PAYLOAD"})
+    S3SigV4Auth(Credentials("engine", "its secret/+="), "s3", "us-east-1").add_auth(signed)
+    connection = http.client.HTTPConnection(here.address)
+    connection.request("GET", "/models/s3-signed/a#b", headers=dict(signed.headers))
+    assert connection.getresponse().status == 400, "a signature for what is in front of '#' is none for all of it"
     late = right.generate_presigned_url("get_object", asked, ExpiresIn=1)
     until(lambda: httpx.get(late).status_code == 403, "its time is over")
     assert "Request has expired" in httpx.get(late).text
@@ -565,11 +577,11 @@ def test_five_hundred_ranges_at_once_are_all_right_and_slow_readers_cost_no_memo
     with contextlib.ExitStack() as stack:
         slow = [stack.enter_context(asking(here, path)) for _ in range(400)]
         until(lambda: len(here.daemon.client.leases()) == 400, "all are being sent", 120)
-        with ThreadPoolExecutor(32) as pool, httpx.Client(base_url=here.url, timeout=120) as http:
+        with ThreadPoolExecutor(32) as pool, httpx.Client(base_url=here.url, timeout=120) as web:
             starts = [random.Random(i).randrange(60 * MiB) for i in range(500)]
 
             def right(start: int) -> bool:
-                answer = http.get(path, headers={"Range": f"bytes={start}-{start + MiB}"})
+                answer = web.get(path, headers={"Range": f"bytes={start}-{start + MiB}"})
                 return answer.status_code == 206 and answer.content == truth[start : start + MiB + 1]
 
             assert all(pool.map(right, starts))
@@ -578,6 +590,25 @@ def test_five_hundred_ranges_at_once_are_all_right_and_slow_readers_cost_no_memo
         for connection in slow:
             assert connection.recv(10) == b"HTTP/1.1 2"
     until(lambda: not here.daemon.client.leases(), "all have gone", 60)
+
+
+def test_slow_readers_of_what_is_passed_on_cost_less_memory_the_more_they_are(
+    start_daemon: Start, s3: SeaweedFS, tmp_path: Path
+) -> None:
+    (tmp_path / "model.bin").write_bytes(os.urandom(40 * MiB))
+    s3.upload(tmp_path, "s3-slow-passed")
+    here = Endpoint(start_daemon, s3.url, s3.env)
+    before = _private_bytes(here.daemon.pid)
+    with contextlib.ExitStack() as stack:
+        path = "/models/s3-slow-passed/model.bin"
+        for connection in [stack.enter_context(asking(here, path)) for _ in range(64)]:
+            found = b""
+            while len(found) < 2000:
+                found += connection.recv(1000)
+            assert found.startswith(b"HTTP/1.1 200")
+        assert _private_bytes(here.daemon.pid) - before < 640 * MiB
+    assert here.get("s3-slow-passed/model.bin") == (tmp_path / "model.bin").read_bytes()
+    assert "Traceback" not in here.daemon.log.read_text()
 
 
 def _private_bytes(pid: int) -> int:
@@ -662,6 +693,7 @@ HOSTILE = [
     b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"BREW /models/x HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"GET /models/x HTTP/9.9\r\n\r\n",
+    b"GET /models/#x HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     b"GET /models/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nabcde",
     b"GET /models/x HTTP/1.1\r\nHost: localhost\r\nAuthorization: AWS4-HMAC-SHA256 \xff\r\n\r\n",
