@@ -25,6 +25,7 @@ from botocore.exceptions import ClientError, IncompleteReadError, ResponseStream
 from safetensors.numpy import load_file, save_file
 
 from tests.checkpoint_files import INDEX
+from tests.fakecuda import FakeCuda
 from tests.fault_proxy import FaultProxy, Request
 from tests.node.adopting import Gate, serving
 from tests.s3.conftest import SHARDS, Endpoint, MiB, Start, client, weight_bytes
@@ -589,6 +590,30 @@ def test_five_hundred_ranges_at_once_are_all_right_and_slow_readers_cost_no_memo
         assert here.daemon.get("/livez")
         for connection in slow:
             assert connection.recv(10) == b"HTTP/1.1 2"
+    until(lambda: not here.daemon.client.leases(), "all have gone", 60)
+
+
+@pytest.mark.parametrize("handle", ["fd", "cuda_ipc"])
+def test_what_lies_on_a_gpu_is_sent_to_many_slow_readers_who_hold_none_of_its_pinned_memory(
+    handle: str, start_daemon: Start, s3: SeaweedFS, fake_library: Path, tmp_path: Path
+) -> None:
+    save_file({"w": numpy.random.default_rng(3).integers(0, 256, 24 * MiB, numpy.uint8)}, tmp_path / "m.safetensors")
+    truth = (tmp_path / "m.safetensors").read_bytes()
+    fake = FakeCuda(fake_library, tmp_path / "fakecuda", memory=256 * MiB)
+    here = Endpoint(start_daemon, s3.url, {**s3.env, **fake.env, "WEIGHTD_CUDA_RESERVE": "32MiB"})
+    record = here.daemon.stage(tmp_path / "m.safetensors", device="cuda:0", handle=handle)
+    assert record["state"] == "ready", record["error"]
+    path = f"/weightd/{record['id']}/m.safetensors"
+    before = _private_bytes(here.daemon.pid)
+    with contextlib.ExitStack() as stack:
+        for connection in [stack.enter_context(asking(here, path)) for _ in range(40)]:
+            while len(connection.recv(1000, socket.MSG_PEEK)) < 1000:
+                pass
+        assert httpx.get(f"{here.url}{path}", headers={"Range": "bytes=1000-9000000"}).content == truth[1000:9_000_001]
+        if handle == "fd":
+            assert len(here.daemon.client.leases()) == 40
+            assert _private_bytes(here.daemon.pid) - before < 240 * MiB, "each holds a buffer"
+    assert httpx.get(f"{here.url}{path}").content == truth
     until(lambda: not here.daemon.client.leases(), "all have gone", 60)
 
 
