@@ -8,7 +8,7 @@ import logging
 import posixpath
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -162,8 +162,9 @@ class Objects:
                 objects = there.objects(query.prefix, query.after)
             return page(filter(may_be_seen, objects), query)
 
+        here = sorted(filter(may_be_seen, self._resident_below(root)))
         try:
-            return await self._threads.run(root, listed)
+            return await self._listed(root, listed, _PATIENCE if here else None)
         except ANSWERS as error:
             if not isinstance(error, CheckpointNotFound):
                 raise
@@ -171,11 +172,19 @@ class Objects:
                 raise S3Error("NoSuchBucket", "The specified bucket does not exist", {"BucketName": bucket}) from None
             return Page()
         except DaemonError as error:
-            here = sorted(filter(may_be_seen, self._resident_below(root)))
             if not here:
                 raise
             log.warning("%s: listing what is resident, its origin cannot be asked: %s", root, error)
             return page(iter(here), query)
+
+    async def _listed(self, root: str, listed: Callable[[], Page], patience: float | None) -> Page:
+        if patience is not None and time.monotonic() - self._away.get(root, float("-inf")) < _AWAY:
+            raise SourceFailed(f"{root} did not answer when it was asked last")
+        try:
+            return await asyncio.wait_for(self._threads.run(root, listed), patience)
+        except TimeoutError:
+            self._away[root] = time.monotonic()
+            raise SourceFailed(f"{root} has not answered for {patience:g} s") from None
 
     def _of_stages(self) -> list[Object]:
         return sorted(
@@ -422,7 +431,8 @@ class Objects:
             if stage.error is not None and not isinstance(stage.error, AmbiguousCheckpoint | InvalidCheckpoint):
                 log.warning("%s is passed on, it cannot be staged: %s", found.uri, stage.error)
                 break
-        self._failed[found.uri] = time.monotonic()
+        now = time.monotonic()
+        self._failed = {uri: at for uri, at in self._failed.items() if now - at < _LATER} | {found.uri: now}
         return None
 
     async def available(self, body: Body, held: Held) -> int:
