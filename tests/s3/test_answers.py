@@ -8,7 +8,7 @@ from unittest import mock
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from weightd.daemon.s3 import answers, names
@@ -118,6 +118,8 @@ def brute(keys: list[str], prefix: str, delimiter: str) -> tuple[list[str], list
     return objects, sorted(set(prefixes))
 
 
+@example(keys=["/", "/a"], prefix="/", delimiter="/", most=1)
+@example(keys=["ab", "abab", "ababc"], prefix="ab", delimiter="ab", most=1)
 @given(
     keys=KEYS,
     prefix=st.text("ab/", max_size=2),
