@@ -67,10 +67,10 @@ def page(objects: Iterable[Object], query: Query) -> Page:
 
 
 def _is_below(key: str, query: Query) -> bool:
-    """Whether a key is of a common prefix that was the last of the page before: such a one is longer than the prefix
-    asked for, which may be a key itself."""
-    after, delimiter = query.after, query.delimiter
-    return bool(delimiter) and after.endswith(delimiter) and len(after) > len(query.prefix) and key.startswith(after)
+    """Whether a key is of a common prefix that was the last of the page before: where the part behind the prefix asked
+    for ends with the delimiter, as no key's does that is listed itself."""
+    beyond = query.after[len(query.prefix) :]
+    return bool(query.delimiter) and beyond.endswith(query.delimiter) and key.startswith(query.after)
 
 
 def token_of(last: str) -> str:
