@@ -67,6 +67,7 @@ class HubSource:
         self._asked = revision or "main"
         self._commit = self._asked  # a commit's, once listed
         self._files: dict[str, SourceFile] = {}
+        self._is_listed = False
         self.partial = ""
 
     def list(self) -> _Files:
@@ -83,7 +84,7 @@ class HubSource:
                 found = self._cached(commit)
                 self.partial = f"the hub's local cache may have but a part of the repository, and {error}"
         assert commit is not None
-        self._commit = commit
+        self._commit, self._is_listed = commit, True
         self._files = {
             file.name.removeprefix(self._folder): file._replace(name=file.name.removeprefix(self._folder))
             for file in found
@@ -169,6 +170,8 @@ class HubSource:
     # ------------------------------------------------------------------ files
 
     def stat(self, name: str) -> SourceFile:
+        if not self._is_listed:
+            self.list()
         try:
             return self._files[name]  # a commit's files never change
         except KeyError:

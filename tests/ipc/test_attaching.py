@@ -62,9 +62,12 @@ class Told:
         self._thread = threading.Thread(target=self._serve)
 
     def _serve(self) -> None:
-        with contextlib.suppress(OSError):
-            for act in self._script:
+        for act in self._script:
+            try:
                 connection, _ = self._listener.accept()
+            except OSError:  # the test is over
+                return
+            with contextlib.suppress(OSError):  # who attached has gone
                 self.connections.append(connection)
                 self.asked.append(wire.receive(connection)[0])
                 act(connection)
@@ -124,7 +127,7 @@ def daemon(tmp_path: Path) -> Iterator[Told]:
 def descriptors() -> list[str]:
     """What this process has open of what was lent."""
     links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
-    return [link for link in links if "memfd:weightd" in link]
+    return [link for link in links if "memfd:weightd:st-1" in link or "memfd:weightd:manifest" in link]
 
 
 # ---------------------------------------------------------------------------- what is asked

@@ -116,7 +116,7 @@ def cover(tree: Path, folder: Path, files: Sequence[str], env: dict[str, str]) -
         for part in data.glob("part*"):
             part.unlink()
         command = ["-m", "coverage", "run", f"--rcfile={rules}", f"--data-file={data / 'part'}", f"--context={file}"]
-        plugin = ["-p", "tests.mutants.each_test", "-p", "no:cacheprovider", f"--reached={path}.json"]
+        plugin = ["-p", "tests.mutants.noting", "-p", "no:cacheprovider", f"--reached={path}.json"]
         subprocess.run(
             [sys.executable, *command, "-m", "pytest", "-q", "--no-header", *plugin, file],
             cwd=tree,

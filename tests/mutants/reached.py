@@ -26,7 +26,7 @@ class Tests:
 
 
 class Reached:
-    """What ``each_test`` and coverage noted of files of tests."""
+    """What ``noting`` and coverage noted of files of tests."""
 
     def __init__(self, data: Sequence[Path], tree: Path) -> None:
         self._tree = tree

@@ -289,3 +289,12 @@ def test_credentials_that_the_hub_refuses_do_not_take_what_is_cached_away(
 
     monkeypatch.setattr(HubSource, "_ask_hub", refused)
     assert names(listed("hf://org/name")) == SHARDS
+
+
+def test_what_a_file_is_can_be_asked_without_a_list_before(hub: Hub, folder: Path) -> None:
+    listing = listed("hf://org/name")
+    assert open_source("hf://org/name", Allow()).stat(SHARDS[0]) == listing.weights[0]
+    with pytest.raises(CheckpointNotFound, match="nothing-here"):
+        open_source("hf://org/name", Allow()).stat("nothing-here")
+    with pytest.raises(CheckpointNotFound, match="nothing-here"):
+        open_source("hf://org/name/nothing-here.safetensors", Allow()).list()
