@@ -35,7 +35,10 @@ def test_etcd_killed_and_restarted_under_load_takes_nothing_from_anybody(own_etc
             writers = [asyncio.create_task(load(directory, stop)) for directory in all_of_them]
             others = len(names) - 1
             for _ in range(3):
-                await eventually(lambda: all(len(each.members()) == others for each in all_of_them), "all are known")
+                await eventually(
+                    lambda: all(len(each.members()) == others and each.status() == "ok" for each in all_of_them),
+                    "all are known",
+                )
                 await asyncio.to_thread(own_etcd.kill)
                 await eventually(lambda: all(each.status() != "ok" for each in all_of_them), "all have noticed")
                 assert all(len(each.members()) == others for each in all_of_them), "what is known stays"
