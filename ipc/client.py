@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,24 @@ class Client:
         found: list[dict[str, Any]] = self._call("GET", "/v1/leases")["leases"]
         return found
 
+    def checkpoint(self, model: str, *, weights: str | Sequence[str] | None = None) -> dict[str, Any]:
+        """``GET /v1/checkpoint``: what the headers of a checkpoint say; nothing is staged, no weights are read."""
+        named = [] if weights is None else [weights] if isinstance(weights, str) else list(weights)
+        return self._call("GET", "/v1/checkpoint", params={"model": model, "weights": named})
+
+    def put_layout(self, key: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """``PUT /v1/layouts/{key}``: give the daemon an engine's layout, as ``weightd.ipc.recipe.encode`` writes it."""
+        return self._call("PUT", f"/v1/layouts/{key}", json=recipe)
+
+    def layout(self, key: str, *, wait: float = 0) -> dict[str, Any]:
+        """``GET /v1/layouts/{key}``: a layout that the daemon has; one that is on its way is waited for, in seconds."""
+        return self._call("GET", f"/v1/layouts/{key}", params={"wait": wait})
+
+    def layouts(self) -> list[dict[str, Any]]:
+        """``GET /v1/layouts``: all layouts that the daemon keeps."""
+        found: list[dict[str, Any]] = self._call("GET", "/v1/layouts")["layouts"]
+        return found
+
     def peers(self) -> dict[str, Any]:
         """``GET /v1/peers``: the other daemons of the fleet."""
         return self._call("GET", "/v1/peers")
@@ -126,7 +144,7 @@ class Client:
                     raise self._unavailable(error) from None
 
     def _call(
-        self, method: str, path: str, *, json: Any = None, params: Mapping[str, str | float | bool] | None = None
+        self, method: str, path: str, *, json: Any = None, params: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         import httpx
 

@@ -45,6 +45,7 @@ def attach(
     stage: str | None = None,
     tp_rank: int | None = None,
     weights: str | Sequence[str] | None = None,
+    layout: str | Sequence[str] | None = None,
     parallel: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Any] | None = None,
     expect_digest: str | Mapping[str, str] | None = None,
@@ -55,9 +56,10 @@ def attach(
 
     ``model`` is a URI or a path, as in ``POST /v1/stage``; ``stage`` names a stage by its id instead. ``device`` is
     where to, ``cuda:N`` as this process counts its GPUs, or ``cpu``; by default the node's own default. ``weights``,
-    ``parallel``, ``tensors`` and ``expect_digest`` are as in that request. ``tp_rank`` picks one segment of a stage
-    that has several; without ``parallel`` it finds the stage that somebody else asked for. ``wait=False`` returns as
-    soon as there is memory, for ``Weights.stream()``. ``timeout`` in seconds bounds the waiting. ``socket`` is the
+    ``parallel``, ``tensors`` and ``expect_digest`` are as in that request; ``layout`` is the key of an engine's layout
+    that the daemon has, or several, for a segment each. ``tp_rank`` picks one segment of a stage that has several;
+    without ``parallel`` it finds the stage that somebody else asked for. ``wait=False`` returns as soon as there is
+    memory, for ``Weights.stream()``. ``timeout`` in seconds bounds the waiting. ``socket`` is the
     lease socket, or the runtime directory that it is in (default: ``WEIGHTD_RUNTIME_DIR``).
 
     A write to host memory stays this process's own; with ``strict`` it is a segmentation fault. On a GPU there is no
@@ -79,6 +81,8 @@ def attach(
         request: dict[str, Any] = {"model": _uri(model), "device": device}
         if weights is not None:
             request["weights"] = weights if isinstance(weights, str) else list(weights)
+        if layout is not None:
+            request["layout"] = {"key": layout if isinstance(layout, str) else list(layout)}
         if parallel is not None:
             request["parallel"] = dict(parallel)
         if tensors is not None:

@@ -1,0 +1,578 @@
+"""Tracing: an engine's own layout, learned from the engine itself.
+
+The model is built with its parameters on torch's meta device (``meta_parameters``), the engine's own ``load_weights``
+runs over meta tensors that stand for the checkpoint's, and every write to a parameter is recorded (``trace``). What
+comes out is a recipe: which strided box of which tensor goes to which strided box of which parameter. Fused
+projections, stacked experts, padded vocabularies and rank shards come out of it for any model that the engine knows.
+
+What no recipe can say (a function of weights, a permutation that is no view of the tensor) is *opaque*, and named: it
+takes the engine's own weight loader.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, product
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from weightd.ipc.recipe import Box, Constant, Move, Parameter
+
+_aten = torch.ops.aten
+_EMPTY = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
+          _aten.new_empty_strided.default}  # fmt: skip
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+_CAST_TO = {torch.float32, torch.float16, torch.bfloat16}
+"""Casts that a recipe can say: from any of ``_FLOATS`` to one of these."""
+_RUNS = 1 << 16
+"""Runs of one parameter that are compared with one another to tell whether writes overlap."""
+
+
+def _key(tensor: torch.Tensor) -> int:
+    """Which storage a tensor is of: as long as that lives, nothing else has this number."""
+    return tensor.untyped_storage()._cdata
+
+
+# ---------------------------------------------------------------------- building without memory
+
+
+class _Unwritten(TorchDispatchMode):
+    """Knows which storages came from ``torch.empty`` and its like and have not been written to since."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _EMPTY:
+            self.storages.add(_key(out))
+            return out
+        if not self.storages:
+            return out
+        given = {_key(tensor) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(out):
+            if _key(tensor) not in given:  # a number that an earlier storage had
+                self.storages.discard(_key(tensor))
+        for tensor in _written(func, args, kwargs or {}):
+            self.storages.discard(_key(tensor))
+        return out
+
+
+@contextlib.contextmanager
+def meta_parameters() -> Iterator[None]:
+    """Parameters that modules register in here hold no memory, unless something was written to them before.
+
+    Buffers, caches and whatever else a constructor computes are made as always. A parameter stays the object that it
+    is, with its class and attributes.
+    """
+    unwritten = _Unwritten()
+    register = torch.nn.Module.register_parameter
+
+    def registered(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta and _key(param) in unwritten.storages:
+            with torch._C._DisableTorchDispatch():
+                rebind(param, torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="meta"))
+        register(module, name, param)
+
+    torch.nn.Module.register_parameter = registered  # type: ignore[method-assign]
+    try:
+        with unwritten:
+            yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def rebind(param: torch.Tensor, memory: torch.Tensor) -> None:
+    """Let a parameter be ``memory`` from now on: the same object, of the same class, with the same attributes."""
+    if type(param) is torch.nn.Parameter:
+        new: torch.Tensor = torch.nn.Parameter(memory, requires_grad=False)
+    else:
+        new = torch.Tensor._make_subclass(type(param), memory, False)
+    new.__dict__.update(param.__dict__)
+    torch.utils.swap_tensors(param, new)
+
+
+# ---------------------------------------------------------------------- recording
+
+
+class _Origin(NamedTuple):
+    """What a storage is a copy of, element by element: ``box`` of checkpoint tensor ``tensor``.
+
+    ``shape`` is what the storage is row-major of, ``dtypes`` the tensor's own and those that it was converted to.
+    """
+
+    tensor: str
+    box: Box
+    dtypes: tuple[torch.dtype, ...]
+
+
+@dataclass
+class Opaque:
+    """A parameter that no recipe can describe: ``why``, and which tensors its loader wants."""
+
+    why: str
+    tensors: set[str] = field(default_factory=set)
+
+
+@dataclass
+class _Writes:
+    moves: list[tuple[str, Box, Box, bool]] = field(default_factory=list)
+    fills: list[tuple[bytes, Box]] = field(default_factory=list)
+
+
+@dataclass
+class Trace:
+    """What an engine's loader does to a model: ``entries``, ``moves``, ``constants`` are a recipe."""
+
+    entries: list[Parameter]
+    """By the first name that each parameter, or buffer, has in the model."""
+    moves: list[Move]
+    constants: list[Constant]
+    opaque: dict[str, Opaque]
+    untouched: list[str]
+    """Parameters without memory to which nothing was written."""
+    owners: dict[str, str]
+    """Each parameter and buffer → the name by which its storage is an entry, or opaque."""
+
+    @property
+    def tensors(self) -> set[str]:
+        """The checkpoint's tensors that the opaque ones want."""
+        return set().union(*(opaque.tensors for opaque in self.opaque.values()))
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, targets: Mapping[int, str], sources: Mapping[int, _Origin]) -> None:
+        super().__init__()
+        self.targets = targets
+        self.origins = dict(sources)
+        self.mixed: dict[int, set[str]] = {}
+        """Storages that are functions of weights → of which."""
+        self.writes: dict[str, _Writes] = {}
+        self.opaque: dict[str, Opaque] = {}
+        self.kept: list[torch.UntypedStorage] = []
+        """A storage that is gone would lend its number to another."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None and any(tensor.is_meta for tensor in _tensors(args)):
+            kwargs |= {"device": torch.device("meta"), "pin_memory": None}  # weights on their way to the device
+        if func is _aten.copy_.default and self._copy(args[0], args[1]):
+            return args[0]
+        if func in (_aten.fill_.Scalar, _aten.zero_.default, _aten.fill_.Tensor) and _key(args[0]) in self.targets:
+            value = args[1] if len(args) > 1 else 0
+            if isinstance(value, torch.Tensor):
+                if value.is_meta:
+                    self._give_up(args[0], self._named(args[1:]), "it is filled with a weight's value")
+                    return args[0]
+                value = value.item()
+            self._fill(args[0], value)
+            return args[0]
+        if func in (_aten.clone.default, _aten._to_copy.default) and (found := self._duplicate(func, args, kwargs)):
+            return found
+        for tensor in _written(func, args, kwargs):
+            self._change(tensor, self._named((args, kwargs)), func)
+        if func is _aten._local_scalar_dense.default and args[0].is_meta:
+            raise ValueError("its loader looks at the values of weights, which a trace does not have")
+        out = func(*args, **kwargs)
+        names = self._named((args, kwargs))
+        if names:
+            given = {_key(tensor) for tensor in _tensors((args, kwargs))}
+            for tensor in _tensors(out):
+                if _key(tensor) not in given:
+                    self.mixed[_key(tensor)] = names
+                    self.kept.append(tensor.untyped_storage())
+        return out
+
+    def _named(self, args: Any) -> set[str]:
+        """The checkpoint's tensors that these were made of."""
+        names: set[str] = set()
+        for tensor in _tensors(args):
+            key = _key(tensor)
+            if origin := self.origins.get(key):
+                names.add(origin.tensor)
+            names |= self.mixed.get(key, set())
+        return names
+
+    def _give_up(self, target: torch.Tensor, names: set[str], why: str) -> None:
+        name = self.targets[_key(target)]
+        self.opaque.setdefault(name, Opaque(why)).tensors.update(names)
+
+    def _change(self, tensor: torch.Tensor, names: set[str], func: Any) -> None:
+        key = _key(tensor)
+        if key in self.targets:
+            self._give_up(tensor, names, f"{func.name()} computes it")
+        elif names:
+            self.origins.pop(key, None)
+            self.mixed[key] = self.mixed.get(key, set()) | names
+            self.kept.append(tensor.untyped_storage())
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> bool:
+        """Record a copy into a parameter; whether it was one."""
+        key = _key(target)
+        if key not in self.targets:
+            return False
+        if not target.numel():
+            return True
+        name, from_key = self.targets[key], _key(source)
+        if from_key not in self.origins:
+            if from_key in self.mixed:
+                self._give_up(target, self.mixed[from_key], "it is computed from weights")
+            elif not source.is_meta and source.numel() and (source == source.flatten()[0]).all():
+                self._fill(target, source.flatten()[0].item())
+            else:
+                self._give_up(target, set(), "it is copied from what is no weight")
+            return True
+        moved = self._moved(target, source)
+        if isinstance(moved, str):
+            self._give_up(target, {self.origins[from_key].tensor}, moved)
+        else:
+            self.writes.setdefault(name, _Writes()).moves.append(moved)
+        return True
+
+    def _moved(self, target: torch.Tensor, source: torch.Tensor) -> tuple[str, Box, Box, bool] | str:
+        origin = self.origins[_key(source)]
+        if source.shape != target.shape:
+            source = source.broadcast_to(target.shape)
+        box = _through(origin.box, Box(source.storage_offset(), tuple(source.shape), source.stride()))
+        if box is None:
+            return "its elements are in an order that no view of the tensor has"
+        cast = _cast([*origin.dtypes, source.dtype], target.dtype)
+        if cast is None:
+            return f"it is converted, {' to '.join(map(str, (*origin.dtypes, target.dtype)))}"
+        return origin.tensor, box, Box(target.storage_offset(), tuple(target.shape), target.stride()), cast
+
+    def _fill(self, target: torch.Tensor, value: Any) -> None:
+        if not target.numel():
+            return
+        writes = self.writes.setdefault(self.targets[_key(target)], _Writes())
+        element = torch.full((1,), value, dtype=target.dtype, device="cpu").view(torch.uint8).numpy().tobytes()
+        box = Box(target.storage_offset(), tuple(target.shape), target.stride())
+        if writes.moves and not _apart([box, *(move[2] for move in writes.moves)]):
+            self._give_up(target, set(), "a value is written over weights")
+            return
+        writes.fills.append((element, box))
+
+    def _duplicate(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+        """A whole copy of a view of a tensor, perhaps of another dtype: it is known what its elements are."""
+        tensor = args[0]
+        origin = self.origins.get(_key(tensor))
+        if origin is None or not tensor.numel():
+            return None
+        new: torch.Tensor = func(*args, **kwargs)
+        box = _through(origin.box, Box(tensor.storage_offset(), tuple(tensor.shape), tensor.stride()))
+        self.kept.append(new.untyped_storage())
+        if box is None or not _dense(new):
+            self.mixed[_key(new)] = {origin.tensor}
+            return new
+        # The new storage in its own order: dimensions by falling stride.
+        order = sorted(range(new.dim()), key=lambda dim: -new.stride(dim))
+        box = Box(box.offset, tuple(box.shape[dim] for dim in order), tuple(box.strides[dim] for dim in order))
+        self.origins[_key(new)] = _Origin(origin.tensor, box, (*origin.dtypes, tensor.dtype, new.dtype))
+        return new
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether it fills its storage from the start, in whatever order of its dimensions."""
+    step = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != step:
+            return False
+        step *= size
+    return tensor.storage_offset() == 0
+
+
+def _cast(dtypes: Sequence[torch.dtype], to: torch.dtype) -> bool | None:
+    """Whether a value on its way to ``to`` is cast (True) or keeps its bits (False); None where it is neither.
+
+    ``dtypes`` are pairs: what a storage holds, and what it is taken for there.
+    """
+    taken = list(zip(dtypes[::2], dtypes[1::2], strict=True))
+    converted = [(a, b) for (_, a), (b, _) in pairwise([*taken, (to, to)]) if a != b]
+    if not converted:
+        return False if all(dtype.itemsize == to.itemsize for dtype in dtypes) else None
+    # One rounding, of what is stored: two may end elsewhere.
+    if converted == [(dtypes[0], to)] and dtypes[0] in _FLOATS and to in _CAST_TO and all(a == b for a, b in taken):
+        return True
+    return None
+
+
+def _through(origin: Box, view: Box) -> Box | None:
+    """A view of a storage that holds ``origin``'s elements row by row, as a box of what these are of; None where it is
+    no box there."""
+    if 0 in view.shape:
+        return Box(0, view.shape, view.strides)
+    rows = []
+    step = 1
+    for size in reversed(origin.shape):
+        rows.append(step)
+        step *= size
+    rows.reverse()
+    # Neighbouring dimensions that are one in the tensor as well are one here.
+    dims: list[tuple[int, int, int]] = []  # size, stride in the storage, stride in the tensor
+    for size, row, stride in zip(origin.shape, rows, origin.strides, strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][2] == size * stride:
+            dims[-1] = (dims[-1][0] * size, row, stride)
+        else:
+            dims.append((size, row, stride))
+    if len(dims) <= 1:
+        stride = dims[0][2] if dims else 1
+        return Box(origin.offset + view.offset * stride, view.shape, tuple(s * stride for s in view.strides))
+    at, rest = [], view.offset
+    for _, row, _ in dims:
+        at.append(rest // row)
+        rest %= row
+    offset = origin.offset + sum(index * stride for index, (_, _, stride) in zip(at, dims, strict=True))
+    reach = list(at)
+    shape: list[int] = []
+    strides: list[int] = []
+    for count, step in zip(view.shape, view.strides, strict=True):
+        if count == 1 or step == 0:
+            shape.append(count)
+            strides.append(0)
+            continue
+        for dim, (size, row, stride) in enumerate(dims):
+            if step % row == 0 and step // row < size:
+                reach[dim] += (count - 1) * (step // row)
+                shape.append(count)
+                strides.append(step // row * stride)
+                break
+        else:
+            return None
+    if any(last >= size for last, (size, _, _) in zip(reach, dims, strict=True)):
+        return None
+    return Box(offset, tuple(shape), tuple(strides))
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that an operator writes to."""
+    if not func._schema.is_mutable:
+        return
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from _tensors(value)
+
+
+# ---------------------------------------------------------------------- tracing
+
+
+def trace(
+    model: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    load: Callable[[Iterable[tuple[str, torch.Tensor]]], object],
+) -> Trace:
+    """What ``load``, the engine's own loader, does to the model's parameters with a checkpoint's tensors.
+
+    ``tensors`` stand for the checkpoint's, on the meta device; ``load`` is given them by name. Parameters and buffers
+    are named as in the model, by their first name where they have several; an entry is flat where the parameter's own
+    strides are not row-major. Raises what ``load`` raises.
+    """
+    held = dict((*model.named_parameters(), *model.named_buffers()))
+    targets: dict[int, str] = {}
+    for name, tensor in held.items():
+        targets.setdefault(_key(tensor), name)
+    kept = [tensor.untyped_storage() for tensor in held.values()]
+    sources = {
+        _key(tensor): _Origin(name, Box(0, (tensor.numel(),), (1,)), (tensor.dtype,))
+        for name, tensor in tensors.items()
+    }
+    recorder = _Recorder(targets, sources)
+    with torch.no_grad(), recorder:
+        load((name, tensor) for name, tensor in tensors.items())
+    # What took the place of another parameter was not copied into it.
+    writes, opaque = recorder.writes, recorder.opaque
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in now.items():
+        key = _key(tensor)
+        if key in targets:
+            continue
+        before = targets.get(_key(held[name])) if name in held else None
+        if before is not None:
+            writes.pop(before, None)
+        if key in recorder.origins:
+            own = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            moved = recorder._moved(own, tensor)
+            if isinstance(moved, str):
+                opaque[name] = Opaque(moved, {recorder.origins[key].tensor})
+            else:
+                writes[name] = _Writes(moves=[moved])
+            rebind(tensor, own)
+        elif key in recorder.mixed:
+            opaque[name] = Opaque("it is computed from weights", set(recorder.mixed[key]))
+    del kept
+    owners: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in now.items():
+        owners[name] = first.setdefault(_key(tensor), name)
+    return _traced({name: now[name] for name in first.values()}, writes, opaque, owners)
+
+
+def _traced(
+    held: Mapping[str, torch.Tensor],
+    writes: Mapping[str, _Writes],
+    opaque: Mapping[str, Opaque],
+    owners: dict[str, str],
+) -> Trace:
+    found = Trace([], [], [], {}, [], owners)
+    for name, tensor in held.items():
+        done = writes.get(name, _Writes())
+        moves = _last(done.moves)
+        names = {move[0] for move in done.moves}
+        if name in opaque:
+            found.opaque[name] = Opaque(opaque[name].why, opaque[name].tensors | names)
+        elif not moves and not done.fills:
+            if tensor.is_meta and tensor.numel():
+                found.untouched.append(name)
+        elif why := _unsaid(tensor, moves, done.fills):
+            found.opaque[name] = Opaque(why, names)
+        else:
+            entry = len(found.entries)
+            found.entries.append(Parameter(name, dtype_name(tensor.dtype), _laid_out(tensor)))
+            found.moves += [Move(of, entry, source, target, cast) for of, source, target, cast in moves]
+            found.constants += [Constant(entry, value, box) for value, box in done.fills]
+    return found
+
+
+def _last(moves: Sequence[tuple[str, Box, Box, bool]]) -> list[tuple[str, Box, Box, bool]]:
+    """What is written to the very same place again stands as it was written last."""
+    return list({move[2]: move for move in moves}.values())
+
+
+def _unsaid(
+    tensor: torch.Tensor, moves: Sequence[tuple[str, Box, Box, bool]], fills: Sequence[tuple[bytes, Box]]
+) -> str:
+    """Why these writes are no recipe; empty where they are one."""
+    targets = [move[2] for move in moves]
+    count = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
+    if not _apart(targets):
+        return "weights are written over weights"
+    if len(fills) > 1 and not _apart([box for _, box in fills]):
+        return "values are written over values"
+    written = sum(prod(box.shape) for box in targets)
+    if written == count:
+        return ""
+    left = _covered([*targets, *(box for _, box in fills)])
+    if left is None:
+        return "its writes are too many to tell what they cover"
+    if left != count:
+        return f"{left} of {count} elements are written"
+    return ""
+
+
+def _runs(box: Box) -> Iterator[tuple[int, int]] | None:
+    """(first element, length) of each contiguous run; None where there are too many."""
+    dims = [(size, stride) for size, stride in zip(box.shape, box.strides, strict=True) if size != 1]
+    dims.sort(key=lambda dim: dim[1])
+    run = 1
+    while dims and dims[0][1] == run:
+        run *= dims.pop(0)[0]
+    if prod(size for size, _ in dims) > _RUNS:
+        return None
+    starts = (
+        box.offset + sum(index * stride for index, (_, stride) in zip(at, dims, strict=True))
+        for at in product(*(range(size) for size, _ in dims))
+    )
+    return ((start, run) for start in starts)
+
+
+def _listed(boxes: Sequence[Box]) -> list[tuple[int, int]] | None:
+    runs: list[tuple[int, int]] = []
+    for box in boxes:
+        found = _runs(box)
+        if found is None:
+            return None
+        runs.extend(found)
+        if len(runs) > 4 * _RUNS:
+            return None
+    return sorted(runs)
+
+
+def _span(box: Box) -> tuple[int, int]:
+    return box.offset, box.offset + 1 + sum((n - 1) * s for n, s in zip(box.shape, box.strides, strict=True))
+
+
+def _apart(boxes: Sequence[Box]) -> bool:
+    """Whether no element is in two of the boxes, or twice in one."""
+    if any(stride == 0 and size > 1 for box in boxes for size, stride in zip(box.shape, box.strides, strict=True)):
+        return False
+    spans = sorted(_span(box) for box in boxes)
+    if all(a[1] <= b[0] for a, b in pairwise(spans)):
+        return True
+    runs = _listed(boxes)
+    if runs is None:
+        # Boxes that are alike, one beside the other in a row: as columns of a fused weight are.
+        return _columns(boxes)
+    return all(start + run <= following for (start, run), (following, _) in pairwise(runs))
+
+
+def _columns(boxes: Sequence[Box]) -> bool:
+    strides = {box.strides for box in boxes}
+    if len(strides) != 1:
+        return False
+    outer = max(strides.pop(), default=0)
+    rows = sorted((box.offset, box.offset + _width(box, outer)) for box in boxes)
+    return all(a[1] <= b[0] for a, b in pairwise(rows)) and rows[-1][1] - rows[0][0] <= outer
+
+
+def _width(box: Box, outer: int) -> int:
+    return 1 + sum((n - 1) * s for n, s in zip(box.shape, box.strides, strict=True) if s != outer)
+
+
+def _covered(boxes: Sequence[Box]) -> int | None:
+    """Elements that are in any of the boxes; None where that is too much to tell."""
+    runs = _listed(boxes)
+    if runs is None:
+        return None
+    count, end = 0, 0
+    for start, run in runs:
+        count += max(0, start + run - max(start, end))
+        end = max(end, start + run)
+    return count
+
+
+def _laid_out(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of its entry: its own where it is its storage row by row, else that of the storage, flat."""
+    count = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
+    return tuple(tensor.shape) if tensor.is_contiguous() and tensor.numel() == count else (count,)
+
+
+def placed(tensor: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
+    """An attached entry as the parameter that it is of: with that one's shape, strides and offset."""
+    flat = entry.view(-1)
+    return flat.as_strided(tensor.shape, tensor.stride(), flat.storage_offset() + tensor.storage_offset())
+
+
+_NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+    torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+    torch.complex64: "C64", torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As safetensors names it. Raises ValueError where it has no name there."""
+    try:
+        return _NAMES[dtype]
+    except KeyError:
+        raise ValueError(f"{dtype} has no name in safetensors that torch tensors are saved by") from None
