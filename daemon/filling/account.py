@@ -19,7 +19,7 @@ from weightd.daemon.errors import DigestMismatch, SourceFailed
 from weightd.daemon.filling.ledger import Ledger, fingerprint, leaf_counts
 from weightd.daemon.layouts.digests import LEAF, leaf_count, tensor_digest
 from weightd.daemon.layouts.extents import Extent
-from weightd.daemon.layouts.recipe import Recipe
+from weightd.daemon.layouts.recipe import Recipe, brought
 from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.tensors import TensorInfo
 
@@ -94,8 +94,14 @@ class Account:
         self._expected = expected_leaves
         self._on_verified = on_verified
         self._queue = deque(extent for extent, landed in zip(extents, self._landed, strict=True) if not landed)
-        self._pending = [[entry.nbytes for entry in recipe.entries] for recipe in recipes]
+        self._pending = [brought(recipe) for recipe in recipes]
         """Bytes that are still to come, of each entry of each segment."""
+        self.unread = [
+            [index for index, (entry, nbytes) in enumerate(zip(recipe.entries, pending, strict=True))
+             if entry.nbytes and not nbytes]
+            for recipe, pending in zip(recipes, self._pending, strict=True)
+        ]  # fmt: skip
+        """Of each segment the entries that are constants alone: no extent brings them."""
         self._lock = threading.Lock()
         self._telling = threading.Lock()
         """What is told to be verified is not forgotten at the same time."""
@@ -106,7 +112,8 @@ class Account:
             if self._landed[index]:
                 self._take_over(extent)
         for segment, pending in enumerate(self._pending):
-            if there := [index for index, nbytes in enumerate(pending) if not nbytes]:
+            unread = set(self.unread[segment])
+            if there := [index for index, nbytes in enumerate(pending) if not nbytes and index not in unread]:
                 on_verified(segment, there)
 
     def _take_over(self, extent: Extent) -> None:
@@ -199,10 +206,18 @@ class Account:
                 first = self._leaf_starts[piece.segment][piece.entry] + piece.leaf
                 count = leaf_count(piece.nbytes)
                 self.there[piece.segment][first : first + count] = b"\1" * count
-        for segment, entry in whole:
+        self._mark_whole(whole)
+        self.on_landed(extent)
+
+    def _mark_whole(self, entries: Iterable[tuple[int, int]]) -> None:
+        for segment, entry in entries:
             first, count = self._leaf_starts[segment][entry], len(self.leaves[segment][entry])
             self.there[segment][first : first + count] = b"\1" * count
-        self.on_landed(extent)
+
+    def mark_unread(self) -> None:
+        """The entries that no extent brings are there, and hashed."""
+        self._mark_whole((segment, entry) for segment, entries in enumerate(self.unread) for entry in entries)
+        self.announce(dict(enumerate(self.unread)))
 
     def announce(self, complete: Mapping[int, list[int]]) -> None:
         """These entries, by segment, are verified; but for what was forgotten since."""

@@ -30,11 +30,12 @@ from weightd.daemon.filling.sink import Landing, Sink
 from weightd.daemon.filling.slots import Slots
 from weightd.daemon.layouts.digests import LEAF, leaf_count, leaf_digest
 from weightd.daemon.layouts.extents import Extent, Scatter
-from weightd.daemon.layouts.recipe import Block, Recipe, copy_block
+from weightd.daemon.layouts.recipe import Block, Copy, Recipe, blocks, contiguous, convert_block, copy_block
 from weightd.daemon.limits import FillLimits
 from weightd.daemon.observing.clock import Clock
 from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.tensors import TensorInfo
+from weightd.ipc.recipe import Box, Constant
 
 log = logging.getLogger(__name__)
 
@@ -209,6 +210,61 @@ class Fill(Sink):
                 ordered.add(extent.offset, extent.nbytes, landing.views[:], lambda: self._let_go(landing))
             self._slots.wake()
 
+    # ------------------------------------------------------------------ constants
+
+    def write_constants(self) -> None:
+        """Put constants where no source brings anything. Before any reader runs."""
+        if self.account.bytes_read:
+            return  # copies may have landed on top: a process before this one has written them
+        with self.phase("copying"):
+            for index, recipe in enumerate(self._recipes):
+                for constant in recipe.constants:
+                    if any(constant.value):  # memory comes zeroed
+                        self._write_constant(index, recipe, constant)
+            if self._arrivals is not None:
+                self._arrivals.finish()
+        self.finish()
+        places = [
+            (
+                segment,
+                index,
+                0,
+                self._recipes[segment].entries[index].offset,
+                self._recipes[segment].entries[index].nbytes,
+            )
+            for segment, entries in enumerate(self.account.unread)
+            for index in entries
+        ]
+        with self.phase("verifying"):
+            if self._arrivals is not None:
+                self._hash_on_device(places)
+            else:
+                for segment, index, leaf, offset, nbytes in places:
+                    view = self._segments[segment].view
+                    self._hash(self.account.leaves[segment][index], leaf, view, offset, nbytes)
+        self.account.mark_unread()
+
+    def _write_constant(self, segment: int, recipe: Recipe, constant: Constant) -> None:
+        entry = recipe.entries[constant.entry]
+        whole = Box(0, constant.target.shape, contiguous(constant.target.shape).strides)
+        like = TensorInfo(entry.name, entry.dtype, constant.target.shape, 0, 0, 0)
+        for block in blocks(Copy(0, constant.entry, whole, constant.target), like, entry):
+            for row in range(block.rows):
+                target = entry.offset + block.target + row * block.target_stride
+                for done in range(0, block.run, LEAF):
+                    nbytes = min(LEAF, block.run - done)
+                    data = memoryview(bytearray(constant.value * (nbytes // len(constant.value))))
+                    if self._arrivals is None:
+                        self._segments[segment].write(target + done, data)
+                    else:
+                        self._put(segment, Block(0, 0, target + done, 0, nbytes, 1), data)
+
+    def _put(self, segment: int, block: Block, data: memoryview) -> None:
+        """Copy from memory of its own to a device, and keep that until it is there."""
+        assert self._arrivals is not None
+        self._arrivals.put(segment, block, address_of(data))
+        self._arrivals.add(None, self._arrivals.marks({segment}), data.release)
+
     # ------------------------------------------------------------------ host memory
 
     def _land_on_host(self, extent: Extent, landing: Landing) -> None:
@@ -261,15 +317,24 @@ class Fill(Sink):
                 for run in extent.runs:
                     scatters.append(Scatter(run.segment, Block(position, 0, run.offset, 0, run.nbytes, 1)))
                     position += run.nbytes
-            for scatter in scatters:
-                arrivals.put(scatter.segment, scatter.block, landing.address)
-            marks = arrivals.marks({scatter.segment for scatter in scatters})
+            puts: list[tuple[int, Block, int]] = []
+            converted: list[memoryview] = []
+            for segment, block, cast in scatters:
+                source = landing.address
+                if cast is not None:
+                    block, data = convert_block(block, cast, landing.views[0])
+                    converted.append(data)
+                    source = address_of(data)
+                arrivals.put(segment, block, source)
+                puts.append((segment, block, source))
+            marks = arrivals.marks({segment for segment, _, _ in puts})
 
         def copied() -> None:
             if read_back:
-                for scatter in scatters:
-                    if not arrivals.check(scatter.segment, scatter.block, landing.address):
+                for put in puts:
+                    if not arrivals.check(*put):
                         self._changed_on_the_way(extent)
+            converted.clear()
             self._let_go(landing)
 
         arrivals.add(extent, marks, copied)
@@ -415,8 +480,10 @@ class Fill(Sink):
 
     def _scatter(self, scatter: Scatter, landing: Landing) -> None:
         segment = self._segments[scatter.segment]
-        block = scatter.block
+        block, data = scatter.block, landing.views[0]
+        if scatter.cast is not None:
+            block, data = convert_block(block, scatter.cast, data)
         if block.rows == 1:
-            segment.write(block.target, landing.views[0][block.source : block.source + block.run])
+            segment.write(block.target, data[block.source : block.source + block.run])
         else:
-            copy_block(block, landing.views[0], segment.view)
+            copy_block(block, data, segment.view)

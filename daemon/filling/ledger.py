@@ -116,11 +116,12 @@ def _leaves_at(extents: int) -> int:
 
 
 def fingerprint(recipes: Sequence[Recipe], extents: Sequence[Extent]) -> bytes:
-    """Tells one plan from another: which extents there are, and where the segments' entries lie."""
+    """Tells one plan from another: which extents there are, where the segments' entries lie, by which layout."""
     state = xxhash.xxh3_128()
     for extent in extents:
         state.update(struct.pack("=QQQ", extent.file, extent.offset, extent.nbytes))
     for recipe in recipes:
+        state.update(recipe.layout.encode())
         for entry in recipe.entries:
             state.update(f"{entry.name}\0{entry.dtype}{entry.shape}{entry.offset}\n".encode())
     return state.digest()

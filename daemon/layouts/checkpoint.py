@@ -7,9 +7,10 @@ from typing import Literal
 
 from weightd.daemon.errors import Cancelled, InvalidRequest
 from weightd.daemon.layouts.patterns import Patterns
-from weightd.daemon.layouts.recipe import Box, Copy, Entry, Recipe, arrange, contiguous, validate
+from weightd.daemon.layouts.recipe import Copy, Entry, Recipe, arrange, contiguous, validate
 from weightd.daemon.tensors import TensorInfo
 from weightd.ipc.dtypes import DTYPES
+from weightd.ipc.recipe import Box
 
 Split = int | Literal["replicate"]
 """Along which dimension a tensor is cut into equal parts, one for each rank; or every rank gets all of it."""

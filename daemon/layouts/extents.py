@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
+from weightd.daemon.layouts.casts import Cast
 from weightd.daemon.layouts.digests import LEAF
 from weightd.daemon.layouts.recipe import Block, Copy, Recipe, blocks, uses
 from weightd.daemon.tensors import TensorInfo
@@ -44,6 +45,7 @@ class Scatter(NamedTuple):
 
     segment: int
     block: Block
+    cast: Cast | None = None
 
 
 @dataclass(slots=True)
@@ -143,7 +145,7 @@ def _general(
     demands: Demands,
 ) -> Iterator[Extent]:
     wanted = [
-        (segment, copy.entry, recipes[segment].entries[copy.entry].offset, block)
+        (segment, copy.entry, recipes[segment].entries[copy.entry].offset, block, copy.cast)
         for segment, copy in takers
         for block in blocks(copy, tensor, recipes[segment].entries[copy.entry])
     ]
@@ -151,7 +153,8 @@ def _general(
     if not whole and not wanted:
         return
     one_run = len(wanted) == 1 and wanted[0][3].rows == 1
-    if not whole and (one_run or all(block.run >= demands.min_range for *_, block in wanted)):
+    as_they_are = not any(cast for *_, cast in wanted)
+    if not whole and as_they_are and (one_run or all(block.run >= demands.min_range for *_, block, _ in wanted)):
         rows = sorted(
             (
                 block.source + i * block.source_stride,
@@ -161,7 +164,7 @@ def _general(
                 block.target + i * block.target_stride,
                 block.run,
             )
-            for segment, entry, start, block in wanted
+            for segment, entry, start, block, _ in wanted
             for i in range(block.rows)
         )
         if all(row[0] + row[5] <= following[0] for row, following in pairwise(rows)):
@@ -175,31 +178,35 @@ def _general(
             return
     low, high = 0, tensor.nbytes
     if not whole:
-        low = min(block.source for *_, block in wanted)
-        high = max(block.source + (block.rows - 1) * block.source_stride + block.run for *_, block in wanted)
+        low = min(block.source for *_, block, _ in wanted)
+        high = max(block.source + (block.rows - 1) * block.source_stride + block.run for *_, block, _ in wanted)
     for begin in range(low, high, demands.extent_bytes):
         end = min(begin + demands.extent_bytes, high)
         extent = Extent(tensor.file, tensor.start + begin, end - begin, scatters=[])
         if low == 0 and high == tensor.nbytes:
             extent.tensor = (index, begin // LEAF)
         brought: dict[tuple[int, int], int] = {}
-        for segment, entry, start, block in wanted:
-            for part in _clip(block, begin, end):
+        for segment, entry, start, block, cast in wanted:
+            for part in _clip(block, begin, end, cast):
                 assert extent.scatters is not None
-                extent.scatters.append(Scatter(segment, part._replace(target=start + part.target)))
+                extent.scatters.append(Scatter(segment, part._replace(target=start + part.target), cast))
                 key = (segment, entry)
-                brought[key] = brought.get(key, 0) + part.run * part.rows
+                nbytes = part.run * part.rows
+                brought[key] = brought.get(key, 0) + (cast.scaled(nbytes) if cast else nbytes)
         extent.pieces = [Piece(segment, entry, -1, nbytes, -1) for (segment, entry), nbytes in brought.items()]
         yield extent
 
 
-def _clip(block: Block, begin: int, end: int) -> Iterator[Block]:
-    """The part of a block whose source lies in [begin, end), with its source counted from ``begin``."""
+def _clip(block: Block, begin: int, end: int, cast: Cast | None) -> Iterator[Block]:
+    """The part of a block whose source lies in [begin, end), with its source counted from ``begin``.
+
+    Both lie between elements: they are whole MiB from the first byte that is wanted.
+    """
     source, step, target, target_step, run, count = block
     if count > 1 and step < run:
         # Rows that overlap in the source (broadcasts): one by one.
         for i in range(count):
-            yield from _clip(Block(source + i * step, 0, target + i * target_step, 0, run, 1), begin, end)
+            yield from _clip(Block(source + i * step, 0, target + i * target_step, 0, run, 1), begin, end, cast)
         return
     first, last = 0, count - 1
     if count > 1:
@@ -210,7 +217,8 @@ def _clip(block: Block, begin: int, end: int) -> Iterator[Block]:
         start = source + row * step
         low, high = max(start, begin), min(start + run, end)
         if low < high:
-            yield Block(low - begin, 0, target + row * target_step + low - start, 0, high - low, 1)
+            into = cast.scaled(low - start) if cast else low - start
+            yield Block(low - begin, 0, target + row * target_step + into, 0, high - low, 1)
 
     if first <= last and source + first * step < begin:
         yield from cut(first)

@@ -10,25 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise, product
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from weightd.daemon.errors import InvalidRequest
+from weightd.daemon.layouts.casts import SOURCES, TARGETS, Cast
 from weightd.daemon.tensors import TensorInfo
 from weightd.ipc.dtypes import DTYPES
+from weightd.ipc.recipe import Box, Constant
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
 
 ALIGNMENT = 256
 """Every entry starts on a multiple of this many bytes: what CUDA's own allocators give, and vector loads want."""
 
 _MAX_RUNS = 1 << 22
 _MAX_BLOCKS = 1 << 20
-
-
-class Box(NamedTuple):
-    """A strided box of elements, as torch's ``as_strided`` has it: offset, sizes and strides, in elements."""
-
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
 
 
 class Entry(NamedTuple):
@@ -42,30 +40,38 @@ class Entry(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Bytes of checkpoint tensor ``tensor`` (its index) that become bytes of entry ``entry`` (its index).
+    """Elements of checkpoint tensor ``tensor`` (its index) that become elements of entry ``entry`` (its index).
 
-    The boxes have the same number of elements; None stands for the whole tensor, the whole entry.
+    The boxes have the same number of elements; None stands for the whole tensor, the whole entry. Bits stay what they
+    are, unless it is a ``cast``, which has boxes.
     """
 
     tensor: int
     entry: int
     source: Box | None = None
     target: Box | None = None
+    cast: Cast | None = None
 
 
 class Recipe(NamedTuple):
-    """All of one segment. ``nbytes`` is its size; ``rank`` which tensor-parallel rank it is for."""
+    """All of one segment. ``nbytes`` is its size; ``rank`` which rank, of those staged together, it is for.
+
+    ``constants`` stand where no copy writes. ``layout`` is the digest of the layout that it was uploaded as; empty
+    where it is the checkpoint's own.
+    """
 
     entries: Sequence[Entry]
     copies: Sequence[Copy]
     nbytes: int
     rank: int
+    constants: Sequence[Constant] = ()
+    layout: str = ""
 
 
 class Block(NamedTuple):
     """``rows`` runs of ``run`` bytes, ``source_stride`` apart in the tensor, ``target_stride`` apart in the entry.
 
-    All in bytes, counted from the tensor's and the entry's first byte.
+    All in bytes, counted from the tensor's and the entry's first byte; of a cast, ``run`` is as in the tensor.
     """
 
     source: int
@@ -76,20 +82,30 @@ class Block(NamedTuple):
     rows: int
 
 
-def copy_block(block: Block, source: memoryview, target: memoryview) -> None:
-    """Copy a block of several rows in host memory. Drops the GIL."""
-    # numpy's strided copy drops the GIL. Imported here: most stages never need it.
+def _rows(view: memoryview, start: int, stride: int, block: Block) -> NDArray[numpy.uint8]:
+    # Imported here: most stages never need it.
     import numpy
     from numpy.lib.stride_tricks import as_strided
 
-    def rows(view: memoryview, start: int, stride: int) -> numpy.ndarray:
-        flat = numpy.frombuffer(view, numpy.uint8)[start:]
-        return as_strided(flat, (block.rows, block.run), (stride, 1))
+    return as_strided(numpy.frombuffer(view, numpy.uint8)[start:], (block.rows, block.run), (stride, 1))
 
+
+def copy_block(block: Block, source: memoryview, target: memoryview) -> None:
+    """Copy a block of several rows in host memory. Drops the GIL."""
+    import numpy
+
+    # numpy's strided copy drops the GIL.
     numpy.copyto(
-        rows(target, block.target, block.target_stride),
-        rows(source, block.source, block.source_stride),
+        _rows(target, block.target, block.target_stride, block),
+        _rows(source, block.source, block.source_stride, block),
     )
+
+
+def convert_block(block: Block, cast: Cast, source: memoryview) -> tuple[Block, memoryview]:
+    """A block of what is to be cast as the block to copy instead, and the memory to copy it from, which is its own."""
+    data = cast.convert(_rows(source, block.source, block.source_stride, block))
+    run = cast.scaled(block.run)
+    return block._replace(source=0, source_stride=run, run=run), data.reshape(-1).data
 
 
 def contiguous(shape: Sequence[int]) -> Box:
@@ -123,13 +139,13 @@ def blocks(copy: Copy, tensor: TensorInfo, entry: Entry) -> Iterator[Block]:
             )
     if 0 in source.shape:
         return
-    bits = DTYPES[entry.dtype].bits
+    from_bits, to_bits = DTYPES[tensor.dtype].bits, DTYPES[entry.dtype].bits
     dims = [
-        (size, from_stride * bits, to_stride * bits)
+        (size, from_stride, to_stride)
         for size, from_stride, to_stride in zip(source.shape, source.strides, target.strides, strict=True)
         if size != 1
     ]
-    run = bits
+    run = 1
     while dims and dims[-1][1] == run and dims[-1][2] == run:
         run *= dims.pop()[0]
     merged: list[tuple[int, int, int]] = []
@@ -137,22 +153,29 @@ def blocks(copy: Copy, tensor: TensorInfo, entry: Entry) -> Iterator[Block]:
         if merged and merged[-1][1] == size * from_stride and merged[-1][2] == size * to_stride:
             size *= merged.pop()[0]
         merged.append((size, from_stride, to_stride))
-    numbers = [run, source.offset * bits, target.offset * bits, *(s for dim in merged for s in dim[1:])]
-    if any(number % 8 for number in numbers):
+    read = [run, source.offset, *(dim[1] for dim in merged)]
+    written = [run, target.offset, *(dim[2] for dim in merged)]
+    if any(number * from_bits % 8 for number in read) or any(number * to_bits % 8 for number in written):
         raise InvalidRequest(
-            f"tensor {tensor.name!r}: a slice of {entry.dtype} ({bits} bits an element) cuts through a byte: "
+            f"tensor {tensor.name!r}: a slice of {tensor.dtype} ({from_bits} bits an element) cuts through a byte: "
             "slice along an outer dimension, or replicate it"
         )
-    run //= 8
     count, from_step, to_step = merged.pop() if merged else (1, 0, 0)
     if prod(size for size, _, _ in merged) > _MAX_BLOCKS:
         raise InvalidRequest(f"entry {entry.name!r}: a copy falls into more than {_MAX_BLOCKS} blocks")
     for index in product(*(range(size) for size, _, _ in merged)):
-        offsets = [
+        begins, ends = (
             start + sum(i * dim[axis] for i, dim in zip(index, merged, strict=True))
-            for start, axis in ((source.offset * bits, 1), (target.offset * bits, 2))
-        ]
-        yield Block(offsets[0] // 8, from_step // 8, offsets[1] // 8, to_step // 8, run, count)
+            for start, axis in ((source.offset, 1), (target.offset, 2))
+        )
+        yield Block(
+            begins * from_bits // 8,
+            from_step * from_bits // 8,
+            ends * to_bits // 8,
+            to_step * to_bits // 8,
+            run * from_bits // 8,
+            count,
+        )
 
 
 def validate(recipe: Recipe, tensors: Sequence[TensorInfo]) -> None:
@@ -160,6 +183,49 @@ def validate(recipe: Recipe, tensors: Sequence[TensorInfo]) -> None:
 
     Raises InvalidRequest naming the entry, what was found and what is allowed.
     """
+    _check_entries(recipe)
+    for copy in recipe.copies:
+        if not (0 <= copy.tensor < len(tensors) and 0 <= copy.entry < len(recipe.entries)):
+            raise InvalidRequest(f"a copy names tensor {copy.tensor} and entry {copy.entry}, there are "
+                                 f"{len(tensors)} and {len(recipe.entries)}")  # fmt: skip
+        tensor, entry = tensors[copy.tensor], recipe.entries[copy.entry]
+        _check_types(copy, tensor, entry)
+        if copy.source is None and copy.target is None:
+            if tensor.nbytes != entry.nbytes:
+                raise InvalidRequest(
+                    f"entry {entry.name!r} has {entry.nbytes} bytes, tensor {tensor.name!r} has {tensor.nbytes}"
+                )
+            continue
+        source = copy.source or contiguous(tensor.shape)
+        target = copy.target or contiguous(entry.shape)
+        check_box(f"tensor {tensor.name!r}", source, tensor.shape)
+        check_box(f"entry {entry.name!r}", target, entry.shape)
+        if prod(source.shape) != prod(target.shape):
+            raise InvalidRequest(f"entry {entry.name!r}: a copy's two boxes differ in their number of elements")
+        next(blocks(copy, tensor, entry), None)  # it says what cannot be cut
+    _check_writes(recipe)
+
+
+def _check_types(copy: Copy, tensor: TensorInfo, entry: Entry) -> None:
+    found, wanted = tensor.dtype, entry.dtype
+    if copy.cast is None:
+        if found != wanted and (not copy.source or DTYPES[found].bits != DTYPES[wanted].bits):
+            raise InvalidRequest(f"entry {entry.name!r}: dtype is {wanted}, of tensor {tensor.name!r} {found}")
+    elif copy.cast != (found, wanted) or found not in SOURCES or wanted not in TARGETS:
+        raise InvalidRequest(
+            f"entry {entry.name!r}: a cast of tensor {tensor.name!r} from {found} to {wanted}: casts go from "
+            f"{', '.join(sorted(SOURCES))} to {', '.join(sorted(TARGETS))}"
+        )
+
+
+def check_targets(recipe: Recipe) -> None:
+    """Check what a recipe says of its segment, whatever the checkpoint is: that its entries lie apart, and that every
+    element of each is written once. Copies' boxes are inside their entries already. Raises InvalidRequest."""
+    _check_entries(recipe)
+    _check_writes(recipe)
+
+
+def _check_entries(recipe: Recipe) -> None:
     end, previous = 0, "the start"
     for entry in sorted(recipe.entries, key=lambda entry: entry.offset):
         if entry.dtype not in DTYPES or min(entry.shape, default=0) < 0:
@@ -177,44 +243,27 @@ def validate(recipe: Recipe, tensors: Sequence[TensorInfo]) -> None:
         raise InvalidRequest(f"{previous} ends at {end}, past the end of the segment at {recipe.nbytes}")
     if len({entry.name for entry in recipe.entries}) != len(recipe.entries):
         raise InvalidRequest("two entries of the recipe have the same name")
-    several: dict[int, list[Copy]] = {}
-    covered = [0] * len(recipe.entries)
+
+
+def _check_writes(recipe: Recipe) -> None:
+    written: list[list[Box]] = [[] for _ in recipe.entries]
     for copy in recipe.copies:
-        if not (0 <= copy.tensor < len(tensors) and 0 <= copy.entry < len(recipe.entries)):
-            raise InvalidRequest(f"a copy names tensor {copy.tensor} and entry {copy.entry}, there are "
-                                 f"{len(tensors)} and {len(recipe.entries)}")  # fmt: skip
-        tensor, entry = tensors[copy.tensor], recipe.entries[copy.entry]
-        if tensor.dtype != entry.dtype:
-            raise InvalidRequest(
-                f"entry {entry.name!r}: dtype is {entry.dtype}, of tensor {tensor.name!r} {tensor.dtype}"
-            )
-        if copy.source is None and copy.target is None:
-            if tensor.nbytes != entry.nbytes:
-                raise InvalidRequest(
-                    f"entry {entry.name!r} has {entry.nbytes} bytes, tensor {tensor.name!r} has {tensor.nbytes}"
-                )
-            covered[copy.entry] += entry.nbytes
-        else:
-            for what, box, shape in (
-                (f"tensor {tensor.name!r}", copy.source, tensor.shape),
-                (f"entry {entry.name!r}", copy.target, entry.shape),
-            ):
-                _check_box(what, box or contiguous(shape), shape)
-            if prod((copy.source or contiguous(tensor.shape)).shape) != prod(
-                (copy.target or contiguous(entry.shape)).shape
-            ):
-                raise InvalidRequest(f"entry {entry.name!r}: a copy's two boxes differ in their number of elements")
-            covered[copy.entry] += sum(block.run * block.rows for block in blocks(copy, tensor, entry))
-        several.setdefault(copy.entry, []).append(copy)
+        written[copy.entry].append(copy.target or contiguous(recipe.entries[copy.entry].shape))
+    constant: dict[int, list[Box]] = {}
+    for value in recipe.constants:
+        if not 0 <= value.entry < len(recipe.entries):
+            raise InvalidRequest(f"a constant names entry {value.entry}, there are {len(recipe.entries)}")
+        entry = recipe.entries[value.entry]
+        if len(value.value) * 8 != DTYPES[entry.dtype].bits:
+            raise InvalidRequest(f"entry {entry.name!r}: a constant of {len(value.value)} bytes is no {entry.dtype}")
+        check_box(f"entry {entry.name!r}", value.target, entry.shape)
+        constant.setdefault(value.entry, []).append(value.target)
     for index, entry in enumerate(recipe.entries):
-        if covered[index] != entry.nbytes:
-            raise InvalidRequest(f"entry {entry.name!r}: copies write {covered[index]} bytes of {entry.nbytes}")
-        copies = several.get(index, ())
-        if len(copies) > 1 or (copies and copies[0].target is not None):
-            _check_no_overlap(entry, copies, tensors)
+        _check_written(entry, written[index], constant.get(index, ()))
 
 
-def _check_box(what: str, box: Box, shape: Sequence[int]) -> None:
+def check_box(what: str, box: Box, shape: Sequence[int]) -> None:
+    """Raise InvalidRequest where a box is not inside a tensor of that shape."""
     if len(box.shape) != len(box.strides) or box.offset < 0 or min((*box.shape, *box.strides), default=0) < 0:
         raise InvalidRequest(f"{what}: box {box} is malformed: sizes, strides and offset are whole numbers from 0")
     if 0 in box.shape:
@@ -224,18 +273,43 @@ def _check_box(what: str, box: Box, shape: Sequence[int]) -> None:
         raise InvalidRequest(f"{what}: box {box} reaches element {last}, the last one is {prod(shape) - 1}")
 
 
-def _check_no_overlap(entry: Entry, copies: Sequence[Copy], tensors: Sequence[TensorInfo]) -> None:
-    # Coverage adds up already, so bytes that are written twice are the only way left to leave a hole.
-    runs: list[tuple[int, int]] = []
-    for copy in copies:
-        for block in blocks(copy, tensors[copy.tensor], entry):
-            if len(runs) + block.rows > _MAX_RUNS:
-                raise InvalidRequest(f"entry {entry.name!r}: more than {_MAX_RUNS} separate runs of bytes")
-            runs.extend((block.target + i * block.target_stride, block.run) for i in range(block.rows))
-    runs.sort()
+def _check_written(entry: Entry, copied: Sequence[Box], constant: Sequence[Box]) -> None:
+    count = prod(entry.shape)
+    found = sum(prod(box.shape) for box in copied)
+    whole = contiguous(entry.shape)
+    if not constant and found == count and len(copied) <= 1 and all(box == whole for box in copied):
+        return
+    bits = DTYPES[entry.dtype].bits
+    runs = _runs(entry, copied)
     for (start, run), (following, _) in pairwise(runs):
         if start + run > following:
-            raise InvalidRequest(f"entry {entry.name!r}: byte {following} is written more than once")
+            raise InvalidRequest(f"entry {entry.name!r}: byte {following * bits // 8} is written more than once")
+    if constant and found < count:
+        end = found = 0
+        for start, run in sorted([*runs, *_runs(entry, constant)]):
+            found += max(0, start + run - max(start, end))
+            end = max(end, start + run)
+    if found != count:
+        raise InvalidRequest(f"entry {entry.name!r}: {found * bits // 8} bytes of {entry.nbytes} are written")
+
+
+def _runs(entry: Entry, boxes: Sequence[Box]) -> list[tuple[int, int]]:
+    """(first element, elements) of all contiguous runs, sorted. Raises InvalidRequest where there are too many."""
+    runs: list[tuple[int, int]] = []
+    for box in boxes:
+        if 0 in box.shape:
+            continue
+        dims = sorted((stride, size) for size, stride in zip(box.shape, box.strides, strict=True) if size != 1)
+        run = 1
+        while dims and dims[0][0] == run:
+            run *= dims.pop(0)[1]
+        if len(runs) + prod(size for _, size in dims) > _MAX_RUNS:
+            raise InvalidRequest(f"entry {entry.name!r}: more than {_MAX_RUNS} separate runs of elements")
+        runs.extend(
+            (box.offset + sum(i * stride for i, (stride, _) in zip(at, dims, strict=True)), run)
+            for at in product(*(range(size) for _, size in dims))
+        )
+    return sorted(runs)
 
 
 def arrange(items: Sequence[tuple[Entry, Copy]], rank: int) -> Recipe:
@@ -247,6 +321,18 @@ def arrange(items: Sequence[tuple[Entry, Copy]], rank: int) -> Recipe:
         copies.append(copy._replace(entry=index))
         offset += entry.nbytes
     return Recipe(entries, copies, offset, rank)
+
+
+def brought(recipe: Recipe) -> list[int]:
+    """Bytes that copies bring to each of its entries: all, but for constants."""
+    if not recipe.constants:
+        return [entry.nbytes for entry in recipe.entries]
+    found = [0] * len(recipe.entries)
+    for copy in recipe.copies:
+        entry = recipe.entries[copy.entry]
+        count = prod(copy.target.shape if copy.target else entry.shape)
+        found[copy.entry] += count * DTYPES[entry.dtype].bits // 8
+    return found
 
 
 def uses(recipes: Sequence[Recipe]) -> Mapping[int, list[tuple[int, Copy]]]:

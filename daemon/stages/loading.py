@@ -191,6 +191,7 @@ class Loading:
         Raises Cancelled, CheckpointChanged, DigestMismatch, SourceFailed. Results are in ``tensor_digests``,
         ``segment_digests``, ``checkpoint_digest`` and ``satisfied``.
         """
+        self.fill.write_constants()
         if self._reader is not None:
             self._reader.run(self.fill)
         self.fill.finish()

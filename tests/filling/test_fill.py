@@ -45,8 +45,9 @@ from weightd.daemon.filling.phases import PHASES
 from weightd.daemon.filling.sink import Landing
 from weightd.daemon.layouts.checkpoint import Split, checkpoint_layout
 from weightd.daemon.layouts.extents import Demands, plan_extents
-from weightd.daemon.layouts.recipe import Box, Copy, Entry, Recipe, arrange, contiguous, validate
+from weightd.daemon.layouts.recipe import Copy, Entry, Recipe, arrange, contiguous, validate
 from weightd.daemon.limits import FillLimits
+from weightd.ipc.recipe import Box
 
 # ---------------------------------------------------------------------------- any checkpoint, any layout
 

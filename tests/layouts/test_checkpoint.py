@@ -19,8 +19,9 @@ from weightd.daemon.layouts import checkpoint
 from weightd.daemon.layouts import patterns as patterns_module
 from weightd.daemon.layouts.checkpoint import Split, checkpoint_layout
 from weightd.daemon.layouts.patterns import MAX_COMPARED, MAX_COMPARISONS, Patterns
-from weightd.daemon.layouts.recipe import ALIGNMENT, Box, blocks, validate
+from weightd.daemon.layouts.recipe import ALIGNMENT, blocks, validate
 from weightd.daemon.tensors import TensorInfo
+from weightd.ipc.recipe import Box
 
 
 def cut(data: bytes, tensor: TensorInfo, dim: int, size: int, rank: int) -> bytes:

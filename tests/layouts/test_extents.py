@@ -14,8 +14,9 @@ from tests.layouts.recipes import entry, filled, infos, random_bytes, recipe_of
 from weightd.daemon.layouts.checkpoint import checkpoint_layout
 from weightd.daemon.layouts.digests import LEAF
 from weightd.daemon.layouts.extents import Demands, Extent, Piece, Run, Scatter, plan_extents
-from weightd.daemon.layouts.recipe import Block, Box, Copy, Entry, Recipe, arrange, contiguous, validate
+from weightd.daemon.layouts.recipe import Block, Copy, Entry, Recipe, arrange, contiguous, validate
 from weightd.daemon.tensors import TensorInfo
+from weightd.ipc.recipe import Box
 
 DEMANDS = Demands(extent_bytes=4 * LEAF, max_runs=8, min_range=100)
 
@@ -37,7 +38,7 @@ def carried(extents: Sequence[Extent], recipes: Sequence[Recipe], file: bytes) -
         for run in extent.runs:
             put(run.segment, run.offset, data[position : position + run.nbytes])
             position += run.nbytes
-        for segment, block in extent.scatters or ():
+        for segment, block, _ in extent.scatters or ():
             for row in range(block.rows):
                 start, target = block.source + row * block.source_stride, block.target + row * block.target_stride
                 assert 0 <= start <= start + block.run <= extent.nbytes
