@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Path, Query, Request, Response
+from fastapi import Body, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from weightd.api import problems
 from weightd.api.gate import MAX_BODY_BYTES, BodyLimit, Gate
+from weightd.api.layout_models import CheckpointRecord, LayoutList, LayoutRecord, checkpoint_json, layout_record
 from weightd.api.models import (
     Change,
     FitRecord,
@@ -45,6 +46,10 @@ from weightd.ipc.runtime_dir import LEASE_SOCKET
 
 MAX_WAIT_SECONDS = 86400.0
 
+MAX_LAYOUTS = 100
+"""Layouts that are listed."""
+
+Key = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$", description="The layout's key.")]
 StageId = Annotated[str, Path(max_length=64, description="The stage's id.")]
 
 
@@ -231,6 +236,43 @@ def create_app(
                 for lease in node.residency.leases
             ]
         )
+
+    @app.get("/v1/checkpoint", response_model=CheckpointRecord, responses=responses(404, 429, 502))
+    async def checkpoint(
+        model: Annotated[str, Query(min_length=1, max_length=4096, description="Its URI, as in POST /v1/stage.")],
+        weights: Annotated[list[str] | None, Query(max_length=10_000, description="As in POST /v1/stage.")] = None,
+    ) -> Response:
+        """What the headers of a checkpoint say. No weights are read, and nothing is staged."""
+        found, metadata = await node.checkpoint(StageRequest(model=model, weights=weights or None))
+        text = await asyncio.to_thread(checkpoint_json, found, metadata)
+        return Response(text, media_type="application/json")
+
+    @app.get("/v1/layouts")
+    async def layouts() -> LayoutList:
+        """The layouts that engines have uploaded, of which those used longest ago go where the cache has no room."""
+        return LayoutList(layouts=[layout_record(layout) for layout in await node.layouts.all(MAX_LAYOUTS)])
+
+    @app.get("/v1/layouts/{key}", responses=responses(404))
+    async def layout(
+        key: Key,
+        wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS, description="Seconds to wait for it to come.")] = 0,
+    ) -> LayoutRecord:
+        """One layout."""
+        return layout_record(await node.layouts.get(key, wait))
+
+    @app.put("/v1/layouts/{key}", responses=responses(409, 413, 507))
+    async def put_layout(
+        key: Key,
+        document: Annotated[dict[str, Any], Body(description="As weightd.ipc.recipe writes it.")],
+    ) -> LayoutRecord:
+        """Upload an engine's own layout of a checkpoint, to be named by stage requests. It is checked as a whole; a
+        second time it changes nothing, and another one by the same key is refused."""
+        return layout_record(await node.layouts.put(key, document))
+
+    @app.delete("/v1/layouts/{key}", status_code=204, responses=responses(404))
+    async def remove_layout(key: Key) -> None:
+        """Forget a layout. What was staged by it stays."""
+        await node.layouts.remove(key)
 
     @app.get("/v1/peers")
     async def list_peers() -> PeerList:

@@ -19,6 +19,9 @@ from weightd.daemon.stages.request import describe_errors
 
 STATUS = {
     "invalid_request": 422,
+    "unknown_layout": 404,
+    "layout_differs": 409,
+    "cache_failed": 507,
     "not_allowed": 403,
     "credentials_refused": 403,
     "peer_not_allowed": 403,

@@ -30,6 +30,27 @@ class InvalidRequest(DaemonError):
     remedy = "change the request as the message says"
 
 
+class UnknownLayout(InvalidRequest):
+    """No layout has this key, or it was given up since for room: upload it (again)."""
+
+    code = "unknown_layout"
+    remedy = "let the engine upload its layout again, as it does at its start, or run 'weightd trace'"
+
+
+class LayoutDiffers(DaemonError):
+    """Another layout has this key already: the same engine, version and plan do not lay a model out in two ways."""
+
+    code = "layout_differs"
+    remedy = "find out which of the two is right; 'curl -X DELETE' of the one that is there lets the other one in"
+
+
+class CacheFailed(DaemonError):
+    """The daemon cannot write to its cache. The message has the system's words."""
+
+    code = "cache_failed"
+    remedy = "make the folder of WEIGHTD_CACHE_DIR writable to the daemon, with room (weightd doctor)"
+
+
 class NotAllowed(DaemonError):
     """A setting forbids it: ask whoever runs the daemon. The message names the setting."""
 

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _REFUSED = frozenset(
     {
         "invalid_request", "not_allowed", "insufficient_capacity", "unknown_stage", "peer_not_allowed", "lease_limit",
-        "queue_full", "stage_revoked", "credentials_refused",
+        "queue_full", "stage_revoked", "credentials_refused", "unknown_layout",
     }
 )  # fmt: skip
 

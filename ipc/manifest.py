@@ -3,7 +3,8 @@
 Wire form: one JSON object in a sealed memfd, a column per field rather than an object per tensor, because engines of
 100,000 tensors wait for it to be parsed: ``{"format": 1, "stage", "model", "device", "tp_rank", "tp_size", "nbytes",
 "digest", "checkpoint_digest", "metadata", "dtypes": [...], "names": [...], "types": [index into dtypes, ...],
-"shapes": [[...], ...], "offsets": [...], "digests": [...] or null}``. Offsets in bytes from the segment's start.
+"shapes": [[...], ...], "offsets": [...], "digests": [...] or null}``, and ``"layout"`` where it is not the checkpoint's
+own. Offsets in bytes from the segment's start.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Manifest:
     shapes: Sequence[Sequence[int]]
     offsets: Sequence[int]
     digests: Sequence[str] | None
+    layout: str | None = None
+    """Digest of the engine's own layout that it is in; None where it is the checkpoint's."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -66,8 +69,10 @@ class Manifest:
         """The wire form."""
         table = sorted(set(self.dtypes))
         number = {dtype: i for i, dtype in enumerate(table)}
+        # Who knows nothing of other layouts never asks for one.
+        apart = {"dtypes", "layout"} if self.layout is None else {"dtypes"}
         columns = {
-            **{key: value for key, value in self.__dict__.items() if key != "dtypes"},
+            **{key: value for key, value in self.__dict__.items() if key not in apart},
             "format": FORMAT,
             "dtypes": table,
             "types": [number[dtype] for dtype in self.dtypes],

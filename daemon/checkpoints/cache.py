@@ -1,4 +1,5 @@
-"""What the daemon keeps on disk: checkpoints' configuration files and headers, and leaf digests of what it verified.
+"""What the daemon keeps on disk: checkpoints' configuration files and headers, leaf digests of what it verified, and
+layouts that engines have uploaded.
 
 All of it can be deleted at any time; it is fetched or computed again. Writing never fails a stage: without a disk, an
 engine cannot be pointed at a local folder and a corrupt leaf cannot be named, and that is said in the log.
@@ -24,12 +25,14 @@ from weightd.daemon.checkpoints import metadata
 from weightd.daemon.checkpoints.contents import Checkpoint
 from weightd.daemon.checkpoints.listing import Listing
 from weightd.daemon.checkpoints.selection import LeftOut
+from weightd.daemon.errors import CacheFailed, InvalidRequest, UnknownLayout
 from weightd.daemon.layouts.digests import Leaves
+from weightd.daemon.layouts.uploaded import Layout, parse_layout
 from weightd.daemon.sources.base import Source, SourceFile
 
 log = logging.getLogger(__name__)
 
-_KINDS = ("checkpoints", "headers", "digests")
+_KINDS = ("checkpoints", "headers", "digests", "layouts")
 _PARTIAL = ".partial-"
 _OF_THE_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ}
 """What a name alone is refused for, while others can be written."""
@@ -45,7 +48,8 @@ class Metadata(NamedTuple):
 
 
 class Cache:
-    """A folder with ``checkpoints/<identity>/``, ``headers/<identity>/`` and ``digests/<digest>.json``.
+    """A folder with ``checkpoints/<identity>/``, ``headers/<identity>/``, ``digests/<digest>.json`` and
+    ``layouts/<key>.json``.
 
     ``max_bytes`` bounds all of it together, except for what ``trim`` is told to leave; None: nothing does.
     """
@@ -149,17 +153,7 @@ class Cache:
             if path.exists():
                 _used(path)
                 return
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=_PARTIAL, delete=False) as file:
-                partial = Path(file.name)
-                try:
-                    with _held(partial):
-                        json.dump({name: [f"{leaf:x}" for leaf in of] for name, of in leaves.items()}, file)
-                        file.close()
-                        partial.replace(path)
-                except OSError:
-                    partial.unlink(missing_ok=True)
-                    raise
+            _write_json(path, {name: [f"{leaf:x}" for leaf in of] for name, of in leaves.items()})
         except OSError as error:
             log.warning("cannot keep digests in %s: %s", path.parent, error)
 
@@ -175,6 +169,41 @@ class Cache:
 
     def _digest_path(self, digest: str) -> Path:
         return self.folder / "digests" / (digest.replace(":", "-") + ".json")
+
+    def keep_layout(self, layout: Layout, document: dict[str, Any]) -> None:
+        """Keep a layout, of which ``document`` is what was uploaded. Raises CacheFailed: nothing else has it."""
+        path = self._layout_path(layout.key)
+        try:
+            _write_json(path, document)
+        except OSError as error:
+            raise CacheFailed(f"layout {layout.key} cannot be kept in {path.parent}: {error.strerror}") from None
+
+    def layout(self, key: str) -> Layout:
+        """A layout that is kept. Raises UnknownLayout."""
+        path = self._layout_path(key)
+        try:
+            found = parse_layout(key, json.loads(path.read_bytes()))
+        except (OSError, ValueError, InvalidRequest) as error:
+            if not isinstance(error, FileNotFoundError):
+                log.warning("%s: %s", path, error)
+            raise UnknownLayout(f"no layout is kept by the key {key}") from None
+        _used(path)
+        return found
+
+    def layouts(self) -> list[str]:
+        """The keys of all layouts that are kept, those used lately first."""
+        found = [path for path in _entries(self.folder / "layouts") if not path.name.startswith(_PARTIAL)]
+        return [path.name.removesuffix(".json") for path in sorted(found, key=_when_used, reverse=True)]
+
+    def forget_layout(self, key: str) -> None:
+        """Keep a layout no longer. Raises UnknownLayout."""
+        try:
+            self._layout_path(key).unlink()
+        except OSError:
+            raise UnknownLayout(f"no layout is kept by the key {key}") from None
+
+    def _layout_path(self, key: str) -> Path:
+        return self.folder / "layouts" / f"{key}.json"
 
     # ------------------------------------------------------------------ how much of it
 
@@ -210,6 +239,27 @@ class Cache:
             log.info("%s: %d bytes go, %d are kept and allowed are %d", path, nbytes, total, self._max_bytes)
             _remove(path)
             total -= nbytes
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Write a file, whole or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=_PARTIAL, delete=False) as file:
+        partial = Path(file.name)
+        try:
+            with _held(partial):
+                json.dump(value, file, separators=(",", ":"))
+                file.close()
+                partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _when_used(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _write(folder: Path, files: Sequence[tuple[SourceFile, bytes]]) -> list[LeftOut]:

@@ -42,7 +42,7 @@ async def resolve(node: Node, message: dict[str, Any]) -> tuple[Stage, int]:
     request = message.get("request")
     if isinstance(message.get("stage"), str):
         stage = node.get(message["stage"])
-    elif rank is not None and isinstance(request, dict) and request.get("parallel") is None:
+    elif rank is not None and isinstance(request, dict) and not (request.get("parallel") or request.get("layout")):
         stage = node.find_rank(parse_request({**request, "parallel": None}), rank)
     else:
         stage, _ = await node.stage(parse_request(request))

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from weightd.daemon.checkpoints.cache import Cache
+from weightd.daemon.checkpoints.kept import kept_listing
 from weightd.daemon.checkpoints.listing import Listing, list_checkpoint
 from weightd.daemon.devices.base import Device
 from weightd.daemon.errors import DaemonError, InvalidRequest, NotAllowed, QueueFull, SourceFailed, UnknownStage
@@ -126,6 +128,29 @@ class Resolver:
                 return Unlisted(uri, devices, SourceFailed(f"{error}; {failure}"))
         found = self._find(request, uri, devices, listing)
         return Joined(found, listing) if found else Listed(uri, devices, source, listing)
+
+    async def find_listing(self, uri: str, weights: tuple[str, ...], cache: Cache) -> tuple[Source, Listing]:
+        """What is at a canonical URI; where its source does not answer, what it held when a stage that is here was
+        listed. Raises as ``resolve``, and what the source says."""
+        if not uri.startswith("file:"):
+            self._allow.check(uri)
+        self._check_listings(uri)
+        try:
+            return await self.list(uri, weights)
+        except Exception as error:
+            if isinstance(error, (*ANSWERS, InvalidRequest, QueueFull)):
+                raise
+            here = [
+                stage
+                for stage in self._stages.values()
+                if (stage.uri, stage.request.files) == (uri, weights) and _live(stage) and stage.listing
+            ]
+            for stage in sorted(here, key=lambda stage: stage.listed_at, reverse=True):
+                assert stage.listing is not None
+                if listing := await self._in_thread(kept_listing, cache, stage.listing.identity):
+                    log.warning("%s: its source cannot be asked, what %s is of counts: %s", uri, stage.id, error)
+                    return await self._in_thread(self.reopen, uri), listing
+            raise
 
     def reopen(self, uri: str) -> Source:
         """The source at a canonical URI, which is asked nothing. Blocks. Raises what opening it raises."""

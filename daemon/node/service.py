@@ -14,18 +14,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from weightd.daemon.checkpoints.cache import Cache
+from weightd.daemon.checkpoints.contents import Checkpoint
 from weightd.daemon.devices.base import Device
 from weightd.daemon.devices.quarantine import Quarantine
 from weightd.daemon.errors import HOW_TO_CHANGE, Interrupted, NotMovable, ReadOnly
 from weightd.daemon.keeper.deposits import Deposits
 from weightd.daemon.limits import FillLimits, NodeLimits
+from weightd.daemon.node.layouts import Layouts
 from weightd.daemon.node.preload import Preload
 from weightd.daemon.node.resolving import Joined, Resolver, Unlisted
 from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.observing.refusals import Refusals
 from weightd.daemon.peers.finding.directory import Directory
 from weightd.daemon.peers.finding.fleet import Fleet
-from weightd.daemon.sources.uris import Allow
+from weightd.daemon.sources.uris import Allow, canonical
 from weightd.daemon.stages import record
 from weightd.daemon.stages.eviction import now
 from weightd.daemon.stages.loading import Peers
@@ -96,6 +98,8 @@ class Node:
         self._fill_limits = fill_limits
         self._limits = limits
         self._scheduler = Scheduler(devices, residency, deposits, cache, metrics, fill_limits, limits, peers)
+        self.layouts = Layouts(cache, self._scheduler.in_thread, self._scheduler.trim_cache)
+        """Engines' own layouts."""
         self._resolver = Resolver(
             residency.stages,
             devices,
@@ -179,6 +183,13 @@ class Node:
         needed = allocated(plan.recipes, devices)
         evicts = self.residency.victims(needed)
         return Fit(None, sum(needed.values()), evicts is not None, evicts or [])
+
+    async def checkpoint(self, request: StageRequest) -> tuple[Checkpoint, str | None]:
+        """The headers of the checkpoint that a request means, and the folder with its configuration files, where the
+        disk keeps one. Raises what planning raises."""
+        uri = canonical(request.model)
+        source, listing = await self._resolver.find_listing(uri, request.files, self.cache)
+        return await self._scheduler.planner.headers(uri, source, listing)
 
     def find_rank(self, request: StageRequest, rank: int) -> Stage:
         """As ``Resolver.find_rank``."""

@@ -11,12 +11,13 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from weightd.daemon.checkpoints.cache import Cache
+from weightd.daemon.checkpoints.contents import Checkpoint
 from weightd.daemon.checkpoints.kept import KeptSource, kept_listing
 from weightd.daemon.checkpoints.listing import Listing
 from weightd.daemon.errors import CheckpointChanged, DaemonError, InvalidRequest, SourceFailed
 from weightd.daemon.filling.fill import retry_pause
 from weightd.daemon.sources.base import ANSWERS, Source
-from weightd.daemon.stages.planning import Plan, expected_sha256, make_plan
+from weightd.daemon.stages.planning import Plan, expected_sha256, make_plan, read_headers
 from weightd.daemon.stages.request import StageRequest
 from weightd.daemon.stages.source_threads import SourceThreads
 from weightd.daemon.stages.stage import Stage, is_still
@@ -97,6 +98,10 @@ class Planner:
     async def plan(self, uri: str, request: StageRequest, source: Source, listing: Listing) -> Plan:
         """What the plan of a request would be. Raises as ``make_plan``."""
         return await self._threads.run(uri, make_plan, source, listing, request, self._cache)
+
+    async def headers(self, uri: str, source: Source, listing: Listing) -> tuple[Checkpoint, str | None]:
+        """As ``read_headers``."""
+        return await self._threads.run(uri, read_headers, source, listing, self._cache)
 
     async def _planned_from_cache(self, stage: Stage, reopen: Reopen) -> tuple[Source, Plan] | None:
         """The plan of a stage that has all its bytes, from what the cache keeps; None where that is not all."""

@@ -5,15 +5,17 @@ Plain blocking functions, run in threads.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from weightd.daemon.checkpoints.cache import Cache
 from weightd.daemon.checkpoints.contents import Checkpoint, open_checkpoint
+from weightd.daemon.checkpoints.kept import KeptSource
 from weightd.daemon.checkpoints.listing import Listing
 from weightd.daemon.checkpoints.selection import LeftOut
 from weightd.daemon.devices.base import Device
-from weightd.daemon.errors import InvalidRequest
+from weightd.daemon.errors import InvalidRequest, SourceFailed
 from weightd.daemon.layouts.checkpoint import checkpoint_layout
 from weightd.daemon.layouts.recipe import Recipe
 from weightd.daemon.observing.clock import Clock
@@ -57,8 +59,8 @@ def make_plan(
 ) -> Plan:
     """Read the headers, compute the layout, fetch the configuration files. Allocates nothing. Tells ``clock``.
 
-    Raises InvalidCheckpoint, InvalidRequest, CheckpointNotFound, CheckpointChanged, SourceFailed; Cancelled once
-    ``cancelled`` says so.
+    Raises InvalidCheckpoint, InvalidRequest, UnknownLayout, CheckpointNotFound, CheckpointChanged, SourceFailed;
+    Cancelled once ``cancelled`` says so.
     """
     clock = clock or Clock()
     clock.enter("source")
@@ -66,7 +68,9 @@ def make_plan(
     clock.enter("headers")
     checkpoint = open_checkpoint(source, listing)
     parallel = request.parallel or Parallel()
-    recipes = checkpoint_layout(
+    recipes = [
+        cache.layout(key).recipe_for(checkpoint.tensors, rank) for rank, key in enumerate(request.layouts)
+    ] or checkpoint_layout(
         checkpoint.tensors,
         include=request.tensors.include,
         exclude=request.tensors.exclude,
@@ -78,6 +82,23 @@ def make_plan(
     expected_sha256(checkpoint, request)
     folder, left_out = cache.metadata(source, listing)
     return Plan(checkpoint, recipes, str(folder) if folder else None, left_out)
+
+
+def read_headers(source: Source, listing: Listing, cache: Cache) -> tuple[Checkpoint, str | None]:
+    """A checkpoint's headers, from the cache where it has them, and the folder with its configuration files.
+
+    Reads no weights. Raises as ``make_plan`` does.
+    """
+    folder, _ = cache.metadata(source, listing)
+    kept = None
+    if cache.kept_listing(listing.identity) is not None:
+        with contextlib.suppress(SourceFailed):  # some of it was given up for room
+            kept = open_checkpoint(KeptSource(source, cache, listing), listing)
+    if kept is None:
+        source.fetch(listing.weights)
+        kept = open_checkpoint(source, listing)
+    cache.keep_headers(kept)
+    return kept, str(folder) if folder else None
 
 
 def expected_sha256(checkpoint: Checkpoint, request: StageRequest) -> dict[int, str]:

@@ -17,6 +17,7 @@ Pattern = Annotated[str, Field(min_length=1, max_length=512)]
 Rank = Annotated[int, Field(ge=0, lt=1024)]
 File = Annotated[str, Field(min_length=1, max_length=1024)]
 Device = Annotated[str, Field(min_length=1, max_length=64)]
+LayoutKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Parallel(BaseModel):
@@ -65,6 +66,24 @@ class TensorFilter(BaseModel):
     exclude: list[Pattern] = Field(default_factory=list, max_length=10_000, description="Not these, even if included.")
 
 
+class UploadedLayout(BaseModel):
+    """Layouts that an engine has uploaded, each for a segment of its own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: LayoutKey | list[LayoutKey] = Field(
+        description="What PUT /v1/layouts has it by; a list has one for each of the engine's processes, which are "
+        "told apart as tp_rank 0, 1, ..."
+    )
+
+    @field_validator("key")
+    @classmethod
+    def _some_keys(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, list) and not 0 < len(value) <= 1024:
+            raise ValueError(f"lists {len(value)} layouts, allowed are 1 to 1024")
+        return value
+
+
 class StageRequest(BaseModel):
     """What to stage, where and how."""
 
@@ -93,7 +112,10 @@ class StageRequest(BaseModel):
         description="fd: a descriptor, lent over lease.sock, read-only to engines, adopted after a restart. cuda_ipc: "
         "the legacy handle of 64 bytes, lent by POST /v1/leases, writable by who opens it, gone with the daemon.",
     )
-    layout: Literal["checkpoint"] = Field("checkpoint", description="checkpoint: the tensors as stored, whole or cut.")
+    layout: Literal["checkpoint"] | UploadedLayout = Field(
+        "checkpoint",
+        description="checkpoint: the tensors as stored, whole or cut. An object: an engine's own, by its key.",
+    )
     parallel: Parallel | None = Field(None, description="Null: whole tensors in one segment.")
     tensors: TensorFilter = Field(default_factory=TensorFilter, description="Which tensors to stage.")
     expect_digest: str | dict[Annotated[str, Field(max_length=1024)], str] | None = Field(
@@ -140,9 +162,24 @@ class StageRequest(BaseModel):
             raise ValueError(f"device lists {len(self.device)} devices for {len(self.ranks)} ranks: one for each")
         return self
 
+    @model_validator(mode="after")
+    def _uploaded_as_it_is(self) -> StageRequest:
+        if self.layouts and (self.parallel is not None or self.tensors != TensorFilter()):
+            raise ValueError("an engine's own layout says what is in it: leave parallel and tensors out")
+        return self
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """Keys of the uploaded layouts, one for each segment; none where it is the checkpoint's own."""
+        if self.layout == "checkpoint":
+            return ()
+        return (self.layout.key,) if isinstance(self.layout.key, str) else tuple(self.layout.key)
+
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The tensor-parallel ranks asked for."""
+        """The ranks asked for, each of which gets a segment."""
+        if self.layouts:
+            return tuple(range(len(self.layouts)))
         return self.parallel.ranks if self.parallel else (0,)
 
     @property
@@ -157,7 +194,7 @@ class StageRequest(BaseModel):
         splits: dict[str, Split] = dict(plan.map) if plan.tp_size > 1 else {}
         return repr(
             (
-                self.layout,
+                self.layouts,
                 self.handle,
                 plan.tp_size,
                 plan.ranks,

@@ -33,7 +33,7 @@ def segment_manifest(
         model=stage.uri,
         device=stage.devices[index],
         tp_rank=recipe.rank,
-        tp_size=parallel.tp_size if parallel else 1,
+        tp_size=parallel.tp_size if parallel else len(plan.recipes),
         nbytes=recipe.nbytes,
         digest=digest,
         checkpoint_digest=checkpoint_digest,
@@ -43,6 +43,7 @@ def segment_manifest(
         shapes=[entry.shape for entry in recipe.entries],
         offsets=[entry.offset for entry in recipe.entries],
         digests=digests,
+        layout=recipe.layout or None,
     )
 
 
@@ -89,6 +90,7 @@ def key_of(stage: Stage) -> str:
         manifests = [segment_manifest(stage, stage.plan, index) for index in range(len(stage.plan.recipes))]
     state = xxhash.xxh3_128(stage.listing.identity.encode())
     for manifest in manifests:
+        state.update((manifest.layout or "").encode())
         for name, dtype, shape, offset in zip(
             manifest.names, manifest.dtypes, manifest.shapes, manifest.offsets, strict=True
         ):

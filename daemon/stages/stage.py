@@ -208,7 +208,7 @@ class Stage:
         names |= {digest.rpartition("=")[2] for digest in self.satisfied}
         if self.listing is not None:
             names.add(self.listing.identity)
-        return names
+        return names.union(self.request.layouts)
 
     def settle(self) -> None:
         """Loading is over: keep its figures, let its buffers go."""
