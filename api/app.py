@@ -40,7 +40,7 @@ from weightd.daemon.lending.credentials import AllowedPeers
 from weightd.daemon.lending.lease_socket import lend_by_handle, resolve
 from weightd.daemon.node.feed import Feed, Watcher
 from weightd.daemon.node.service import Node
-from weightd.daemon.stages.request import StageRequest
+from weightd.daemon.stages.request import StageRequest, parse_request
 from weightd.daemon.stages.stage import Stage
 from weightd.ipc.runtime_dir import LEASE_SOCKET
 
@@ -243,7 +243,7 @@ def create_app(
         weights: Annotated[list[str] | None, Query(max_length=10_000, description="As in POST /v1/stage.")] = None,
     ) -> Response:
         """What the headers of a checkpoint say. No weights are read, and nothing is staged."""
-        found, metadata = await node.checkpoint(StageRequest(model=model, weights=weights or None))
+        found, metadata = await node.checkpoint(parse_request({"model": model, "weights": weights or None}))
         text = await asyncio.to_thread(checkpoint_json, found, metadata)
         return Response(text, media_type="application/json")
 
