@@ -240,7 +240,10 @@ def create_app(
     @app.get("/v1/checkpoint", response_model=CheckpointRecord, responses=responses(404, 429, 502))
     async def checkpoint(
         model: Annotated[str, Query(min_length=1, max_length=4096, description="Its URI, as in POST /v1/stage.")],
-        weights: Annotated[list[str] | None, Query(max_length=10_000, description="As in POST /v1/stage.")] = None,
+        weights: Annotated[
+            list[Annotated[str, Query(max_length=1024)]] | None,
+            Query(max_length=16, description="As in POST /v1/stage, as many as a URL holds."),
+        ] = None,
     ) -> Response:
         """What the headers of a checkpoint say. No weights are read, and nothing is staged."""
         found, metadata = await node.checkpoint(parse_request({"model": model, "weights": weights or None}))

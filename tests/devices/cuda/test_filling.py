@@ -51,6 +51,14 @@ def test_an_engines_own_layout_lands_on_a_gpu_cast_and_padded(path: str, machine
     assert found["digests"] == {name: hashlib.sha256(data).hexdigest() for name, data in raw.items()}
 
 
+def test_what_is_in_host_memory_goes_to_a_gpu_from_there(machine: NewMachine, model: Path) -> None:
+    gpus = machine()
+    daemon = gpus.daemon(WEIGHTD_CUDA_FILL="auto")
+    assert daemon.stage(model, device="cpu")["source"] == "file"
+    assert gpus.attach(daemon, model).found["digests"] == EXPECTED
+    assert daemon.stage(model)["source"] == "resident"
+
+
 def test_a_small_ring_and_small_extents_are_enough(machine: NewMachine, model: Path) -> None:
     gpus = machine()
     daemon = gpus.daemon(WEIGHTD_CUDA_FILL="ring", WEIGHTD_EXTENT="1MiB", WEIGHTD_BOUNCE_BUFFERS="2")
