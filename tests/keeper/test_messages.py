@@ -154,3 +154,16 @@ def test_a_daemon_finds_its_channel_by_its_number_once(make: Any, monkeypatch: p
     os.close(number)
     keeper.take()
     assert keeper._reason == "x" * 1000
+
+
+@pytest.mark.parametrize("after", [1, 1 << 20])
+def test_a_daemon_whose_keeper_died_before_it_could_be_told_dies_as_well(make: Any, after: int) -> None:
+    number = os.dup(make().theirs.fileno())
+    script = (
+        f"import os\nparents = [5000, {after}]\nos.getppid = lambda: parents.pop(0)\n"
+        "from weightd.daemon.keeper.deposits import Deposits\nDeposits.inherited()\n"
+    )
+    env = {**os.environ, FD_VARIABLE: str(number)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, pass_fds=[number], check=False)
+    os.close(number)
+    assert done.returncode == -signal.SIGKILL
