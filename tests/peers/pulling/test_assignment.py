@@ -277,6 +277,31 @@ def test_what_another_reads_already_is_left_to_it_while_it_lives() -> None:
     assert set(lost.from_origin(100, at=1.0, idle=0.0)) == mine
 
 
+def test_who_has_nothing_to_do_takes_two_at_once_and_those_that_another_reads_only_later() -> None:
+    stripes = [f"0:{i}" for i in range(40)]
+    assignment = agreed("me", ["early"], stripes)
+    mine = set(assignment.from_origin(100, at=1.0, idle=0.0))
+    theirs = set(range(40)) - mine
+    begun = set(sorted(theirs)[2:])
+    assignment.coming("early", begun)
+    assert assignment.from_origin(100, at=1.0, idle=PATIENCE / 8) == []
+    assert set(assignment.from_origin(100, at=1.0, idle=PATIENCE / 8 + 0.01)) == theirs - begun
+    assert assignment.from_origin(100, at=1.0, idle=PATIENCE / 2) == []
+    assert len(set(assignment.from_origin(100, at=1.0, idle=PATIENCE / 2 + 0.01)) & begun) == 2
+    assert len(assignment.from_origin(1, at=1.0, idle=PATIENCE / 2 + 0.01)) == 1
+    assert assignment.from_origin(0, at=1.0, idle=PATIENCE + 1) == []
+
+
+def test_a_node_that_is_not_among_the_readers_reads_only_once_nobody_else_has_brought_anything() -> None:
+    stripes = [f"0:{i}" for i in range(10)]
+    others = [f"node-{i}" for i in range(2000)]
+    others = sorted(others, key=lambda node: weight(KEY, node), reverse=True)[:READERS]
+    assert weight(KEY, "me") < min(weight(KEY, node) for node in others)
+    assignment = agreed("me", others, stripes)
+    assert assignment.from_origin(10, at=1.0, idle=PATIENCE) == []
+    assert len(assignment.from_origin(10, at=1.0, idle=PATIENCE + 0.01)) > 0
+
+
 def test_what_is_not_to_be_believed_is_to_come_again() -> None:
     assignment = agreed("me", [], ["0:0", "0:1"])
     assert sorted(assignment.from_origin(2, at=1.0, idle=0.0)) == [0, 1]
