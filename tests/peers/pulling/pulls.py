@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import mmap
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -43,6 +44,8 @@ class Copies:
         name = self._peers[peer]
         self._tickets += 1
         error = self._fleet.errors.pop(0) if self._fleet.errors else None
+        if error == "not even begun":
+            raise MoverFailed(error)
         for offset, address, nbytes in pairs:
             if error is None:
                 self._maps[region][offset : offset + nbytes] = self._fleet.memory[name][address : address + nbytes]
@@ -77,7 +80,7 @@ class Fleeting:
             report(Absent(peer))
             return
         report(Answered(peer))
-        for event in said:
+        for event in json.loads(json.dumps(said)):  # as it comes from others
             peer.unheard.acquire()
             if event.get("type") == "hangs up":
                 report(Gone(peer, "it hung up"))

@@ -22,7 +22,7 @@ from weightd.daemon.filling.account import PeerUse
 from weightd.daemon.peers.finding.claims import Claims
 from weightd.daemon.peers.finding.listening import Absent, Peer
 from weightd.daemon.peers.moving.lane import Lane
-from weightd.daemon.peers.moving.movers import Arrival
+from weightd.daemon.peers.moving.movers import Arrival, MoverFailed
 from weightd.daemon.peers.moving.parts import PART, PartState
 
 
@@ -103,6 +103,19 @@ def test_who_has_not_said_where_its_segments_are_is_asked_nothing(begun: MakeBeg
         lane.peer.metadata = []
         one.reader._ask_peers(50.0)
         assert (lane.busy, lane.empty) == (0, True)
+
+
+def test_what_was_read_where_peers_have_put_it_is_given_back_by_itself_only_to_those_that_are_asked_nothing(
+    begun: MakeBegun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with begun("a:1", "b:1", "c:1") as one:
+        free, busy, _ = (one.peer(name, range(0)) for name in ("a:1", "b:1", "c:1"))
+        one.ask(busy, 0)
+        free.read_out, busy.read_out = [1], [2]
+        given: list[Lane] = []
+        monkeypatch.setattr(one.reader._transfers, "give_back", given.append)
+        one.reader._ask_peers(50.0)
+        assert given == [free], "others are told along with what is asked of them"
 
 
 # ---------------------------------------------------------------------------- how long it is waited for
@@ -217,6 +230,20 @@ def test_what_a_peer_has_put_for_nobody_is_given_back(begun: MakeBegun) -> None:
             one.reader._put(lane, part, address, "")
         assert lane.read_out == [4096]
         assert one.fleet.dropped == []
+
+
+def test_what_is_said_of_a_peer_that_fails_is_bounded(begun: MakeBegun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(lane: Lane) -> int:
+        raise MoverFailed("x" * 999)
+
+    with begun("a:1") as one:
+        monkeypatch.setattr(one.reader._transfers, "connect", fail)
+        peer = one.peer("a:1").peer
+        peer.metadata = []
+        said = {"type": "segments", "epoch": "e", "reader": None, "segments": [{"address": 9, "metadata": ""}]}
+        one.reader._heard(peer, said)
+        assert peer.use.given_up.startswith("it cannot be read: x")
+        assert len(peer.use.given_up) == 500
 
 
 def test_a_peer_that_stops_giving_may_do_so_again_and_again(begun: MakeBegun) -> None:

@@ -284,12 +284,12 @@ def test_who_has_nothing_to_do_takes_two_at_once_and_those_that_another_reads_on
     theirs = set(range(40)) - mine
     begun = set(sorted(theirs)[2:])
     assignment.coming("early", begun)
-    assert assignment.from_origin(100, at=1.0, idle=PATIENCE / 8) == []
+    assert assignment.from_origin(0, at=1.0, idle=PATIENCE + 1) == []
+    assert assignment.from_origin(100, at=1.0, idle=PATIENCE / 8) == [], "for want of room nobody is passed over"
     assert set(assignment.from_origin(100, at=1.0, idle=PATIENCE / 8 + 0.01)) == theirs - begun
     assert assignment.from_origin(100, at=1.0, idle=PATIENCE / 2) == []
     assert len(set(assignment.from_origin(100, at=1.0, idle=PATIENCE / 2 + 0.01)) & begun) == 2
     assert len(assignment.from_origin(1, at=1.0, idle=PATIENCE / 2 + 0.01)) == 1
-    assert assignment.from_origin(0, at=1.0, idle=PATIENCE + 1) == []
 
 
 def test_a_node_that_is_not_among_the_readers_reads_only_once_nobody_else_has_brought_anything() -> None:

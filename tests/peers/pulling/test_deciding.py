@@ -144,18 +144,20 @@ def test_what_makes_no_sense_ends_it(event: dict[str, Any], pull: MakePull, whol
         assert fleet.dropped == [("a:1", "nonsense")]
 
 
-@pytest.mark.parametrize("how", ["fails", "hangs up"])
-def test_what_a_peer_does_not_bring_after_all_comes_from_elsewhere(how: str, pull: MakePull, whole: bytes) -> None:
+@pytest.mark.parametrize(("how", "why"), [("broken", "failed"), ("not even begun", "unreachable"), ("", "gone")])
+def test_what_a_peer_does_not_bring_after_all_comes_from_elsewhere(
+    how: str, why: str, pull: MakePull, whole: bytes
+) -> None:
     fleet = Fleeting("a:1")
     fleet.has("a:1", whole, [1, 3], leaves_of(whole))
-    if how == "fails":
-        fleet.errors = ["broken"]
+    if how:
+        fleet.errors = [how]
     else:
         fleet.said["a:1"].insert(1, {"type": "hangs up"})
     with pull(fleet) as pulled:
         pulled.run()
         pulled.account.check_complete()
-        assert fleet.dropped[0] == ("a:1", "failed" if how == "fails" else "gone")
+        assert fleet.dropped[0] == ("a:1", why)
 
 
 def test_one_that_gives_nothing_any_more_is_not_to_blame(pull: MakePull, whole: bytes) -> None:
