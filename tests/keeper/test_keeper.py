@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import lacking
+from tests.node.adopting import dead
 from tests.servers import until
 
 CHILD = """
@@ -237,14 +238,6 @@ def test_a_reload_replaces_the_daemon_and_counts_as_no_crash(kept: Kept) -> None
     assert "does not make room" not in kept.err()
 
 
-def lives(pid: int) -> bool:
-    """Whether a process has not ended, whoever may be to hear of it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_a_daemon_dies_with_its_keeper_whatever_it_does(kept: Kept) -> None:
     kept.script(SERVE.replace("deposits.listen() and not deposits.stop_ordered", "True"))
     kept.start()
@@ -252,7 +245,7 @@ def test_a_daemon_dies_with_its_keeper_whatever_it_does(kept: Kept) -> None:
     kept.signal(signal.SIGKILL)
     kept.wait()
     try:
-        until(lambda: not lives(child), "the daemon is gone as well")
+        until(lambda: dead(child), "the daemon is gone as well")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
