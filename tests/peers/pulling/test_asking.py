@@ -23,7 +23,7 @@ from weightd.daemon.peers.finding.claims import Claims
 from weightd.daemon.peers.finding.listening import Absent, Peer
 from weightd.daemon.peers.moving.lane import Lane
 from weightd.daemon.peers.moving.movers import Arrival, MoverFailed
-from weightd.daemon.peers.moving.parts import PART, PartState
+from weightd.daemon.peers.moving.parts import PART, Part, PartState
 
 
 class Begun:
@@ -87,6 +87,24 @@ def test_more_is_asked_of_who_brings_it_soonest_and_one_part_of_who_is_not_known
             one.reader._groups.all[leaf].brought_by = None
         one.reader._ask_peers(51.0)
         assert (slow.busy, fast.busy, new.busy) == (0, 3, 1), "and no more while they are on their way"
+
+
+def test_whom_to_ask_next_is_who_has_brought_one_more_first(
+    begun: MakeBegun, whole: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with begun("slow:1", "fast:1") as one:
+        one.fleet.memory = dict.fromkeys(["slow:1", "fast:1"], whole)
+        one.peer("slow:1", rate=3 * MiB)
+        one.peer("fast:1", rate=8 * MiB)
+        ask, asked = one.reader._transfers.ask, []
+
+        def noted(lane: Lane, part: Part) -> None:
+            asked.append(lane.peer.name)
+            ask(lane, part)
+
+        monkeypatch.setattr(one.reader._transfers, "ask", noted)
+        one.reader._ask_peers(50.0)
+        assert asked == ["fast:1", "fast:1", "slow:1", "fast:1"], "of three in 3/8 s and one in 1/3 s"
 
 
 def test_of_those_that_are_as_fast_each_is_asked_in_turn(begun: MakeBegun, whole: bytes) -> None:
@@ -177,17 +195,30 @@ def test_peers_that_have_nothing_may_come_to_have_it_three_times_as_long_as_one_
 
 def test_without_an_origin_the_load_fails_once_nothing_came_for_as_long_as_one_may_stall(begun: MakeBegun) -> None:
     with begun("a:1", origin=False) as one:
-        one.reader._progress = 100.0
-        one.reader._feed_origin(130.0)
+        one.reader._progress = 20.0
+        one.reader._feed_origin(50.0)
         assert one.reader._origin.error is None
         with pytest.raises(SourceFailed, match="no peer has brought anything for 30 s"):
-            one.reader._feed_origin(130.25)
+            one.reader._feed_origin(50.25)
     with begun("a:1", origin=False) as one:
         one.reader._progress = 100.0
         one.peer("a:1")
         one.reader._feed_origin(189.5)
         with pytest.raises(SourceFailed, match="no peer has brought anything"):
             one.reader._feed_origin(190.0)
+
+
+def test_what_an_origin_leaves_over_is_free_for_others_unless_it_has_come(
+    begun: MakeBegun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with begun(origin=False) as one:
+        one.reader._progress = 20.0
+        taken = one.reader._assignment.from_origin(LEAVES, at=20.0, idle=0.0)
+        assert sorted(taken) == list(range(LEAVES))
+        one.reader._groups.all[1].extents_left = 0
+        monkeypatch.setattr(one.reader._origin, "left_over", lambda: {0, 1})
+        one.reader._feed_origin(20.0)
+        assert one.reader._assignment._free == {0}
 
 
 # ---------------------------------------------------------------------------- what happens, and what it means
@@ -244,6 +275,28 @@ def test_what_is_said_of_a_peer_that_fails_is_bounded(begun: MakeBegun, monkeypa
         one.reader._heard(peer, said)
         assert peer.use.given_up.startswith("it cannot be read: x")
         assert len(peer.use.given_up) == 500
+
+
+def test_what_a_later_version_says_besides_is_passed_over(begun: MakeBegun) -> None:
+    with begun("a:1") as one:
+        for kind in ("a thing", "lease", "something", "words"):
+            one.reader._heard(one.peer("a:1").peer, {"type": kind})
+        assert one.fleet.dropped == []
+
+
+def test_what_a_liar_has_brought_comes_from_those_who_claim_it_too(begun: MakeBegun, whole: bytes) -> None:
+    with begun("a:1", "b:1") as one:
+        liar, other = one.peer("a:1", range(0)).peer, one.peer("b:1", range(0)).peer
+        other.claims.there[0][0] = other.claims.there[0][1] = 1
+        group, account = one.reader._groups.all[0], one.pulled.account
+        account.arrived(group.extents, [(0, *account.leaf_at(0, 0), leaves_of(whole)[0])])
+        assert group.landed()
+        group.brought_by = "a:1"
+        one.reader._assignment.done(0)
+        one.reader._liar(liar, "it lies")
+        assert (group.extents_left, group.brought_by, account.bytes_read) == (1, None, 0)
+        assert one.reader._assignment.from_peer("b:1") == 0
+        assert one.reader._assignment.from_peer("b:1") is None
 
 
 def test_a_peer_that_stops_giving_may_do_so_again_and_again(begun: MakeBegun) -> None:

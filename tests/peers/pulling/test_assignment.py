@@ -89,6 +89,26 @@ def test_groups_that_are_there_in_part_begin_anew(tmp_path: Path) -> None:
         assert sorted(e.index for e in account.drain()) == [e.index for e in filled.extents if not account.has(e)]
 
 
+@pytest.mark.parametrize("landed", [1, 2])
+def test_a_group_of_which_anything_is_missing_begins_anew(landed: int, tmp_path: Path) -> None:
+    stored = store(tmp_path, {"a": tensor("U8", (3, 2 * LEAF)), "b": tensor("U8", (LEAF,), 2)})
+    tensors = stored.checkpoint.tensors
+    recipes = checkpoint_layout(tensors, tp_size=2, tp_ranks=[0], splits={"a": 1, "*": "replicate"})
+    demands = Demands(LEAF, 1, LEAF)
+    ledger = ledger_for(tensors, recipes, plan_extents(tensors, recipes, demands))
+    content = stored.files()[0].read_bytes()
+    with prepared(stored, recipes, demands, ledger=ledger) as filled:
+        (group,) = [group for group in plan_groups(filled.extents, recipes) if len(group.extents) > 1]
+        assert len(group.extents) == 3
+        for extent in group.extents[:landed]:
+            land(filled.fill, extent, content)
+    with prepared(stored, recipes, demands, ledger=ledger) as filled:
+        assert filled.fill.account.bytes_read
+        begin_parts_anew(filled.extents, recipes, filled.fill.account)
+        assert filled.fill.account.bytes_read == 0
+        assert len(filled.fill.account.drain()) == len(filled.extents)
+
+
 def test_what_is_forgotten_is_taken_back_and_told_of_again_once_it_has_come(tmp_path: Path) -> None:
     stored = store(tmp_path, {"a": tensor("U8", (3 * LEAF,)), "b": tensor("U8", (LEAF + 5,), 2)})
     recipes = checkpoint_layout(stored.checkpoint.tensors)

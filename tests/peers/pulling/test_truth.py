@@ -186,6 +186,14 @@ def test_a_listing_has_64_mib_at_most_and_a_peers_extents_are_those_of_an_object
     assert found.min_range == 256 << 10
 
 
+def test_what_is_said_of_a_peers_answer_is_bounded() -> None:
+    uri = "s3://b/" + "x" * 600
+    for answer in (LISTING, 404):
+        with pytest.raises(SourceFailed, match="s3://b/x") as raised:
+            PeerSource(uri, [], Fleeting(answer).fleet, "peer0")
+        assert len(str(raised.value)) == 500
+
+
 @pytest.mark.parametrize(
     ("uri", "single"),
     [("hf://o/n/x.safetensors@main", "x.safetensors"), ("s3://b/x.safetensors", "x.safetensors"), ("s3://b/x", None)],

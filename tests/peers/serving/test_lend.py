@@ -211,6 +211,34 @@ def test_that_it_lives_and_who_reads_is_said_once_a_second_and_not_more_often(
     run(test)
 
 
+def test_that_these_are_all_is_said_once_and_not_before_it_is_ready(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Time()
+    monkeypatch.setattr(server_module, "time", clock)
+    monkeypatch.setattr(server_module, "_HEARTBEAT", 0.001)
+
+    async def test(house: House) -> None:
+        house.fleet.me = ""
+        house.stage.enter("verifying")
+        listening = house.lend()
+        await until(listening, "segments")
+        said = asyncio.ensure_future(anext(listening))  # type: ignore[arg-type]
+        await clock.pass_looks(5)
+        assert not said.done()
+        house.ready()
+        async with asyncio.timeout(60):
+            found = [await said, *[await anext(listening) for _ in range(2)]]
+        assert [event["type"] for event in found] == ["leaves", "leaves", "complete"]
+        said = asyncio.ensure_future(anext(listening))  # type: ignore[arg-type]
+        await clock.pass_looks(5)
+        assert not said.done()
+        said.cancel()
+        await asyncio.gather(said, return_exceptions=True)
+
+    run(test)
+
+
 def test_a_stage_that_is_ready_is_stamped_with_the_time_of_now_and_by_who_has_an_address(
     run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +247,7 @@ def test_a_stage_that_is_ready_is_stamped_with_the_time_of_now_and_by_who_has_an
     async def test(house: House) -> None:
         house.ready()
         assert house.serving._stamps(house.stage) == {"me:1": 5}
+        assert type(house.serving._stamps(house.stage)["me:1"]) is int
         house.fleet.me = ""
         assert house.serving._stamps(house.stage) == {}
 
