@@ -197,6 +197,8 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.limit, self.open = 1000.0, 100, 10
+        self.takes = 0.0
+        """Seconds to count descriptors."""
         monkeypatch.setattr(module, "time", self)
         monkeypatch.setattr(module, "resource", self)
         monkeypatch.setattr(module, "os", self)
@@ -210,6 +212,7 @@ class Machine:
 
     def listdir(self, folder: str) -> list[str]:
         assert folder == "/proc/self/fd"
+        self.now += self.takes
         return ["x"] * self.open
 
 
@@ -236,6 +239,9 @@ def test_descriptors_are_scarce_from_three_quarters_on_and_counted_twice_a_secon
         assert not scarce(0, 0.0), "and as they go"
         machine.limit = machine.RLIM_INFINITY
         assert not scarce(10**9)
+        machine.limit, machine.takes = 100, 0.125
+        assert not scarce(20)
+        assert [scarce(90, 6.125), scarce(90, 0.125)] == [False, True], "counting takes a fiftieth of the time"
 
     inside(tmp_path, 100, body)
 
