@@ -10,6 +10,7 @@ import boto3
 import numpy
 import pytest
 from botocore.config import Config
+from botocore.exceptions import ClientError
 from safetensors.numpy import save_file
 
 from tests.checkpoint_files import write_index
@@ -83,3 +84,11 @@ def origin(s3: SeaweedFS) -> Iterator[FaultProxy]:
 def weight_bytes(origin: FaultProxy) -> int:
     """Bytes of weights that were asked of an object store, headers left out."""
     return sum(seen.nbytes for seen in list(origin.seen) if seen.nbytes > 128 << 10)
+
+
+def refusal(of: Any, **asked: Any) -> tuple[str, int]:
+    """The code and status that boto3 is refused with."""
+    with pytest.raises(ClientError) as refused:
+        of(**asked)
+    answer = refused.value.response
+    return answer["Error"]["Code"], answer["ResponseMetadata"]["HTTPStatusCode"]

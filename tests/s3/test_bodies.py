@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from weightd.daemon.s3.answers import Range
+from weightd.daemon.s3.bodies import Bodies, Body
 from weightd.daemon.s3.file_map import FileMap, Span
-from weightd.daemon.s3.objects import Body, Found, Objects
-from weightd.daemon.sources.base import Object
-from weightd.daemon.sources.uris import Allow
+from weightd.daemon.s3.holders import Holder
+from weightd.daemon.s3.objects import Found
+from weightd.daemon.sources.base import Object, SourceFile
 from weightd.daemon.stages.leases import Leases
 
 
@@ -22,30 +24,34 @@ def test_who_hung_up_before_a_body_is_opened_begins_no_lease_that_nobody_would_e
     stage.request = SimpleNamespace(handle="fd", ranks=[0], sources=("origin",))
     leases = Leases({stage.id: stage}, grace=0, most_per_user=1, changed=lambda: None)
     node: Any = SimpleNamespace(residency=SimpleNamespace(leases=leases), fleet=None)
-    found = Found("s3://models/m/a.safetensors", Object("m/a.safetensors", 10, "1", 0.0), stage, 0)
+    found = Found(
+        "s3://models/m/a.safetensors",
+        Object("m/a.safetensors", 10, "1", 0.0),
+        Holder(stage, SourceFile("a.safetensors", 10, "1"), 0),
+    )
 
     async def leases_after(ended: str) -> int:
-        objects = Objects(node, Allow(), absent="stage", device=None)
+        maps: Any = mock.MagicMock()
+        bodies = Bodies(node, mock.MagicMock(), mock.MagicMock(), maps, absent="stage", device=None)
         drawn = asyncio.Event()
 
         async def draw(*_: object) -> FileMap:
             await drawn.wait()
             return FileMap(b"", [Span(0, 10, 0, 0, 0)], 10)
 
-        body = Body(found.uri, [], 0, 10)
-        with mock.patch.object(objects, "_map", draw):
-            opening = asyncio.create_task(objects.open(found, body, "127.0.0.1:1"))
-            await asyncio.sleep(0)
-            if ended == "before":
-                objects.end(body)
-            drawn.set()
-            # Cancelled it would be a moment later, when it has come to its end already.
-            await asyncio.gather(opening, return_exceptions=True)
-            count = len(stage.leases)
-            if ended == "after":
-                objects.end(body)
+        maps.of = draw
+        body = Body()
+        opening = asyncio.create_task(bodies.open(found, Range(0, 10, False), body, "127.0.0.1:1"))
+        await asyncio.sleep(0)
+        if ended == "before":
+            bodies.end(body)
+        drawn.set()
+        # Cancelled it would be a moment later, when it has come to its end already.
+        await asyncio.gather(opening, return_exceptions=True)
+        count = len(stage.leases)
+        if ended == "after":
+            bodies.end(body)
         assert not stage.leases
-        objects.close()
         return count
 
     assert asyncio.run(leases_after("after")) == 1
