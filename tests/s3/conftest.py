@@ -25,9 +25,10 @@ SHARDS = tuple(f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 class Endpoint:
     """A daemon with an S3 endpoint in front of an object store, and boto3 clients of both."""
 
-    def __init__(self, start: Start, origin: str, env: dict[str, str], *arguments: str) -> None:
-        (port,) = free_ports(1)
-        self.address = f"127.0.0.1:{port}"
+    def __init__(
+        self, start: Start, origin: str, env: dict[str, str], *arguments: str, address: str | None = None
+    ) -> None:
+        self.address = address or f"127.0.0.1:{free_ports(1)[0]}"
         self.url = f"http://{self.address}"
         self.daemon = start("--s3-listen", self.address, *arguments, env={**env, "AWS_ENDPOINT_URL": origin})
         self.env = {**env, "AWS_ENDPOINT_URL": self.url}

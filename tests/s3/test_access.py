@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,17 @@ def test_a_bucket_may_stand_in_the_hosts_name_and_strangers_names_are_refused(
     assert listed.text.count("<Key>") == 5
     rebound = httpx.get(f"{here.url}/models/s3-virtual/config.json", headers={"Host": f"attacker.example:{port}"})
     assert (rebound.status_code, "<Code>AccessDenied</Code>" in rebound.text) == (403, True)
+
+
+def test_it_listens_on_ipv6_as_well(start_daemon: Start, s3: SeaweedFS, model: Path) -> None:
+    s3.upload(model, "s3-ipv6")
+    (port,) = free_ports(1, host="::1")
+    here = Endpoint(start_daemon, s3.url, s3.env, address=f"[::1]:{port}")
+    assert here.get(f"s3-ipv6/{SHARDS[0]}") == (model / SHARDS[0]).read_bytes()
+    assert here.s3.list_objects_v2(Bucket="models", Prefix="s3-ipv6/")["KeyCount"] == 5
+    with socket.socket(socket.AF_INET6) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("::1", port))
+        connection.sendall(f"GET /models/s3-ipv6/{SHARDS[0]} HTTP/1.1\r\nHost: [::1]:{port}\r\n\r\n".encode())
+        (lease,) = until(here.daemon.client.leases, "it is sent under a lease")
+        assert lease["client"] == f"[::1]:{connection.getsockname()[1]}"

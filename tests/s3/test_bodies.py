@@ -1,12 +1,18 @@
-"""Bodies and their leases, without a server."""
+"""Bodies, their leases, and which thread looks for them."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from tests.s3.in_process import endpoint
+from weightd.daemon.checkpoints.cache import Cache
+from weightd.daemon.s3 import bodies
 from weightd.daemon.s3.answers import Range
 from weightd.daemon.s3.bodies import Bodies, Body
 from weightd.daemon.s3.file_map import FileMap, Span
@@ -32,7 +38,7 @@ def test_who_hung_up_before_a_body_is_opened_begins_no_lease_that_nobody_would_e
 
     async def leases_after(ended: str) -> int:
         maps: Any = mock.MagicMock()
-        bodies = Bodies(node, mock.MagicMock(), mock.MagicMock(), maps, absent="stage", device=None)
+        found_bodies = Bodies(node, mock.MagicMock(), mock.MagicMock(), maps, absent="stage", device=None)
         drawn = asyncio.Event()
 
         async def draw(*_: object) -> FileMap:
@@ -41,18 +47,47 @@ def test_who_hung_up_before_a_body_is_opened_begins_no_lease_that_nobody_would_e
 
         maps.of = draw
         body = Body()
-        opening = asyncio.create_task(bodies.open(found, Range(0, 10, False), body, "127.0.0.1:1"))
+        opening = asyncio.create_task(found_bodies.open(found, Range(0, 10, False), body, "127.0.0.1:1"))
         await asyncio.sleep(0)
         if ended == "before":
-            bodies.end(body)
+            found_bodies.end(body)
         drawn.set()
         # Cancelled it would be a moment later, when it has come to its end already.
         await asyncio.gather(opening, return_exceptions=True)
         count = len(stage.leases)
         if ended == "after":
-            bodies.end(body)
+            found_bodies.end(body)
         assert not stage.leases
         return count
 
     assert asyncio.run(leases_after("after")) == 1
     assert asyncio.run(leases_after("before")) == 0
+
+
+def test_a_header_is_read_and_cut_in_threads_as_it_may_be_large(tmp_path: Path) -> None:
+    threads: list[str] = []
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            return function(*arguments)
+
+        return called
+
+    async def served() -> None:
+        async with endpoint(tmp_path) as (_, stage, (host, port)):
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(f"GET /weightd/{stage}/m.safetensors HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            assert body == (tmp_path / "m.safetensors").read_bytes()
+            writer.close()
+
+    with (
+        mock.patch.object(Cache, "kept_bytes", noted(Cache.kept_bytes)),
+        mock.patch.object(FileMap, "parts", noted(FileMap.parts)),
+        mock.patch.object(bodies, "_FEW", 0),
+    ):
+        asyncio.run(asyncio.wait_for(served(), 60))
+    assert len(threads) >= 2
+    assert threading.main_thread().name not in threads

@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,11 +19,13 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from tests.conftest import command
 from tests.fakecuda import FakeCuda
 from tests.fault_proxy import FaultProxy, Request
 from tests.node.adopting import Gate, serving
 from tests.s3.conftest import SHARDS, Endpoint, MiB, Start, client
 from tests.servers import SeaweedFS, until
+from weightd.daemon.lending.entrance import KEPT, reserve
 
 
 @contextlib.contextmanager
@@ -191,6 +194,67 @@ def test_a_client_that_tries_again_notices_no_restart(start_daemon: Start, s3: S
         over.set()
         reader.join()
     assert set(found) == {True}
+
+
+def test_a_daemon_that_is_told_to_stop_does_in_time_and_what_it_was_sending_ends_short(
+    start_daemon: Start, s3: SeaweedFS, tmp_path: Path
+) -> None:
+    save_file({"w": numpy.random.default_rng(2).integers(0, 256, 64 * MiB, numpy.uint8)}, tmp_path / "m.safetensors")
+    truth = (tmp_path / "m.safetensors").read_bytes()
+    here = Endpoint(start_daemon, s3.url, s3.env)
+    path = f"/weightd/{here.daemon.stage(tmp_path)['id']}/m.safetensors"
+    assert here.daemon.process is not None
+    with contextlib.ExitStack() as stack:
+        sent_to = [stack.enter_context(asking(here, path)) for _ in range(20)]
+        waiting = stack.enter_context(httpx.Client(base_url=here.url))
+        assert waiting.get(path, headers={"Range": "bytes=0-9"}).content == truth[:10]
+        until(lambda: len(here.daemon.client.leases()) == 20, "all are being sent")
+        began = time.monotonic()
+        here.daemon.process.send_signal(signal.SIGTERM)
+        assert here.daemon.process.wait(60) == 0
+        assert time.monotonic() - began < 15, "it has waited for those who take nothing"
+        for connection in sent_to:
+            found = b""
+            with contextlib.suppress(ConnectionResetError):
+                while data := connection.recv(1 << 20):
+                    found += data
+            body = found.partition(b"\r\n\r\n")[2]
+            assert len(body) < len(truth), "all of it was sent"
+            assert truth.startswith(body), "other bytes were sent"
+    assert "Traceback" not in here.daemon.log.read_text()
+
+
+def test_crowds_that_say_or_take_nothing_leave_descriptors_for_others_and_are_told_in_the_words_of_s3(
+    start_daemon: Start, s3: SeaweedFS, tmp_path: Path
+) -> None:
+    save_file({"w": numpy.random.default_rng(2).integers(0, 256, 64 * MiB, numpy.uint8)}, tmp_path / "m.safetensors")
+    truth = (tmp_path / "m.safetensors").read_bytes()
+    limit = 400
+    prefix = [command("prlimit", "apt-get install util-linux"), f"--nofile={limit}:{limit}"]
+    here = Endpoint(lambda *all, **more: start_daemon(*all, command=prefix, **more), s3.url, s3.env)
+    path = f"/weightd/{here.daemon.stage(tmp_path)['id']}/m.safetensors"
+    host, port = here.address.split(":")
+    pid = here.daemon.pid
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection((host, int(port)), timeout=60)) for _ in range(350)]
+        some = httpx.get(f"{here.url}{path}", headers={"Range": "bytes=5-1000"}, timeout=60)
+        assert some.content == truth[5:1001], "who says nothing makes room for who does"
+        # What is being sent goes for nobody: in the end the others are turned away.
+        for _ in range(350):
+            taking = stack.enter_context(asking(here, path))
+            if (said := taking.recv(12)) != b"HTTP/1.1 200":
+                break
+        assert said == b"HTTP/1.1 503"
+        assert b"<Code>SlowDown</Code>" in taking.recv(4096)
+        assert len(os.listdir(f"/proc/{pid}/fd")) <= limit - reserve(limit) + 2 * KEPT
+        with here.daemon.attach(tmp_path) as weights:
+            assert weights["w"].shape == (64 * MiB,)
+        for connection in silent:
+            assert connection.recv(1) == b"", "it is still there"
+    until(lambda: not here.daemon.client.leases(), "all have gone", 60)
+    assert httpx.get(f"{here.url}{path}", timeout=60).content == truth
+    assert here.daemon.pid == pid
+    assert "Traceback" not in here.daemon.log.read_text()
 
 
 def test_an_origin_that_fails_amid_what_is_passed_on_ends_it_short(
