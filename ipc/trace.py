@@ -186,8 +186,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 value = value.item()
             self._fill(args[0], value)
             return args[0]
-        if func in (_aten.clone.default, _aten._to_copy.default) and (found := self._duplicate(func, args, kwargs)):
-            return found
+        if func in (_aten.clone.default, _aten._to_copy.default):
+            found = self._duplicate(func, args, kwargs)
+            if found is not None:
+                return found
         written = list(_written(func, args, kwargs))
         for tensor in written:
             self._change(tensor, self._named((args, kwargs)), func)
