@@ -172,6 +172,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The tensor that the loader was given last."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.is_view:  # most of what a loader does: it is of the same storage, and writes nothing
+            return func(*args, **(kwargs or {}))
         kwargs = dict(kwargs or {})
         if kwargs.get("device") is not None and any(tensor.is_meta for tensor in _tensors(args)):
             kwargs |= {"device": torch.device("meta"), "pin_memory": None}  # weights on their way to the device

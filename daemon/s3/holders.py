@@ -46,9 +46,11 @@ def holders(stages: Iterable[Stage], uri: str) -> list[Holder]:
     return sorted(found, key=_worth, reverse=True)
 
 
-def _worth(holder: Holder) -> tuple[bool, bool, int]:
+def _worth(holder: Holder) -> tuple[bool, bool, bool, int]:
     stage = holder.stage
-    return stage.state == "ready", stage.device.startswith("cpu"), sum(info.tensors for info in stage.infos)
+    tensors = sum(info.tensors for info in stage.infos)
+    # Of an engine's own layout no file can be made.
+    return not stage.request.layouts, stage.state == "ready", stage.device.startswith("cpu"), tensors
 
 
 def is_of_a_revision(stage: Stage) -> bool:
