@@ -53,8 +53,12 @@ class LeaseConnection:
 
     # ------------------------------------------------------------------ asking
 
-    def acquire(self, timeout: float | None) -> tuple[dict[str, Any], list[int]]:
+    def acquire(
+        self, timeout: float | None, progress: Callable[[dict[str, Any]], None] | None = None
+    ) -> tuple[dict[str, Any], list[int]]:
         """Ask for the lease and wait for it; returns the daemon's answer and its descriptors, which the caller closes.
+
+        ``progress`` is called with what the daemon says meanwhile.
 
         A daemon that dies meanwhile is waited for. Raises DaemonUnavailable, DaemonNotTrusted, RequestRefused,
         StageFailed, DigestMismatch, AttachTimeout.
@@ -71,6 +75,8 @@ class LeaseConnection:
                         return reply, fds
                     wire.close_all(fds)
                     absence.answered()
+                    if progress is not None:
+                        progress(reply)
             except TimeoutError:
                 self.close()
                 raise AttachTimeout(f"the stage was not ready within {timeout} s; it goes on loading") from None

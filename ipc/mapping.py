@@ -51,6 +51,15 @@ class Mapping:
         # One call a tensor: every entry starts at a multiple of its element size, as entries are aligned to 256 bytes.
         return typed.as_strided(shape, strides, entry.offset // typed.element_size())
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor begins in this memory."""
+        import torch
+
+        if not self.nbytes or str(tensor.device) != self.device:
+            return False
+        start = self.flat(torch.uint8, self.nbytes).data_ptr()
+        return start <= tensor.data_ptr() < start + self.nbytes
+
     def _whole(self, entry: Entry) -> torch.Tensor:
         import torch
 

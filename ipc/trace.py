@@ -35,17 +35,23 @@ _RUNS = 1 << 16
 
 def _key(tensor: torch.Tensor) -> int:
     """Which storage a tensor is of: as long as that lives, nothing else has this number."""
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def _box(tensor: torch.Tensor) -> Box:
+    """Where a tensor lies in its storage."""
+    return Box(int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
 
 
 # ---------------------------------------------------------------------- building without memory
 
 
-class _Unwritten(TorchDispatchMode):
+class _Unwritten(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Knows which storages came from ``torch.empty`` and its like and have not been written to since."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,7 +86,7 @@ def meta_parameters() -> Iterator[None]:
                 rebind(param, torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="meta"))
         register(module, name, param)
 
-    torch.nn.Module.register_parameter = registered  # type: ignore[method-assign]
+    torch.nn.Module.register_parameter = registered  # type: ignore[method-assign,assignment]
     try:
         with unwritten:
             yield
@@ -95,7 +101,7 @@ def rebind(param: torch.Tensor, memory: torch.Tensor) -> None:
     else:
         new = torch.Tensor._make_subclass(type(param), memory, False)
     new.__dict__.update(param.__dict__)
-    torch.utils.swap_tensors(param, new)
+    torch.utils.swap_tensors(param, new)  # type: ignore[no-untyped-call]
 
 
 # ---------------------------------------------------------------------- recording
@@ -124,6 +130,8 @@ class Opaque:
 class _Writes:
     moves: list[tuple[str, Box, Box, bool]] = field(default_factory=list)
     fills: list[tuple[bytes, Box]] = field(default_factory=list)
+    unsaid: list[Box] = field(default_factory=list)
+    """Where something is written that no recipe can say."""
 
 
 @dataclass
@@ -137,6 +145,8 @@ class Trace:
     opaque: dict[str, Opaque]
     untouched: list[str]
     """Parameters without memory to which nothing was written."""
+    uncovered: list[str]
+    """Opaque ones without memory of which it is not known that all elements are written."""
     owners: dict[str, str]
     """Each parameter and buffer → the name by which its storage is an entry, or opaque."""
 
@@ -146,9 +156,9 @@ class Trace:
         return set().union(*(opaque.tensors for opaque in self.opaque.values()))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, targets: Mapping[int, str], sources: Mapping[int, _Origin]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.targets = targets
         self.origins = dict(sources)
         self.mixed: dict[int, set[str]] = {}
@@ -157,6 +167,8 @@ class _Recorder(TorchDispatchMode):
         self.opaque: dict[str, Opaque] = {}
         self.kept: list[torch.UntypedStorage] = []
         """A storage that is gone would lend its number to another."""
+        self.given: str | None = None
+        """The tensor that the loader was given last."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -175,8 +187,11 @@ class _Recorder(TorchDispatchMode):
             return args[0]
         if func in (_aten.clone.default, _aten._to_copy.default) and (found := self._duplicate(func, args, kwargs)):
             return found
-        for tensor in _written(func, args, kwargs):
+        written = list(_written(func, args, kwargs))
+        for tensor in written:
             self._change(tensor, self._named((args, kwargs)), func)
+        if any(_key(tensor) in self.targets and not tensor.is_meta for tensor in written):
+            return written[0]  # it has memory: the loader runs once more over that, and must find it as it was
         if func is _aten._local_scalar_dense.default and args[0].is_meta:
             raise ValueError("its loader looks at the values of weights, which a trace does not have")
         out = func(*args, **kwargs)
@@ -189,6 +204,12 @@ class _Recorder(TorchDispatchMode):
                     self.kept.append(tensor.untyped_storage())
         return out
 
+    def giving(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the loader is given, one after the other."""
+        for name, tensor in tensors.items():
+            self.given = name
+            yield name, tensor
+
     def _named(self, args: Any) -> set[str]:
         """The checkpoint's tensors that these were made of."""
         names: set[str] = set()
@@ -199,14 +220,18 @@ class _Recorder(TorchDispatchMode):
             names |= self.mixed.get(key, set())
         return names
 
-    def _give_up(self, target: torch.Tensor, names: set[str], why: str) -> None:
+    def _give_up(self, target: torch.Tensor, names: set[str], why: str, *, covers: bool = True) -> None:
         name = self.targets[_key(target)]
+        if not names and self.given is not None:
+            names = {self.given}  # at which the loader does it again
         self.opaque.setdefault(name, Opaque(why)).tensors.update(names)
+        if covers:
+            self.writes.setdefault(name, _Writes()).unsaid.append(_box(target))
 
     def _change(self, tensor: torch.Tensor, names: set[str], func: Any) -> None:
         key = _key(tensor)
         if key in self.targets:
-            self._give_up(tensor, names, f"{func.name()} computes it")
+            self._give_up(tensor, names, f"{func.name()} computes it", covers=False)
         elif names:
             self.origins.pop(key, None)
             self.mixed[key] = self.mixed.get(key, set()) | names
@@ -239,20 +264,20 @@ class _Recorder(TorchDispatchMode):
         origin = self.origins[_key(source)]
         if source.shape != target.shape:
             source = source.broadcast_to(target.shape)
-        box = _through(origin.box, Box(source.storage_offset(), tuple(source.shape), source.stride()))
+        box = _through(origin.box, _box(source))
         if box is None:
             return "its elements are in an order that no view of the tensor has"
         cast = _cast([*origin.dtypes, source.dtype], target.dtype)
         if cast is None:
             return f"it is converted, {' to '.join(map(str, (*origin.dtypes, target.dtype)))}"
-        return origin.tensor, box, Box(target.storage_offset(), tuple(target.shape), target.stride()), cast
+        return origin.tensor, box, _box(target), cast
 
     def _fill(self, target: torch.Tensor, value: Any) -> None:
         if not target.numel():
             return
         writes = self.writes.setdefault(self.targets[_key(target)], _Writes())
         element = torch.full((1,), value, dtype=target.dtype, device="cpu").view(torch.uint8).numpy().tobytes()
-        box = Box(target.storage_offset(), tuple(target.shape), target.stride())
+        box = _box(target)
         if writes.moves and not _apart([box, *(move[2] for move in writes.moves)]):
             self._give_up(target, set(), "a value is written over weights")
             return
@@ -265,13 +290,13 @@ class _Recorder(TorchDispatchMode):
         if origin is None or not tensor.numel():
             return None
         new: torch.Tensor = func(*args, **kwargs)
-        box = _through(origin.box, Box(tensor.storage_offset(), tuple(tensor.shape), tensor.stride()))
+        box = _through(origin.box, _box(tensor))
         self.kept.append(new.untyped_storage())
         if box is None or not _dense(new):
             self.mixed[_key(new)] = {origin.tensor}
             return new
         # The new storage in its own order: dimensions by falling stride.
-        order = sorted(range(new.dim()), key=lambda dim: -new.stride(dim))
+        order = sorted(range(new.dim()), key=new.stride().__getitem__, reverse=True)
         box = Box(box.offset, tuple(box.shape[dim] for dim in order), tuple(box.strides[dim] for dim in order))
         self.origins[_key(new)] = _Origin(origin.tensor, box, (*origin.dtypes, tensor.dtype, new.dtype))
         return new
@@ -399,7 +424,7 @@ def trace(
     }
     recorder = _Recorder(targets, sources)
     with torch.no_grad(), recorder:
-        load((name, tensor) for name, tensor in tensors.items())
+        load(recorder.giving(tensors))
     # What took the place of another parameter was not copied into it.
     writes, opaque = recorder.writes, recorder.opaque
     now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -415,11 +440,13 @@ def trace(
             moved = recorder._moved(own, tensor)
             if isinstance(moved, str):
                 opaque[name] = Opaque(moved, {recorder.origins[key].tensor})
+                writes[name] = _Writes(unsaid=[_whole(tensor)])
             else:
                 writes[name] = _Writes(moves=[moved])
             rebind(tensor, own)
         elif key in recorder.mixed:
             opaque[name] = Opaque("it is computed from weights", set(recorder.mixed[key]))
+            writes[name] = _Writes(unsaid=[_whole(tensor)])
     del kept
     owners: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -434,11 +461,12 @@ def _traced(
     opaque: Mapping[str, Opaque],
     owners: dict[str, str],
 ) -> Trace:
-    found = Trace([], [], [], {}, [], owners)
+    found = Trace([], [], [], {}, [], [], owners)
     for name, tensor in held.items():
         done = writes.get(name, _Writes())
         moves = _last(done.moves)
         names = {move[0] for move in done.moves}
+        boxes = [*(move[2] for move in moves), *(box for _, box in done.fills), *done.unsaid]
         if name in opaque:
             found.opaque[name] = Opaque(opaque[name].why, opaque[name].tensors | names)
         elif not moves and not done.fills:
@@ -451,7 +479,18 @@ def _traced(
             found.entries.append(Parameter(name, dtype_name(tensor.dtype), _laid_out(tensor)))
             found.moves += [Move(of, entry, source, target, cast) for of, source, target, cast in moves]
             found.constants += [Constant(entry, value, box) for value, box in done.fills]
+        if name in found.opaque and tensor.is_meta and _covered(boxes) != _elements(tensor):
+            found.uncovered.append(name)
     return found
+
+
+def _elements(tensor: torch.Tensor) -> int:
+    """That its storage has room for."""
+    return tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
+
+
+def _whole(tensor: torch.Tensor) -> Box:
+    return Box(0, (_elements(tensor),), (1,))
 
 
 def _last(moves: Sequence[tuple[str, Box, Box, bool]]) -> list[tuple[str, Box, Box, bool]]:
@@ -464,7 +503,7 @@ def _unsaid(
 ) -> str:
     """Why these writes are no recipe; empty where they are one."""
     targets = [move[2] for move in moves]
-    count = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
+    count = _elements(tensor)
     if not _apart(targets):
         return "weights are written over weights"
     if len(fills) > 1 and not _apart([box for _, box in fills]):
@@ -553,7 +592,7 @@ def _covered(boxes: Sequence[Box]) -> int | None:
 
 def _laid_out(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape of its entry: its own where it is its storage row by row, else that of the storage, flat."""
-    count = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
+    count = _elements(tensor)
     return tuple(tensor.shape) if tensor.is_contiguous() and tensor.numel() == count else (count,)
 
 

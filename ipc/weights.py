@@ -27,6 +27,7 @@ from weightd.ipc.lease import LeaseConnection, socket_path
 from weightd.ipc.manifest import Entry, Manifest
 from weightd.ipc.mapping import CudaMapping, DeviceBytes, map_host
 from weightd.ipc.mapping import Mapping as SegmentMapping
+from weightd.ipc.report import Report
 
 if TYPE_CHECKING:
     import cupy
@@ -38,9 +39,10 @@ log = logging.getLogger(__name__)
 def attach(
     model: str | os.PathLike[str] | None = None,
     *,
-    device: str | None = None,
+    device: str | Sequence[str] | None = None,
     wait: bool = True,
     timeout: float | None = None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
     socket: str | os.PathLike[str] | None = None,
     stage: str | None = None,
     tp_rank: int | None = None,
@@ -55,12 +57,13 @@ def attach(
     """Map a model's weights into this process, staging the model first where nobody has.
 
     ``model`` is a URI or a path, as in ``POST /v1/stage``; ``stage`` names a stage by its id instead. ``device`` is
-    where to, ``cuda:N`` as this process counts its GPUs, or ``cpu``; by default the node's own default. ``weights``,
-    ``parallel``, ``tensors`` and ``expect_digest`` are as in that request; ``layout`` is the key of an engine's layout
-    that the daemon has, or several, for a segment each. ``tp_rank`` picks one segment of a stage that has several;
-    without ``parallel`` it finds the stage that somebody else asked for. ``wait=False`` returns as soon as there is
-    memory, for ``Weights.stream()``. ``timeout`` in seconds bounds the waiting. ``socket`` is the
-    lease socket, or the runtime directory that it is in (default: ``WEIGHTD_RUNTIME_DIR``).
+    where to, ``cuda:N`` as this process counts its GPUs, or ``cpu``, or one for each of several segments; by default
+    the node's own default. ``weights``, ``parallel``, ``tensors`` and ``expect_digest`` are as in that request;
+    ``layout`` is the key of an engine's layout that the daemon has, or several, for a segment each. ``tp_rank`` picks
+    one segment of a stage that has several; without ``parallel`` it finds the stage that somebody else asked for.
+    ``wait=False`` returns as soon as there is memory, for ``Weights.stream()``. ``timeout`` in seconds bounds the
+    waiting, during which ``progress`` is told the stage's ``state``, ``bytes_done`` and ``bytes_total`` about every
+    second. ``socket`` is the lease socket, or the runtime directory that it is in (default: ``WEIGHTD_RUNTIME_DIR``).
 
     A write to host memory stays this process's own; with ``strict`` it is a segmentation fault. On a GPU there is no
     copy-on-write: weights are always mapped read-only, and a kernel that writes to them ends this process's CUDA
@@ -76,9 +79,7 @@ def attach(
         raise RequestRefused("name either a model or a stage", code="invalid_request")
     message: dict[str, Any] = {"op": "lease", "stage": stage, "tp_rank": tp_rank, "stream": not wait}
     if model is not None:
-        if device is not None and device.partition(":")[0] == "cuda":
-            device = gpu_by_name(device).uuid  # the daemon may count GPUs differently
-        request: dict[str, Any] = {"model": _uri(model), "device": device}
+        request: dict[str, Any] = {"model": _uri(model), "device": _device(device)}
         if weights is not None:
             request["weights"] = weights if isinstance(weights, str) else list(weights)
         if layout is not None:
@@ -93,12 +94,21 @@ def attach(
     if private and not wait:
         raise RequestRefused("private=True copies weights that are ready: wait for them", code="invalid_request")
     connection = LeaseConnection(socket_path(socket), message)
-    reply, fds = connection.acquire(timeout)
+    reply, fds = connection.acquire(timeout, progress)
     try:
         return Weights(connection, reply, fds, strict=strict, private=private)
     except BaseException:
         connection.close()
         raise
+
+
+def _device(device: str | Sequence[str] | None) -> str | list[str] | None:
+    if device is None:
+        return None
+    if not isinstance(device, str):
+        return [str(_device(one)) for one in device]
+    # The daemon may count GPUs differently.
+    return gpu_by_name(device).uuid if device.partition(":")[0] == "cuda" else device
 
 
 def _uri(model: str | os.PathLike[str]) -> str:
@@ -126,6 +136,8 @@ class Weights(Mapping[str, "torch.Tensor"]):
         weakref.finalize(self, connection.close).atexit = False  # the kernel sees to that
         self._strict = strict
         self._private = private
+        self.report: Report | None = None
+        """What became of the parameters of the model that these were bound to, where they were."""
         self._callbacks: list[Callable[[float], None]] = []
         self._revoked: float | None = None
         self._lock = threading.Lock()
@@ -242,6 +254,10 @@ class Weights(Mapping[str, "torch.Tensor"]):
             raise NotReady(f"tensor {name!r} is not verified yet: stream() yields tensors as they are")
         return self.manifest.entry(index)
 
+    def aliases(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's memory is in the segment."""
+        return self._mapping.holds(tensor)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._index)
 
@@ -262,6 +278,11 @@ class Weights(Mapping[str, "torch.Tensor"]):
         ``timeout`` in seconds bounds the whole. Raises StageFailed where the stage fails on the way (what was yielded
         stays what it is), AttachTimeout, DaemonUnavailable where the daemon goes away.
         """
+        for name in self.verified(timeout):
+            yield name, self[name]
+
+    def verified(self, timeout: float | None = None) -> Iterator[str]:
+        """Yield the names of tensors as they become verified, each once. Raises as ``stream`` does."""
         names = self.manifest.names
         deadline = None if timeout is None else time.monotonic() + timeout
         yielded = [False] * len(names)
@@ -272,7 +293,7 @@ class Weights(Mapping[str, "torch.Tensor"]):
             for index in news:
                 if not yielded[index]:
                     yielded[index] = True
-                    yield names[index], self[names[index]]
+                    yield names[index]
             if self._verified is None:
                 return
             news = self._advance(deadline, timeout)
