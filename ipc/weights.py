@@ -152,6 +152,8 @@ class Weights(Mapping[str, "torch.Tensor"]):
         """The lease's id, as ``GET /v1/leases`` shows it."""
         self.ready: bool = reply["ready"]
         """Whether all of it is verified; while False, only what ``stream()`` has yielded is."""
+        self.footprint: int = reply["footprint"] or reply["nbytes"]
+        """Bytes of the device's memory that the segment takes."""
         try:
             segment, manifest = fds
             with mmap.mmap(manifest, reply["manifest_nbytes"], prot=mmap.PROT_READ) as text:
