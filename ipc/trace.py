@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from weightd.ipc.dtypes import DTYPES
 from weightd.ipc.recipe import Box, Constant, Move, Parameter
 
 _aten = torch.ops.aten
@@ -603,10 +604,10 @@ def placed(tensor: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
 
 
 _NAMES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
-    torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
-    torch.complex64: "C64", torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fn: "F8_E4M3",
-}  # fmt: skip
+    getattr(torch, kind.torch): name
+    for name, kind in DTYPES.items()
+    if kind.torch and kind.bits >= 8 and hasattr(torch, kind.torch)
+}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -28,8 +28,7 @@ from weightd.ipc.client import Client
 from weightd.ipc.dtypes import DTYPES
 from weightd.ipc.errors import AttachTimeout, ModelMismatch, RequestRefused
 from weightd.ipc.lease import socket_path
-from weightd.ipc.manifest import Entry
-from weightd.ipc.recipe import Box, Key, Move, Parameter, encode
+from weightd.ipc.recipe import Box, Key, Move, Parameter, digest_of, encode
 from weightd.ipc.report import Report
 from weightd.ipc.trace import Trace, placed, rebind, trace
 from weightd.ipc.weights import Weights, attach
@@ -151,6 +150,8 @@ class Binding:
     def begin(self, keys: Sequence[Key], place: int = 0) -> Weights | None:
         """Lease what these layouts give, where the daemon has them all already, so that it loads while the model is
         being built; else None."""
+        if self._weights is not None:
+            return self._weights
         try:
             for key in keys:
                 self._client.layout(key.digest)
@@ -212,7 +213,8 @@ class Binding:
         covered by nothing, Untraceable, and what ``attach`` raises; the model is of no use then.
         """
         traced = self._traced(model, load)
-        self._client.put_layout(keys[place].digest, self._recipe(keys[place], traced))
+        recipe = self._recipe(keys[place], traced)
+        self._client.put_layout(keys[place].digest, recipe)
         for key in keys:
             if key != keys[place]:
                 self._client.layout(key.digest, wait=min(self._left(), _OTHERS_SECONDS))
@@ -220,7 +222,11 @@ class Binding:
             self._weights = self._lease(keys, place)
         weights = self._weights
         self._wait(weights)
-        self._check(weights, traced)
+        if weights.manifest.layout != digest_of(recipe):
+            raise ModelMismatch(
+                f"{self.model}: the segment is in layout {weights.manifest.layout}, this engine has traced "
+                f"{digest_of(recipe)}"
+            )
         self._load_opaque(_held(model), traced, weights, load)
         modes, lent = self._place(model, traced, weights, self._cloned(model, traced, weights, writes))
         if left := [name for name, tensor in _held(model).items() if tensor.is_meta]:
@@ -279,16 +285,6 @@ class Binding:
             moves.append(Move(name, len(entries), whole, whole))
             entries.append(Parameter(_RAW + name, dtype, shape))
         return encode(key, self.tensors, entries, moves, traced.constants)
-
-    def _check(self, weights: Weights, traced: Trace) -> None:
-        """That the segment is what this process's own trace says it is."""
-        for wanted in traced.entries:
-            found: Entry | None = weights.entry(wanted.name) if wanted.name in weights else None
-            if found is None or (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
-                raise ModelMismatch(
-                    f"{self.model}: the layout at the daemon has {found and (found.dtype, found.shape)} for "
-                    f"{wanted.name!r}, this engine wants {(wanted.dtype, wanted.shape)}"
-                )
 
     def _load_opaque(self, held: Mapping[str, torch.Tensor], traced: Trace, weights: Weights, load: Load) -> None:
         """Give what no recipe describes memory of its own, and let the engine's loader write to it. Whatever else that

@@ -150,7 +150,7 @@ class WeightdLoader(BaseModelLoader):
             binding = Binding(_uri(model_config), self.options, log=log)
         except WeightdError as error:
             fall(error, self.options, log, _uri(model_config))
-            yield from self._own(model_config).get_all_weights(model_config, model)  # type: ignore[attr-defined]
+            yield from self._own(model_config).get_all_weights(model_config, model)
             return
         with binding:
             yield from binding.stream()
