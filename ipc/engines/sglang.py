@@ -352,7 +352,7 @@ def _writes(module: torch.nn.Module) -> bool:
 def key_of(headers: str, model_config: ModelConfig, load_config: LoadConfig, processor: str) -> Key:
     """The key of this process's layout; ``processor`` is what it will run on, as ``processor_of`` names it."""
     parallel, experts = get_parallel(), get_exec().moe
-    sizes = {name: int(getattr(parallel, name) or 0) for name in (*_SIZES, *_RANKS)}
+    sizes = {name: _number(parallel, name) for name in (*_SIZES, *_RANKS)}
     config = {
         "model": model_config.hf_config.to_dict(),
         "architecture": get_model_architecture(model_config)[0].__name__,
@@ -371,6 +371,13 @@ def key_of(headers: str, model_config: ModelConfig, load_config: LoadConfig, pro
         parallel=sizes,
         backends=[processor, f"experts {experts.moe_runner_backend}", f"exchange {experts.moe_a2a_backend}"],
     )
+
+
+def _number(parallel: Any, name: str) -> int:
+    try:
+        return int(getattr(parallel, name) or 0)
+    except RuntimeError:  # this engine has no such groups
+        return 0
 
 
 def processor_of(device: torch.device) -> str:
