@@ -1,8 +1,9 @@
 """In SGLang's environment: start an engine, unmodified, and print the tokens that it generates.
 
 ``run_sglang.py MODEL PROMPTS [ARGUMENTS]``: PROMPTS are lists of tokens, ARGUMENTS are the engine's, both as JSON. Each
-line of standard input is PROMPTS again; the engine ends with it. ``run_sglang.py serve OPTION...`` is
-``python -m sglang.launch_server`` with these options.
+line of standard input is PROMPTS again, or a folder in quotes, whose weights it generates with from then on; the engine
+ends with it. ``run_sglang.py serve OPTION...`` is
+``python -m sglang.launch_server`` with these options, ``run_sglang.py trace OPTION...`` is ``weightd trace``.
 
 With FOUND in the environment each of the engine's processes writes there what has become of its model.
 """
@@ -68,6 +69,10 @@ def generate(engine, prompts):
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "trace":
+        from weightd.ipc.engines.ahead import main
+
+        sys.exit(main(sys.argv[2:]))
     if sys.argv[1] == "serve":
         from sglang.launch_server import run_server
         from sglang.srt.plugins import load_plugins
@@ -79,6 +84,10 @@ if __name__ == "__main__":
     engine = sglang.Engine(model_path=sys.argv[1], **ON_CPU | json.loads(sys.argv[3] if len(sys.argv) > 3 else "{}"))
     generate(engine, sys.argv[2])
     for line in sys.stdin:
-        if prompts := line.strip():
-            generate(engine, prompts)
+        if line.startswith('"'):
+            done, why, *_ = engine.update_weights_from_disk(json.loads(line))
+            assert done, why
+            generate(engine, sys.argv[2])
+        elif line.strip():
+            generate(engine, line)
     engine.shutdown()

@@ -45,6 +45,14 @@ def python_of(engine: str) -> Path:
     return python
 
 
+def environment_of(python: Path, home: Path) -> dict[str, str]:
+    """What every process of an engine gets here: nothing of this machine's own."""
+    return {
+        "PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(home), "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }  # fmt: skip
+
+
 class Engine:
     """One engine process, that generates tokens as it is asked to; used in a ``with`` block.
 
@@ -65,10 +73,7 @@ class Engine:
         home.mkdir()
         self.log = home / "log"
         self.home = home
-        own = {
-            "PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(home), "HF_HUB_OFFLINE": "1",
-            "FOUND": str(home), "PYTHONDONTWRITEBYTECODE": "1",
-        }  # fmt: skip
+        own = environment_of(python, home) | {"FOUND": str(home)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [python, HERE / f"run_{engine}.py", model, json.dumps(prompts), json.dumps(arguments or {})],
@@ -94,10 +99,10 @@ class Engine:
             alarm.cancel()
         raise AssertionError(f"the engine has ended:\n{self.said()[-5000:]}")
 
-    def ask(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Generate once more."""
+    def ask(self, what: Sequence[Sequence[int]] | str) -> list[list[int]]:
+        """Generate once more; with the weights of a folder, where one is named."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(prompts) + "\n")
+        self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
         return self.tokens()
 
