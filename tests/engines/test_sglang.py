@@ -326,7 +326,8 @@ def test_an_update_of_weights_that_are_lent_on_a_gpu_is_refused_before_it_writes
     """
     done = subprocess.run(
         [python, "-c", program, HERE / "run_sglang.py"],
-        env=environment_of(python, tmp_path) | {"PYTHONPATH": str(path)}, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600,
+        env=environment_of(python, tmp_path) | {"PYTHONPATH": str(path)},
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("(")]
