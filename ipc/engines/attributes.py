@@ -39,7 +39,7 @@ class Attributes:
             owners.setdefault(held.untyped_storage()._cdata, held)
         self._views: dict[tuple[torch.nn.Module, str], Any] = {}
         for module, name, value in _attributes(model):
-            if any(tensor.untyped_storage()._cdata in owners for tensor in _tensors(value)):
+            if any(_owner(tensor, owners) is not None for tensor in _tensors(value)):
                 taken = [_taken(each, owners) for each in (value if isinstance(value, tuple) else (value,))]
                 self._views[module, name] = tuple(taken) if isinstance(value, tuple) else taken[0]
                 vars(module)[name] = None
@@ -81,12 +81,20 @@ def _meta(value: Any) -> bool:
     return any(tensor.is_meta for tensor in _tensors(value))
 
 
+def _owner(value: Any, owners: dict[int, torch.Tensor]) -> torch.Tensor | None:
+    """Of what a tensor is a view; None where it is none, or is taken for another dtype."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    owner = owners.get(value.untyped_storage()._cdata)
+    return None if owner is None or owner is value or owner.dtype != value.dtype else owner
+
+
 def _taken(value: Any, owners: dict[int, torch.Tensor]) -> Any:
-    owner = owners.get(value.untyped_storage()._cdata) if isinstance(value, torch.Tensor) else None
-    if owner is None or value is owner:
+    owner = _owner(value, owners)
+    if owner is None:
         return value
-    return _View(tuple(value.shape), tuple(value.stride()), int(value.storage_offset()), owner,
-                 int(owner.storage_offset()))  # fmt: skip
+    at, owned = int(value.storage_offset()), int(owner.storage_offset())
+    return _View(tuple(value.shape), tuple(value.stride()), at, owner, owned)
 
 
 def _given(value: Any) -> Any:

@@ -327,6 +327,8 @@ def _not_taken(model_config: ModelConfig, device: torch.device) -> str:
     offload = get_exec().offload
     if device.type not in ("cpu", "cuda"):
         return f"it knows no device {device}"
+    if get_model().weight_cache_mode != "off":
+        return "SGLang's own weight cache is to hold it (--weight-cache-mode)"
     if getattr(model_config, "modelopt_quant", None):
         return "ModelOpt loads in its own way"
     if offload.cpu_offload_gb > 0 or offload.offload_group_size > 0 or offload.ple_offload_embedding:
