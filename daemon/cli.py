@@ -363,6 +363,14 @@ def doctor(
         sys.exit(1)
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def trace(context: typer.Context) -> None:
+    """Give the daemon an engine's own layouts ahead of its first start, in the engine's own image (trace --help)."""
+    from weightd.ipc.engines.ahead import main as trace_ahead
+
+    sys.exit(trace_ahead(context.args))
+
+
 # ---------------------------------------------------------------------- printing
 
 

@@ -236,6 +236,12 @@ class Binding:
         self._weights = None  # the model's, from now on
         return weights
 
+    def teach(self, model: torch.nn.Module, load: Load, key: Key) -> dict[str, Any]:
+        """Give the daemon the layout of a model that is not to be bound (``weightd trace``); what it says of that, and
+        which parameters are ``opaque``. Raises ModelMismatch, Untraceable, RequestRefused."""
+        traced = self._traced(model, load)
+        return {**self._client.put_layout(key.digest, self._recipe(key, traced)), "opaque": sorted(traced.opaque)}
+
     def _traced(self, model: torch.nn.Module, load: Load) -> Trace:
         """Raises ModelMismatch, Untraceable."""
         what = type(model).__name__

@@ -19,3 +19,13 @@ def vllm() -> None:
         register()
     except Exception:
         log.exception("weightd: vLLM starts without it")
+
+
+def sglang() -> None:
+    """Group ``sglang.srt.plugins``."""
+    try:
+        from weightd.ipc.engines.sglang import register
+
+        register()
+    except Exception:
+        log.exception("weightd: SGLang starts without it")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 
 from tests.engines.environment import HERE, Driven, beside, environment, python
 from tests.engines.models import make
-from tests.servers import Daemon, SeaweedFS
+from tests.servers import Daemon
 
 pytestmark = pytest.mark.timeout(1200)
 PROMPTS = [[1, 5, 9, 100 + number] for number in range(3)]
