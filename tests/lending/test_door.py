@@ -155,6 +155,29 @@ def test_a_connection_that_is_gone_before_it_is_let_in_ends_no_accept_loop(
     inside(tmp_path, 10, body)
 
 
+def test_one_that_is_gone_before_it_is_known_who_it_is_ends_no_accept_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = [OSError(errno.ENOTCONN, "it is gone")]
+
+    def peer_of(connection: socket.socket) -> Peer:
+        if gone:
+            raise gone.pop()
+        return Peer(1, 0, 0, ())
+
+    monkeypatch.setattr(module, "peer_of", peer_of)
+
+    async def body(room: Room) -> None:
+        with socket.socket(socket.AF_UNIX) as first:
+            first.connect(room.path)
+            first.setblocking(False)
+            assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(first, 1), 60) == b""
+        await room.come()
+        assert len(room.door.visits) == 1
+
+    inside(tmp_path, 10, body)
+
+
 # ---------------------------------------------------------------------- how many places, and whose
 
 
