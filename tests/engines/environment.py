@@ -62,8 +62,8 @@ class Driven:
         with self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 [python(engine), HERE / script, json.dumps(settings)],
-                env=dict(variables), cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                start_new_session=True,
+                env=dict(variables), cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                text=True, start_new_session=True,
             )  # fmt: skip
         self.log = ""
         """What it has said on its standard output so far."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,7 @@ def start(tmp_path: Path, beside_vllm: Path) -> Iterator[Callable[..., Driven]]:
         variables = environment("vllm", folder, [beside_vllm, HERE]) | (env or {})
         if daemon is not None:
             variables["WEIGHTD_RUNTIME_DIR"] = str(daemon.runtime_dir)
-        if settings.get("tensor_parallel_size"):
-            variables["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+        variables |= bound_to_cores(settings.get("tensor_parallel_size", 1))
         engine = Driven("vllm", "drive_vllm.py", {"model": model, **settings}, variables, folder)
         running.append(engine)
         assert engine.answer() == "started"
@@ -133,3 +133,114 @@ def test_what_goes_wrong_ends_in_vllms_own_loader_or_is_raised_as_was_asked(
     assert answers[8]["differ"] == []
     assert answers[8]["report"]["share"] == 1.0
     assert answers[9]["raised"].startswith("ModelMismatch: ")
+
+
+@pytest.fixture(scope="session")
+def truth(models: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Any]:
+    """The tokens that vLLM generates by itself, with no weightd beside it."""
+    known: dict[tuple[str, int], Any] = {}
+
+    def tokens(name: str, ranks: int) -> Any:
+        if (name, ranks) not in known:
+            folder = tmp_path_factory.mktemp("truth")
+            variables = environment("vllm", folder, [HERE]) | bound_to_cores(ranks)
+            settings = {"model": models(name), "tensor_parallel_size": ranks}
+            with Driven("vllm", "drive_vllm.py", settings, variables, folder) as engine:
+                assert engine.answer() == "started"
+                known[name, ranks] = engine.ask("generate", prompts=PROMPTS)
+        return known[name, ranks]
+
+    return tokens
+
+
+def bound_to_cores(ranks: int) -> dict[str, str]:
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if ranks > 1 else {}
+
+
+WEIGHTD = {"load_format": "weightd", **extra(fallback=False)}
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("tied", 1), ("moe", 1), ("llama", 2), ("moe", 2)])
+def test_an_engine_generates_what_it_generates_by_itself(
+    name: str,
+    ranks: int,
+    models: Callable[[str], str],
+    truth: Callable[[str, int], Any],
+    start: Callable[..., Driven],
+    start_daemon: Callable[..., Daemon],
+) -> None:
+    daemon = start_daemon()
+    engine = start(models(name), daemon, tensor_parallel_size=ranks, **WEIGHTD)
+    assert engine.ask("generate", prompts=PROMPTS) == truth(name, ranks)
+    reports = engine.ask("report")
+    assert len(reports) == ranks
+    assert all(report["share"] > (0.4 if name == "moe" else 0.9999) for report in reports)
+    # Each process has a segment and a lease of its own, all of one stage, which has read nothing twice.
+    (stage,) = daemon.client.stages()
+    assert {report["stage"] for report in reports} == {stage["id"]}
+    assert {report["lease"] for report in reports} == {lease["id"] for lease in daemon.client.leases()}
+    stored = sum(path.stat().st_size for path in Path(models(name)).glob("*.safetensors"))
+    assert stage["bytes_done"] <= stored
+    engine.__exit__(None, None, None)
+    assert daemon.client.leases() == []
+
+
+def test_an_engine_outlives_the_daemon_and_loads_again_from_the_next(
+    models: Callable[[str], str],
+    truth: Callable[[str, int], Any],
+    start: Callable[..., Driven],
+    start_daemon: Callable[..., Daemon],
+) -> None:
+    daemon, tokens = start_daemon(), truth("llama", 1)
+    first, second = (start(models("llama"), daemon, **WEIGHTD) for _ in range(2))
+    digests = first.ask("digests")
+    assert first.ask("generate", prompts=PROMPTS) == second.ask("generate", prompts=PROMPTS) == tokens
+    leases = {lease["id"] for lease in daemon.client.leases()}
+    assert len(leases) == 2
+    assert len(daemon.client.stages()) == 1
+    os.kill(daemon.pid, signal.SIGKILL)
+    assert first.ask("generate", prompts=PROMPTS) == tokens
+    deadline = time.monotonic() + 30
+    while {lease["id"] for lease in daemon.client.leases()} != leases:
+        assert time.monotonic() < deadline, daemon.client.leases()
+        time.sleep(0.2)
+    # What one engine does to its weights is its own: the memory is copied as it is written to.
+    first.ask("scribble")
+    assert first.ask("generate", prompts=PROMPTS) != tokens
+    assert second.ask("generate", prompts=PROMPTS) == tokens
+    assert second.ask("digests") == digests
+    first.ask("reload")
+    assert first.ask("generate", prompts=PROMPTS) == tokens
+    assert first.ask("digests") == digests
+    os.killpg(second.process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while len(daemon.client.leases()) > 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert first.ask("generate", prompts=PROMPTS) == tokens
+
+
+def test_an_object_uri_needs_nothing_but_a_daemon(
+    models: Callable[[str], str],
+    s3: SeaweedFS,
+    truth: Callable[[str, int], Any],
+    start: Callable[..., Driven],
+    start_daemon: Callable[..., Daemon],
+) -> None:
+    tokens = truth("llama", 1)
+    uri = s3.upload(Path(models("llama")), "vllm/llama")
+    daemon = start_daemon(env=s3.env)
+    env = {**s3.env, "RUNAI_STREAMER_S3_ENDPOINT": s3.url}
+    engine = start(uri, daemon, env)
+    assert engine.ask("generate", prompts=PROMPTS) == tokens
+    (report,) = engine.ask("report")
+    assert report["share"] == 1.0
+    (stage,) = daemon.client.stages()
+    assert (stage["id"], stage["model"], stage["state"]) == (report["stage"], uri, "ready")
+    engine.__exit__(None, None, None)
+    # The daemon has gone before the engine looks: vLLM does what it would have done.
+    daemon.stop()
+    alone = start(uri, daemon, env)
+    assert alone.ask("report") == [None]
+    assert alone.ask("generate", prompts=PROMPTS) == tokens
+    assert "vLLM loads by itself" in alone.said
