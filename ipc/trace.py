@@ -340,7 +340,7 @@ def _cast(dtypes: Sequence[torch.dtype], to: torch.dtype) -> bool | None:
 def _through(origin: Box, view: Box) -> tuple[Box, list[tuple[int, ...]]] | None:
     """A view of a storage that holds ``origin``'s elements row by row, as a box of what these are of, and the sizes
     that each of its dimensions is in parts there, outermost first; None where it is no box there."""
-    whole = [(size,) for size in view.shape]
+    whole: list[tuple[int, ...]] = [(size,) for size in view.shape]
     if 0 in view.shape:
         return Box(0, view.shape, view.strides), whole
     rows = []

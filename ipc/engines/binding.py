@@ -26,7 +26,7 @@ import torch
 
 from weightd.ipc.client import Client
 from weightd.ipc.dtypes import DTYPES
-from weightd.ipc.errors import AttachTimeout, ModelMismatch, RequestRefused
+from weightd.ipc.errors import AttachTimeout, ModelMismatch, RequestRefused, WeightdError
 from weightd.ipc.lease import socket_path
 from weightd.ipc.recipe import Box, Key, Move, Parameter, digest_of, encode
 from weightd.ipc.report import Report
@@ -82,9 +82,13 @@ class Untraceable(ModelMismatch):
     """A trace does not show what the engine's loader does: it takes the loader itself (``Binding.stream``)."""
 
 
+class NoRoom(WeightdError):
+    """The device has no room for what the daemon holds and for what the engine would load by itself."""
+
+
 def fall(error: Exception, options: Options, log: logging.Logger, what: str) -> None:
     """Say why the engine loads ``what`` by itself; where it may not, the error is raised again."""
-    if not options.fallback:
+    if not options.fallback or isinstance(error, NoRoom):
         raise error
     log.warning("weightd: the engine loads %s itself: %s: %s", what, type(error).__name__, error)
 
@@ -161,6 +165,22 @@ class Binding:
             raise
         self._weights = self._lease(keys, place)
         return self._weights
+
+    def make_room(self) -> None:
+        """Let go, for the engine to load by itself. On a GPU that has no room for both, the daemon has given its memory
+        back when this returns. Raises NoRoom where it does not, as others lease it."""
+        weights, self._weights = self._weights, None
+        if weights is None:
+            return
+        weights.close()
+        if weights.device == "cpu" or torch.cuda.mem_get_info(weights.device)[0] > weights.footprint:
+            return
+        try:
+            self._client.remove(weights.manifest.stage)
+        except WeightdError as error:
+            raise NoRoom(
+                f"{weights.device} has no room for {self.model} a second time, and the daemon keeps it: {error}"
+            ) from error
 
     def _lease(self, keys: Sequence[Key], place: int) -> Weights:
         return attach(

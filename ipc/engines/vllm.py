@@ -174,6 +174,9 @@ class WeightdLoader(BaseModelLoader):
                 if self.options.mode != "auto":
                     raise
                 log.info("weightd: %s is streamed: %s", _uri(model_config), error)
+            except Exception:
+                binding.make_room()
+                raise
             with _registrations(vllm_config):
                 return _Streamed(self.load_config, binding.stream()).load_model(
                     vllm_config=vllm_config, model_config=model_config, prefix=prefix
