@@ -159,7 +159,7 @@ def test_an_object_uri_is_served_to_engines_that_cannot_read_it_and_outlives_the
             assert found["tensors"] == tensors
             assert found["weights"]["share"] == 1.0
             # What was there before the engine is memory that it misses, and does not need again.
-            assert found["weights"]["preloaded"] == (found["weights"]["nbytes"] if home == "second" else 0)
+            assert found["weights"]["preloaded"] == (found["weights"]["footprint"] if home == "second" else 0)
         (stage,) = daemon.client.stages()
         assert [layout["key"] for layout in daemon.client.layouts()] == [told["key"]]
         assert len(daemon.client.leases()) == 2
