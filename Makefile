@@ -1,6 +1,6 @@
 # make demo    the main job, end to end, on a real model (MODEL=uri or folder: on yours)
 # make test    the whole test suite, files side by side in WORKERS processes (ARGS="-k name tests/chart")
-# make test-engines  engines that people serve with, as they come, on a CPU: vLLM, SGLang (gigabytes, and minutes to install)
+# make test-engines  engines that people serve with, as they come, on a CPU: vLLM, SGLang, ModelExpress (6 GB, minutes)
 # make quick   the tests of one room, without torch, engines and servers: minutes from nothing (ARGS=tests/filling)
 # make check   lint, format, types, and that no room imports what is above it: make lint, formatted, types, layers
 # make soak    kill -9 at random moments, ROUNDS times (SEED=... for the same ones again)
@@ -53,7 +53,8 @@ demo: $(VENV)/weightd.stamp
 test: $(VENV)/weightd.stamp $(VENV)/test.stamp $(VENV)/clients.stamp
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
-test-engines: $(VENV)/weightd.stamp $(VENV)/test.stamp $(VENV)/vllm.stamp $(VENV)/sglang.stamp
+test-engines: $(VENV)/weightd.stamp $(VENV)/test.stamp $(VENV)/vllm.stamp $(VENV)/sglang.stamp \
+  $(VENV)/modelexpress.stamp
 	$(VENV)/bin/python -m pytest $(or $(ARGS),tests/engines)
 
 # Of the checkout itself: nothing is built, and an edit is tested at once.
@@ -161,6 +162,13 @@ $(VENV)/vllm.stamp $(VENV)/sglang.stamp: $(VENV)/%.stamp: tests/engines/%.txt co
 	$(PYTHON) -m venv $(VENV)/$*
 	$(VENV)/$*/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt torch
 	$(VENV)/$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/engines/$*.txt
+	touch $@
+
+# No environment: what is put in front of vLLM's.
+$(VENV)/modelexpress.stamp: tests/engines/modelexpress.txt $(VENV)/vllm.stamp
+	rm -rf $(VENV)/modelexpress
+	$(VENV)/vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --target $(VENV)/modelexpress \
+	  -r tests/engines/modelexpress.txt
 	touch $@
 
 $(VENV)/mutants.stamp: $(VENV)/test.stamp

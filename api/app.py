@@ -40,7 +40,7 @@ from weightd.daemon.lending.credentials import AllowedPeers
 from weightd.daemon.lending.lease_socket import lend_by_handle, resolve
 from weightd.daemon.node.feed import Feed, Watcher
 from weightd.daemon.node.service import Node
-from weightd.daemon.stages.request import StageRequest
+from weightd.daemon.stages.request import StageRequest, parse_request
 from weightd.daemon.stages.stage import Stage
 from weightd.ipc.runtime_dir import LEASE_SOCKET
 
@@ -240,10 +240,13 @@ def create_app(
     @app.get("/v1/checkpoint", response_model=CheckpointRecord, responses=responses(404, 429, 502))
     async def checkpoint(
         model: Annotated[str, Query(min_length=1, max_length=4096, description="Its URI, as in POST /v1/stage.")],
-        weights: Annotated[list[str] | None, Query(max_length=10_000, description="As in POST /v1/stage.")] = None,
+        weights: Annotated[
+            list[Annotated[str, Query(max_length=1024)]] | None,
+            Query(max_length=16, description="As in POST /v1/stage, as many as a URL holds."),
+        ] = None,
     ) -> Response:
         """What the headers of a checkpoint say. No weights are read, and nothing is staged."""
-        found, metadata = await node.checkpoint(StageRequest(model=model, weights=weights or None))
+        found, metadata = await node.checkpoint(parse_request({"model": model, "weights": weights or None}))
         text = await asyncio.to_thread(checkpoint_json, found, metadata)
         return Response(text, media_type="application/json")
 

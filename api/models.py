@@ -82,7 +82,10 @@ class StageRecord(BaseModel):
     error: StageError | None = Field(description="Why it ended, where it is failed or cancelled.")
     request: StageRequest = Field(description="What was asked for.")
     request_id: str = Field(description="X-Request-ID of the request that it was made for; empty where for none.")
-    source: str = Field(description="Source of its bytes: file, s3, gs, az, hf; peer where no origin answers.")
+    source: str = Field(
+        description="Source of its bytes: file, s3, gs, az, hf; resident where another layout of the "
+        "checkpoint was in memory; peer where no origin answers."
+    )
     created_at: float = Field(description="When it was asked for, in seconds since the epoch.")
     ready_at: float | None = Field(description="When it became ready, in seconds since the epoch.")
     bytes_total: int = Field(description="Bytes to read; 0 until planned and started.")

@@ -37,8 +37,13 @@ from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.peers.moving.movers import Movers, unavailable
 from weightd.daemon.peers.pulling.for_stages import Pulling
 from weightd.daemon.redaction import redacted
-from weightd.daemon.s3.endpoint import Access, Endpoint
+from weightd.daemon.s3.answering import Answering
+from weightd.daemon.s3.asked import Access
+from weightd.daemon.s3.bodies import Bodies
+from weightd.daemon.s3.endpoint import Endpoint
+from weightd.daemon.s3.maps import Maps
 from weightd.daemon.s3.objects import Objects
+from weightd.daemon.s3.origins import Origins
 from weightd.daemon.s3.signatures import Keys
 from weightd.daemon.settings import Settings
 from weightd.daemon.sources import aws
@@ -212,12 +217,17 @@ def open_endpoint(settings: Settings, node: Node, allow: Allow) -> Endpoint:
     """The S3 endpoint, as the settings have it."""
     secret = settings.s3_secret_key
     keys = Keys(settings.s3_access_key, secret.get_secret_value()) if secret else None
-    objects = Objects(node, allow, absent=settings.s3_absent, device=settings.s3_device)
+    origins = Origins(allow)
+    objects = Objects(node, origins, allow)
+    maps = Maps(node.cache, origins, allow)
+    bodies = Bodies(node, objects, origins, maps, absent=settings.s3_absent, device=settings.s3_device)
     host = parse_listen(settings.s3_listen)[0]
     access = Access(
         keys, tuple(dict.fromkeys(("localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host.lower())))
     )
-    return Endpoint(objects, access, node.metrics, threads=min(4, max(2, (os.cpu_count() or 1) // 2)))
+    return Endpoint(
+        Answering(objects, bodies, origins), access, node.metrics, threads=min(4, max(2, (os.cpu_count() or 1) // 2))
+    )
 
 
 class _Stop:

@@ -172,6 +172,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The tensor that the loader was given last."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.is_view:  # most of what a loader does: it is of the same storage, and writes nothing
+            return func(*args, **(kwargs or {}))
         kwargs = dict(kwargs or {})
         if kwargs.get("device") is not None and any(tensor.is_meta for tensor in _tensors(args)):
             kwargs |= {"device": torch.device("meta"), "pin_memory": None}  # weights on their way to the device
@@ -186,8 +188,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 value = value.item()
             self._fill(args[0], value)
             return args[0]
-        if func in (_aten.clone.default, _aten._to_copy.default) and (found := self._duplicate(func, args, kwargs)):
-            return found
+        if func in (_aten.clone.default, _aten._to_copy.default):
+            found = self._duplicate(func, args, kwargs)
+            if found is not None:
+                return found
         written = list(_written(func, args, kwargs))
         for tensor in written:
             self._change(tensor, self._named((args, kwargs)), func)
@@ -265,13 +269,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         origin = self.origins[_key(source)]
         if source.shape != target.shape:
             source = source.broadcast_to(target.shape)
-        box = _through(origin.box, _box(source))
-        if box is None:
+        through = _through(origin.box, _box(source))
+        if through is None:
             return "its elements are in an order that no view of the tensor has"
+        box, parts = through
         cast = _cast([*origin.dtypes, source.dtype], target.dtype)
         if cast is None:
             return f"it is converted, {' to '.join(map(str, (*origin.dtypes, target.dtype)))}"
-        return origin.tensor, box, _box(target), cast
+        return origin.tensor, box, _parted(_box(target), parts), cast
 
     def _fill(self, target: torch.Tensor, value: Any) -> None:
         if not target.numel():
@@ -291,14 +296,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if origin is None or not tensor.numel():
             return None
         new: torch.Tensor = func(*args, **kwargs)
-        box = _through(origin.box, _box(tensor))
         self.kept.append(new.untyped_storage())
-        if box is None or not _dense(new):
-            self.mixed[_key(new)] = {origin.tensor}
-            return new
         # The new storage in its own order: dimensions by falling stride.
         order = sorted(range(new.dim()), key=new.stride().__getitem__, reverse=True)
-        box = Box(box.offset, tuple(box.shape[dim] for dim in order), tuple(box.strides[dim] for dim in order))
+        view = _box(tensor)
+        view = Box(view.offset, tuple(view.shape[dim] for dim in order), tuple(view.strides[dim] for dim in order))
+        through = _through(origin.box, view) if _dense(new) else None
+        if through is None:
+            self.mixed[_key(new)] = {origin.tensor}
+            return new
+        box, _ = through
         self.origins[_key(new)] = _Origin(origin.tensor, box, (*origin.dtypes, tensor.dtype, new.dtype))
         return new
 
@@ -330,11 +337,12 @@ def _cast(dtypes: Sequence[torch.dtype], to: torch.dtype) -> bool | None:
     return None
 
 
-def _through(origin: Box, view: Box) -> Box | None:
-    """A view of a storage that holds ``origin``'s elements row by row, as a box of what these are of; None where it is
-    no box there."""
+def _through(origin: Box, view: Box) -> tuple[Box, list[tuple[int, ...]]] | None:
+    """A view of a storage that holds ``origin``'s elements row by row, as a box of what these are of, and the sizes
+    that each of its dimensions is in parts there, outermost first; None where it is no box there."""
+    whole = [(size,) for size in view.shape]
     if 0 in view.shape:
-        return Box(0, view.shape, view.strides)
+        return Box(0, view.shape, view.strides), whole
     rows = []
     step = 1
     for size in reversed(origin.shape):
@@ -352,31 +360,63 @@ def _through(origin: Box, view: Box) -> Box | None:
             dims.append((size, row, stride))
     if len(dims) <= 1:
         stride = dims[0][2] if dims else 1
-        return Box(origin.offset + view.offset * stride, view.shape, tuple(s * stride for s in view.strides))
+        strides = tuple(step * stride for step in view.strides)
+        return Box(origin.offset + view.offset * stride, view.shape, strides), whole
     at, rest = [], view.offset
     for _, row, _ in dims:
         at.append(rest // row)
         rest %= row
-    offset = origin.offset + sum(index * stride for index, (_, _, stride) in zip(at, dims, strict=True))
     reach = list(at)
-    shape: list[int] = []
-    strides: list[int] = []
+    parts: list[tuple[int, ...]] = []
+    strides_there: list[int] = []
     for count, step in zip(view.shape, view.strides, strict=True):
-        if count == 1 or step == 0:
-            shape.append(count)
-            strides.append(0)
-            continue
-        for dim, (size, row, stride) in enumerate(dims):
-            if step % row == 0 and step // row < size:
-                reach[dim] += (count - 1) * (step // row)
-                shape.append(count)
-                strides.append(step // row * stride)
-                break
-        else:
+        split = _split(dims, at, reach, count, step)
+        if split is None:
             return None
+        parts.append(tuple(size for size, _ in split))
+        strides_there += [stride for _, stride in split]
     if any(last >= size for last, (size, _, _) in zip(reach, dims, strict=True)):
         return None
-    return Box(offset, tuple(shape), tuple(strides))
+    offset = origin.offset + sum(index * stride for index, (_, _, stride) in zip(at, dims, strict=True))
+    return Box(offset, tuple(size for part in parts for size in part), tuple(strides_there)), parts
+
+
+def _split(
+    dims: Sequence[tuple[int, int, int]], at: Sequence[int], reach: list[int], count: int, step: int
+) -> list[tuple[int, int]] | None:
+    """One dimension of a view as (size, stride) in the tensor, several where it goes on from one of ``dims`` (size,
+    stride in the storage, stride in the tensor) to the one outside of it. ``at`` is where the view begins; ``reach``,
+    how far it goes in each, is brought up to date."""
+    inner: list[tuple[int, int]] = []
+    for dim in range(len(dims) - 1, -1, -1):
+        size, row, stride = dims[dim]
+        if count == 1 or step == 0:
+            break
+        if step % row or step // row >= size:
+            continue
+        every = step // row
+        here = count
+        if at[dim] + (count - 1) * every >= size:
+            here = size // every
+            if size % every or at[dim] >= every or count % here:
+                return None
+        reach[dim] += (here - 1) * every
+        inner.insert(0, (here, every * stride))
+        count, step = count // here, row * size
+    if count > 1 and step:
+        return None
+    return inner if inner and count == 1 else [(count, 0), *inner]
+
+
+def _parted(box: Box, parts: Sequence[tuple[int, ...]]) -> Box:
+    """The same box with each dimension in parts, outermost first."""
+    shape: list[int] = []
+    strides: list[int] = []
+    for part, stride in zip(parts, box.strides, strict=True):
+        for position, size in enumerate(part):
+            shape.append(size)
+            strides.append(stride * prod(part[position + 1 :]))
+    return Box(box.offset, tuple(shape), tuple(strides))
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

@@ -45,15 +45,16 @@ HERE = Place()
 def free_ports(count: int, spacing: int = 0, host: str = "127.0.0.1") -> list[int]:
     """Ports of an address that nobody listens on; with ``spacing``, port + spacing is free as well."""
     found: list[int] = []
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with contextlib.ExitStack() as stack:
         while len(found) < count:
-            first = stack.enter_context(socket.socket())
+            first = stack.enter_context(socket.socket(family))
             first.bind((host, 0))
             port = first.getsockname()[1]
             if spacing:
                 if port + spacing > 65535:
                     continue
-                second = stack.enter_context(socket.socket())
+                second = stack.enter_context(socket.socket(family))
                 try:
                     second.bind((host, port + spacing))
                 except OSError:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 LANGUAGES = {"sh", "python", "yaml", "promql", "dockerfile", "mermaid", "text", ""}
+CLIENTS = Path(sys.executable).parents[1] / "clients" / "bin"
 DEADLINE = 300
 
 BLOCK = re.compile(
@@ -78,6 +79,9 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> str:
         (folder / "helm").symlink_to(helm.program())
     except Missing as error:
         lacking(str(error))
+    if not (CLIENTS / "aws").exists():
+        lacking("aws: make .venv/clients.stamp")
+    (folder / "aws").symlink_to(CLIENTS / "aws")
     return str(folder)
 
 
@@ -92,7 +96,7 @@ def place(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if script(page)], ids=lambda page: page.name)
 def test_every_command_that_can_run_here_does(page: Path, place: Path, s3: SeaweedFS, model: str, tools: str) -> None:
-    (port,) = free_ports(1)
+    port, over_s3 = free_ports(2)
     own = {
         "PATH": f"{Path(sys.executable).parent}:{tools}:{os.environ['PATH']}",
         "HOME": str(place),
@@ -102,7 +106,7 @@ def test_every_command_that_can_run_here_does(page: Path, place: Path, s3: Seawe
         "WEIGHTD_CAPACITY": "cpu=1GiB",
         **s3.env,
     }
-    text = script(page).replace("7400", str(port))
+    text = script(page).replace("7400", str(port)).replace("7404", str(over_s3))
     needs_daemon = "weightd serve" not in text and re.search(r"^(curl|weightd) ", text, re.M)
     if needs_daemon:
         text = f"weightd serve &\nuntil weightd doctor --quick >/dev/null; do sleep 0.1; done\n{text}"

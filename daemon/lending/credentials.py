@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import socket
 import struct
 from collections.abc import Collection
@@ -46,9 +47,6 @@ def peer_of(connection: socket.socket) -> Peer:
     """The process at the other end of a connected Unix socket."""
     pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     groups = array.array("I")
-    try:
-        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
-        groups.frombytes(raw[: len(raw) - len(raw) % groups.itemsize])
-    except OSError:
-        pass  # more groups than fit, or an old kernel: the primary group counts
+    with contextlib.suppress(OSError):  # more groups than fit, or an old kernel: the primary group counts
+        groups.frombytes(connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES))
     return Peer(pid, uid, gid, tuple(groups))

@@ -95,7 +95,8 @@ async def lend_by_handle(node: Node, stage: Stage, rank: int, peer: Peer | None)
             if stage.revoked_until is not None and told != stage.revoke_deadline:
                 told = stage.revoke_deadline
                 yield {"type": "revoked", "seconds": max(0.0, told - now())}
-            await stage.changed(None)
+            else:  # what has changed while that was being told, nobody says again
+                await stage.changed(None)
     finally:
         node.residency.leases.end(lease)
 
@@ -218,7 +219,8 @@ class LeaseServer:
                 if told != stage.revoke_deadline:
                     told = stage.revoke_deadline
                     await self._send(connection, {"type": "revoked", "seconds": max(0.0, told - now())})
-                await stage.changed(None)
+                else:  # what has changed while that was being sent, nobody says again
+                    await stage.changed(None)
         finally:
             self._node.residency.leases.end(lease)
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from weightd.daemon.observing.clock import STAGE_PHASES
 
 STAGE_STATES = ("queued", "planning", "loading", "verifying", "ready", "failed", "cancelled", "evicted")
-SOURCES = ("file", "s3", "gs", "az", "hf", "peer")
+SOURCES = ("file", "s3", "gs", "az", "hf", "resident", "peer")
 EVICTED = ("capacity", "ttl", "request", "revoked")
 TRANSPORTS = ("rdma", "cuda_ipc", "shm", "tcp", "unknown")
 BETTER_PATHS = ("rdma", "shm", "cuda_ipc")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from weightd.daemon.checkpoints.header import parse_header
@@ -13,7 +13,10 @@ from weightd.daemon.stages.stage import Stage
 
 
 class Span(NamedTuple):
-    """Bytes ``start`` to ``end`` of a file, a whole tensor, which lie at ``offset`` in a segment (its index)."""
+    """Bytes ``start`` to ``end`` of a file, whole tensors, which lie at ``offset`` in a segment (its index).
+
+    ``entry`` is the tensor's, the first one's where there are several: so one each until all are verified.
+    """
 
     start: int
     end: int
@@ -46,13 +49,18 @@ class FileMap:
         self.prefix = prefix
         self.size = size
         self._spans = spans
+        self._starts = [span.start for span in spans]
         self._ends = [span.end for span in spans]
 
-    def parts(self, first: int, nbytes: int) -> Iterator[bytes | Held | Lacking]:
+    def count(self, first: int, nbytes: int) -> int:
+        """How many tensors ``nbytes`` bytes from ``first`` on are of, of those that are held."""
+        return bisect.bisect_left(self._starts, first + nbytes) - bisect.bisect_right(self._ends, first)
+
+    def parts(self, first: int, nbytes: int) -> Iterator[memoryview | Held | Lacking]:
         """What ``nbytes`` bytes from ``first`` on are, in order, without a gap."""
         end = first + nbytes
         if first < len(self.prefix):
-            yield self.prefix[first : min(end, len(self.prefix))]
+            yield memoryview(self.prefix)[first : min(end, len(self.prefix))]
             first = min(end, len(self.prefix))
         for span in self._spans[bisect.bisect_right(self._ends, first) :]:
             if first >= end or span.start >= end:
@@ -100,7 +108,23 @@ def of_manifests(stage: Stage, file: int, prefix: bytes) -> FileMap:
             if (entry.dtype, entry.shape) == (tensor.dtype, tuple(tensor.shape)):
                 end = tensor.start + tensor.nbytes
                 found[tensor.start] = Span(tensor.start, end, segment, index, entry.offset)
-    return FileMap(prefix, [found[start] for start in sorted(found)], size)
+    return FileMap(prefix, list(_joined(found[start] for start in sorted(found))), size)
+
+
+def _joined(spans: Iterable[Span]) -> Iterator[Span]:
+    """Tensors that follow each other in the file and in a segment as one: they are sent by fewer calls."""
+    last: Span | None = None
+    for span in spans:
+        if last is not None and (last.end, last.segment, last.offset + last.end - last.start) == (
+            span.start, span.segment, span.offset,
+        ):  # fmt: skip
+            last = last._replace(end=span.end)
+            continue
+        if last is not None:
+            yield last
+        last = span
+    if last is not None:
+        yield last
 
 
 def verified(stage: Stage, held: Held, *, by_leaf: bool) -> int:

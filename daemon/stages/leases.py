@@ -67,7 +67,8 @@ class Leases:
             stage.notify()
 
     def begin_reading(self, stage: Stage, client: str) -> Lease:
-        """Record that somebody reads a stage over S3: nobody maps it, and nobody comes back to it after a restart."""
+        """Record that somebody reads a stage, over S3 or to fill another: nobody maps it, and nobody comes back to it
+        after a restart."""
         rank = stage.request.ranks[0]
         lease = Lease("le-" + secrets.token_hex(6), stage.id, rank, None, None, None, time.time(), client)
         stage.leases[lease.id] = lease

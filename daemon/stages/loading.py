@@ -35,6 +35,7 @@ from weightd.daemon.observing.clock import Clock
 from weightd.daemon.sources.base import ANSWERS, Reader, Source, SourceFile, changed
 from weightd.daemon.stages.planning import Plan, expected_sha256
 from weightd.daemon.stages.request import StageRequest
+from weightd.daemon.stages.resident import KIND
 from weightd.daemon.tensors import TensorInfo
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ class Loading:
         on_host = all(device.uuid is None for device in self.devices)
         # The library is not known to let go of what it had on several GPUs in the right contexts.
         several = len(set(self.devices)) > 1
-        self._native = not on_host and not several and self.devices[0].streams_into() is not None
+        streams = not on_host and not several and self.source.kind != KIND
+        self._native = streams and self.devices[0].streams_into() is not None
         # What is worth reading at once is a matter of the processor's caches, which GPUs do not hash from, and which
         # what another process has read is not in.
         in_cache = on_host and not self._asks_peers()
@@ -179,7 +181,8 @@ class Loading:
         """Whether there are peers that can bring it: not where what is expected is told by the origin's bytes only,
         SHA-256 of files, and the digest of a checkpoint of which there are but slices here."""
         tellable = not self._sha256 and (self._digest is None or self._is_whole())
-        return self.peers is not None and bool(self.key) and tellable and "peer" in self.request.sources
+        wanted = "peer" in self.request.sources and self.source.kind != KIND
+        return self.peers is not None and bool(self.key) and tellable and wanted
 
     @property
     def fill(self) -> Fill:

@@ -138,6 +138,13 @@ class StageRequest(BaseModel):
         description="Seconds without a lease after which it is evicted; null: only where room is needed.",
     )  # fmt: skip
 
+    @field_validator("layout", mode="before")
+    @classmethod
+    def _known_layout(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "checkpoint":
+            raise ValueError(f'{value[:80]!r} is no layout: say "checkpoint", or name an uploaded one by its key')
+        return value
+
     @field_validator("expect_digest")
     @classmethod
     def _known_digest(cls, value: str | dict[str, str] | None) -> str | dict[str, str] | None:

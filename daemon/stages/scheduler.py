@@ -40,9 +40,10 @@ from weightd.daemon.stages.planner import Planner, Relist, Reopen
 from weightd.daemon.stages.planning import Plan, allocated
 from weightd.daemon.stages.priority_semaphore import PrioritySemaphore
 from weightd.daemon.stages.residency import Residency
+from weightd.daemon.stages.resident import KIND, ResidentSource, candidates, held, is_lendable
 from weightd.daemon.stages.segments import entry_files, key_of, segment_manifest
 from weightd.daemon.stages.source_threads import SourceThreads
-from weightd.daemon.stages.stage import Stage
+from weightd.daemon.stages.stage import Lease, Stage
 from weightd.ipc.errors import CudaError
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,7 @@ class Scheduler:
     async def _run(self, stage: Stage, source: Source, plan: Plan | None = None) -> None:
         loading: Loading | None = None
         turns: list[PrioritySemaphore] = []
+        lease: Lease | None = None
         try:
             stage.enter("planning")
             assert stage.listing is not None
@@ -165,6 +167,7 @@ class Scheduler:
             stage.clock.enter("other")
             if stage.finished:
                 return
+            source, lease = await self._from_memory(stage, source, plan)
             stage.plan, stage.infos, stage.metadata = plan, plan.infos, plan.metadata
             stage.left_out = tuple(dict.fromkeys((*stage.listing.left_out, *plan.left_out)))
             reads_peers = self._peers is not None and not self._peers.off
@@ -232,6 +235,10 @@ class Scheduler:
                 except Exception:
                     log.exception("not everything that loaded it could be closed")
                 loading = None
+            if lease is not None:
+                assert isinstance(source, ResidentSource)
+                source.close()
+                self._residency.leases.end(lease)
             if stage.state != "ready":
                 await self._residency.dismiss([stage])
                 self._residency.release(stage)
@@ -243,6 +250,19 @@ class Scheduler:
         """Keep the cache within its bound, without what is of stages that are here."""
         here = [stage for stage in self._residency.stages.values() if stage.state == "ready" or not stage.finished]
         await self.in_thread(self._cache.trim, set().union(*(stage.cached_as() for stage in here)))
+
+    async def _from_memory(self, stage: Stage, source: Source, plan: Plan) -> tuple[Source, Lease | None]:
+        """The source of a stage, or where all that it wants is in memory already, that, with a lease on it."""
+        others = candidates(self._residency.stages.values(), stage)
+        if not others or "origin" not in stage.request.sources:
+            return source, None
+        whole = stage.request.expect_digest is not None
+        found = await self.in_thread(partial(held, others, plan, whole=whole))
+        if found is None or stage.finished or not is_lendable(found[0]):
+            return source, None
+        other, files = found
+        stage.source_kind = stage.clock.origin = KIND
+        return ResidentSource(source, other, files), self._residency.leases.begin_reading(other, stage.id)
 
     async def _admit(self, stage: Stage, needed: dict[str, int]) -> None:
         """Promise the stage its bytes, evicting what may go. Raises InsufficientCapacity, ReadOnly."""

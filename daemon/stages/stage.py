@@ -44,7 +44,8 @@ class Lease:
     since: float
     """Seconds since the epoch."""
     client: str = ""
-    """HOST:PORT of who reads it over S3, which gives nobody a handle; empty where it is held for one."""
+    """HOST:PORT of who reads it over S3, or the id of the stage that is filled from it: neither has a handle; empty
+    where it is held for one."""
 
 
 @dataclass(frozen=True, eq=False)

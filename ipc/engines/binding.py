@@ -209,8 +209,9 @@ class Binding:
         whether the engine's post-processing may write to its parameters: on a GPU such a module gets a copy of its
         own, host memory is copied on write anyhow.
 
-        The lease lasts as long as the model, and is in ``weights_of(model)``. Raises ModelMismatch where a parameter is
-        covered by nothing, Untraceable, and what ``attach`` raises; the model is of no use then.
+        The lease lasts as long as the model, where anything is lent, and is in ``weights_of(model)``. Raises
+        ModelMismatch where a parameter is covered by nothing, Untraceable, and what ``attach`` raises; the model is of
+        no use then.
         """
         traced = self._traced(model, load)
         recipe = self._recipe(keys[place], traced)
@@ -232,6 +233,8 @@ class Binding:
         if left := [name for name, tensor in _held(model).items() if tensor.is_meta]:
             raise ModelMismatch(f"{self.model}: nothing gives {_named(left)} of {type(model).__name__} memory")
         weights.report = Report(modes, lent, lent, 0, weights.manifest.nbytes)
+        if not lent:
+            weights.close()  # all of it is this process's own
         _bound[model] = weights
         self._weights = None  # the model's, from now on
         return weights

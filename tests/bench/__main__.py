@@ -26,6 +26,7 @@ SECTIONS = {
     "s3": "from_s3",
     "s3face": "s3_endpoint",
     "attach": "attaching",
+    "layouts": "layouts",
     "planning": "planning",
     "restart": "restarting",
     "peer": "peer",

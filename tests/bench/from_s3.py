@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 
-from tests.bench.checkpoints import language_model, primer
 from tests.bench.contender import ContenderFailed, contend
 from tests.bench.from_file import where_the_time_went
 from tests.bench.machine import require, version
@@ -22,8 +21,8 @@ from tests.bench.measure import (
     timed,
     warm_memory,
 )
+from tests.bench.object_store import stored
 from tests.bench.session import Session
-from tests.servers import Missing, SeaweedFS
 
 MAX_SIZE = 1 << 30
 _PARTS = (8 << 20, 64 << 20)
@@ -83,22 +82,10 @@ def run(session: Session) -> Section:
     size = min(session.size, MAX_SIZE)
     section = Section("s3", f"S3 → segment, {size / 2**30:.2f} GiB in 8 objects, SeaweedFS on the same cores")
     require(session.folder, disk=3 * size + (2 << 30), memory=4 * size + (1 << 30))
-    session.progress("making the checkpoint")
-    folder = session.folder / "model"
-    files = language_model(folder, size)
-    primer(folder)
-    sizes = [path.stat().st_size for path in files]
-    try:
-        server = SeaweedFS(session.folder / "s3")
-    except Missing as missing:
-        section.notes.append(f"not measured: {missing}")
-        return section
-    with server:
-        session.progress("uploading")
-        prefix = server.upload(folder, "bench")
-        # What is measured is a checkpoint; the file that primes is beside it, not in it: the index says so.
-        uris = [f"{prefix}/{path.name}" for path in files]
-        small = f"{prefix}/primer.safetensors"
+    with stored(session, section, session.folder / "model", size) as there:
+        if there is None:
+            return section
+        server, prefix, uris, sizes, small = there.server, there.prefix, there.uris, there.sizes, there.primer
         best_library, library_runs = session.calibrate(
             "the streamer library alone", _library_choices(server.env, small, uris, sizes)
         )

@@ -26,10 +26,11 @@ _RELEASE_DEADLINE = 30.0
 """Seconds that the memory of a dropped stage may take to come back."""
 
 
-def stage(runtime_dir: str, model: str, nbytes: int, files: list[str]) -> Sample:
+def stage(runtime_dir: str, model: str, nbytes: int, files: list[str], layout: list[str] | None = None) -> Sample:
     """``POST /v1/stage?wait`` on the daemon's Unix socket until the record says ready, then DELETE.
 
-    ``files`` are the checkpoint's, where they are local and to be in the page cache. Raises RuntimeError where the
+    ``files`` are the checkpoint's, where they are local and to be in the page cache; ``layout`` are the keys of
+    uploaded ones. Raises RuntimeError where the
     memory that the stage took does not come back.
     """
     with Client(runtime_directory=runtime_dir) as client:
@@ -38,7 +39,7 @@ def stage(runtime_dir: str, model: str, nbytes: int, files: list[str]) -> Sample
         warm_memory(nbytes)
         before, huge_before = shared_memory(), shared_memory("ShmemHugePages")
         with timed() as sample:
-            record = client.stage(model, wait=3600)
+            record = client.stage(model, wait=3600, **({"layout": {"key": layout}} if layout else {}))
         if record["state"] != "ready":
             raise RuntimeError(f"the stage is {record['state']}: {record['error']}")
         held, huge = shared_memory() - before, shared_memory("ShmemHugePages") - huge_before
@@ -56,6 +57,7 @@ def stage(runtime_dir: str, model: str, nbytes: int, files: list[str]) -> Sample
         "record_seconds": record["ready_at"] - record["created_at"],
         "state_seconds": record["state_seconds"],
         "phase_seconds": record["phase_seconds"],
+        "segment_bytes": sum(segment["nbytes"] for segment in record["segments"]),
         "delete_seconds": removal["seconds"],
         "checkpoint_digest": record["checkpoint_digest"],
         "held": held,

@@ -165,6 +165,12 @@ def test_the_shim_is_all_that_an_engine_has_to_import(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     assert found.split() == [str(only / "__init__.py"), "attach"]
+    listed = "from importlib.metadata import entry_points as e; print(*(p.value for g in GROUPS for p in e(group=g)))"
+    plugins = subprocess.run(
+        [sys.executable, "-S", "-c", f"GROUPS = ('vllm.general_plugins', 'sglang.srt.plugins'); {listed}"],
+        env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert plugins.split() == [f"weightd.ipc.engines.plugins:{engine}" for engine in ("vllm", "sglang")]
 
 
 def test_preparing_the_nodes_folders_takes_the_capability_to_chown_and_no_other(tmp_path: Path) -> None:

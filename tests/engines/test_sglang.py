@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.engines.models import save
+from tests.engines.models import make
 from tests.engines.starting import HERE, Engine, environment_of, python_of, shim
 from tests.servers import Daemon, SeaweedFS, free_ports
 
@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(name: str) -> Path:
         if name not in made:
-            made[name] = save(name, tmp_path_factory.mktemp(name))
+            made[name] = make(name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return folder
@@ -169,7 +169,7 @@ def test_an_object_uri_is_served_to_engines_that_cannot_read_it_and_outlives_the
         wait_for(lambda: daemon.ready() and len(daemon.client.leases()) == 2)
 
         # Another model's weights are written to memory that is lent: it becomes this process's own.
-        other = save("llama", tmp_path / "other", seed=61)
+        other = make("llama", tmp_path / "other", seed=61)
         assert engines[1].ask(str(other)) != tokens
         assert engines[0].ask(PROMPTS) == tokens
         assert engines[1].ask(str(folders("llama"))) == tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import lacking
+from tests.node.adopting import dead
 from tests.servers import until
 
 CHILD = """
@@ -233,14 +235,20 @@ def test_a_reload_replaces_the_daemon_and_counts_as_no_crash(kept: Kept) -> None
         kept.signal(signal.SIGHUP)
         pid = kept.child(other_than=pid)
     assert kept.status()["state"] == "running"
+    assert "does not make room" not in kept.err()
 
 
-def test_a_daemon_dies_with_its_keeper(kept: Kept) -> None:
+def test_a_daemon_dies_with_its_keeper_whatever_it_does(kept: Kept) -> None:
+    kept.script(SERVE.replace("deposits.listen() and not deposits.stop_ordered", "True"))
     kept.start()
     child = kept.child()
     kept.signal(signal.SIGKILL)
     kept.wait()
-    until(lambda: not os.path.exists(f"/proc/{child}"), "the daemon is gone as well")
+    try:
+        until(lambda: dead(child), "the daemon is gone as well")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 def test_a_second_keeper_is_refused_with_the_holders_pid_and_one_after_it_is_not(kept: Kept) -> None:

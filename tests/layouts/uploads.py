@@ -104,5 +104,6 @@ def upload(tensors: dict[str, torch.Tensor], rank: int = 0, size: int = 1) -> Up
 
 
 def other(made: Upload) -> dict[str, Any]:
-    """Another layout by the same key."""
-    return {**made.document, "copies": made.document["copies"][:1] + made.document["copies"][1:][::-1]}
+    """Another layout by the same key, as it is compared, that makes the same of a checkpoint."""
+    first, second, *rest = made.document["copies"]
+    return {**made.document, "copies": [second, first, *rest]}

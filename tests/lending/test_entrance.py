@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import http.client
 import os
-import resource
 import select
 import socket
 import subprocess
@@ -15,8 +13,7 @@ import sys
 import tempfile
 import textwrap
 import threading
-import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +26,8 @@ from tests.conftest import command
 from tests.servers import Daemon, free_ports, until
 from weightd.api.gate import rules
 from weightd.api.uvicorn_server import Server
-from weightd.daemon.errors import DaemonError, LeaseLimit
 from weightd.daemon.lending import entrance as module
-from weightd.daemon.lending.credentials import AllowedPeers, Peer
-from weightd.daemon.lending.entrance import Entrance, Rules, Visit, reserve, share
+from weightd.daemon.lending.entrance import Entrance, reserve, share
 from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.peers.moving.movers import unavailable
 
@@ -43,16 +38,6 @@ Start = Callable[..., Daemon]
 def folder(tmp_path: Path) -> Path:
     save_file({"w": numpy.arange(4096, dtype=numpy.float32)}, tmp_path / "m.safetensors")
     return tmp_path
-
-
-@pytest.fixture
-def opened() -> Iterator[contextlib.ExitStack]:
-    """Connections that are closed at the end; this process may have as many as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with contextlib.ExitStack() as stack:
-        yield stack
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def connected(stack: contextlib.ExitStack, address: str | tuple[str, int]) -> socket.socket:
@@ -167,209 +152,6 @@ def test_a_user_that_is_not_admitted_takes_no_place_and_is_told_so(folder: Path)
         found = daemon.get("/metrics")
         assert 'weightd_connections_dropped_total{listener="lease.sock",reason="not_admitted"} 100.0' in found
         assert 'weightd_connections_dropped_total{listener="lease.sock",reason="room"} 0.0' in found
-
-
-# ---------------------------------------------------------------------- the entrance alone
-
-
-class Room:
-    """An entrance with one door, on a Unix socket, behind which nobody does anything."""
-
-    def __init__(self, folder: Path, most: int, **options: Any) -> None:
-        self.metrics = Metrics()
-        self.path = str(folder / "door.sock")
-        self.entrance = Entrance(self.metrics, **options)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(self.path)
-        listener.listen(1024)
-        self.visits: list[Visit] = []
-        self.hung_up: list[Visit] = []
-        self.refused: list[DaemonError] = []
-        self._connections: list[socket.socket] = []
-        rules = Rules(most, self._refuse, AllowedPeers({0, 1000, 2000}, ()), LeaseLimit, "WEIGHTD_MAX_LEASES")
-        self.door = self.entrance.open("lease.sock", listener, rules, self._take)
-
-    def _refuse(self, error: DaemonError) -> bytes:
-        self.refused.append(error)
-        return str(error).encode()
-
-    def _take(self, connection: socket.socket, visit: Visit, peer: Peer | None) -> None:
-        self._connections.append(connection)
-        self.visits.append(visit)
-
-        def hang_up() -> None:
-            self.hung_up.append(visit)
-            connection.close()
-
-        visit.hang_up = hang_up
-
-    async def come(self) -> socket.socket:
-        """Connect, and wait until that was noticed."""
-        seen = len(self.visits) + len(self.refused)
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(self.path)
-        connection.setblocking(False)
-        self._connections.append(connection)
-        await noticed(lambda: len(self.visits) + len(self.refused) > seen)
-        return connection
-
-    async def close(self) -> None:
-        self.door.close()
-        await self.door.wait_closed()
-        for connection in (*self._connections, self.door.listener):
-            connection.close()
-
-
-async def noticed(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - of whatever it is
-            await asyncio.sleep(0.001)
-
-
-def inside(folder: Path, most: int, body: Callable[[Room], Awaitable[None]], **options: Any) -> None:
-    async def run() -> None:
-        room = Room(folder, most, **options)
-        try:
-            await body(room)
-        finally:
-            await room.close()
-
-    asyncio.run(run())
-
-
-@pytest.fixture
-def users(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Whom the next connections are of, in turn; uid 0 without."""
-    coming: list[int] = []
-    monkeypatch.setattr(module, "peer_of", lambda _: Peer(1, coming.pop(0) if coming else 0, 0, ()))
-    return coming
-
-
-def test_a_user_has_a_share_and_makes_room_for_itself_alone(tmp_path: Path, users: list[int]) -> None:
-    async def body(room: Room) -> None:
-        users.extend([1000] + [2000] * 8)
-        for _ in range(9):
-            await room.come()
-        assert room.door.users == {1000: 1, 2000: share(8)} == {1000: 1, 2000: 7}
-        assert room.hung_up == [room.visits[1]], "the oldest of the same user, not of all"
-        for visit in room.visits[2:]:
-            visit.works()
-        users.extend([2000, 1000])
-        connection = await room.come()
-        assert str(room.refused[0]).startswith("uid 2000 has 7 of the 8 connections to lease.sock")
-        assert "WEIGHTD_MAX_LEASES" in str(room.refused[0])
-        assert (await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connection, 1000), 60)) == str(
-            room.refused[0]
-        ).encode()
-        await room.come()
-        assert room.door.users == {1000: 1, 2000: 7}
-        assert room.hung_up == [room.visits[1], room.visits[0]], "there is room for others by their own idle ones"
-
-    inside(tmp_path, 8, body)
-
-
-def test_a_full_room_drops_the_oldest_idle_one_and_what_is_busy_never(tmp_path: Path, users: list[int]) -> None:
-    async def body(room: Room) -> None:
-        users.extend([0, 1000, 2000] * 2)
-        for _ in range(6):
-            await room.come()
-        room.visits[0].works()
-        room.visits[1].sends()  # idle since now: it has not said all
-        users.extend([1000, 0])
-        await room.come()
-        await room.come()
-        assert room.hung_up == [room.visits[2], room.visits[3]]
-        assert len(room.door.visits) == 6
-        for visit in room.door.visits:
-            visit.works()
-        users.append(1000)
-        await room.come()
-        assert "6 connections to lease.sock are open" in str(room.refused[0])
-        room.visits[0].end()
-        await room.come()
-        assert len(room.refused) == 1
-
-    inside(tmp_path, 6, body)
-
-
-def test_the_last_descriptors_are_for_others_and_a_few_places_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def body(room: Room) -> None:
-        monkeypatch.setattr(room.entrance, "_scarce", lambda: True)
-        for _ in range(module.KEPT):
-            await room.come()
-        assert not room.hung_up
-        await room.come()
-        assert room.hung_up == [room.visits[0]]
-        for visit in room.door.visits:
-            visit.works()
-        await room.come()
-        assert "ulimit -n" in str(room.refused[0])
-
-    inside(tmp_path, 1000, body)
-
-
-def test_who_is_idle_for_too_long_is_hung_up_on_and_who_is_served_is_not(tmp_path: Path) -> None:
-    async def body(room: Room) -> None:
-        for _ in range(4):
-            await room.come()
-        silent, busy, slow, taking = room.visits
-        busy.works()
-        slow.sends()
-        taking.works()
-        left = [100, 80, 60, 40, 20]
-        taking.unsent = lambda: left.pop(0) if len(left) > 1 else left[0]
-        started = time.monotonic()
-        taking.waits()
-        await noticed(lambda: silent in room.hung_up and slow in room.hung_up and taking in room.hung_up)
-        assert time.monotonic() - started >= 5 * 0.1, "as long as it takes some of what it was answered"
-        assert room.hung_up[0] is silent
-        assert busy not in room.hung_up
-        assert busy in room.door.visits
-
-    inside(tmp_path, 10, body, head_seconds=0.1, rest_seconds=0.2)
-
-
-def test_descriptors_that_run_out_end_no_accept_loop(
-    tmp_path: Path, opened: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def body(room: Room) -> None:
-        await room.come()
-        room.visits[0].works()
-        connection = socket.socket(socket.AF_UNIX)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-        try:
-            connection.connect(room.path)
-            await noticed(lambda: "cannot accept" in caplog.text)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        await noticed(lambda: len(room.visits) == 2)
-        connection.close()
-
-    inside(tmp_path, 10, body)
-
-
-def test_a_connection_that_is_gone_before_it_is_let_in_ends_no_accept_loop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def body(room: Room) -> None:
-        await room.come()
-        loop = asyncio.get_running_loop()
-        accept, gone = loop.sock_accept, [errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN]
-
-        async def accepting(listener: socket.socket) -> Any:
-            if gone:
-                raise OSError(gone.pop(0), "of the one that is gone")
-            return await accept(listener)
-
-        monkeypatch.setattr(loop, "sock_accept", accepting)
-        await room.come()
-        await room.come()
-        assert (len(room.visits), gone) == (3, [])
-
-    inside(tmp_path, 10, body)
 
 
 # ---------------------------------------------------------------------- HTTP behind it

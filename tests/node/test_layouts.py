@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.fault_proxy import FaultProxy
 from tests.layouts.uploads import Upload, checkpoint, other, upload
-from tests.servers import Daemon, SeaweedFS
+from tests.servers import Daemon, SeaweedFS, until
 from weightd.ipc import RequestRefused, StageFailed, Weights, attach
 from weightd.ipc.recipe import digest_of
 
@@ -102,6 +103,32 @@ def test_it_is_staged_from_an_object_store(
     made = upload(tensors)
     with lent(node, uri, put(node, made)) as weights:
         assert_holds(weights, made)
+
+
+def test_another_layout_of_what_is_resident_is_filled_from_memory(
+    s3: SeaweedFS, start_daemon: Callable[..., Daemon], model: tuple[str, dict[str, torch.Tensor]]
+) -> None:
+    folder, tensors = model
+    uri = s3.upload(Path(folder), "resident")
+    with FaultProxy(s3.url) as origin:
+        node = start_daemon(env={**s3.env, "AWS_ENDPOINT_URL": origin.url})
+        ranks = [upload(tensors, rank, 2) for rank in (0, 1)]
+        keys = [put(node, made) for made in ranks]
+        with attach(uri, socket=node.runtime_dir, timeout=60) as stored:
+            before = node.client.show(stored.manifest.stage)
+        read = len(origin.seen)
+        for rank, made in enumerate(ranks):
+            with lent(node, uri, keys, tp_rank=rank) as weights:
+                assert_holds(weights, made)
+        stage = node.client.show(weights.manifest.stage)
+        assert (before["source"], stage["source"]) == ("s3", "resident")
+        assert stage["bytes_by_source"]["resident"] == stage["bytes_done"] > 0
+        weights_read = [seen for seen in origin.seen[read:] if seen.method == "GET" and "safetensors" in seen.path]
+        assert len(weights_read) <= 2, "the two headers"
+        until(lambda: not node.client.leases(), "what it was filled from is let go")
+        assert node.client.remove(before["id"])["state"] == "evicted"
+        with lent(node, uri, keys, tp_rank=1) as weights:
+            assert_holds(weights, ranks[1])
 
 
 def test_a_daemon_that_was_killed_lends_it_again(node: Daemon, model: tuple[str, dict[str, torch.Tensor]]) -> None:

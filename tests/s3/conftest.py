@@ -10,6 +10,7 @@ import boto3
 import numpy
 import pytest
 from botocore.config import Config
+from botocore.exceptions import ClientError
 from safetensors.numpy import save_file
 
 from tests.checkpoint_files import write_index
@@ -24,9 +25,10 @@ SHARDS = tuple(f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 class Endpoint:
     """A daemon with an S3 endpoint in front of an object store, and boto3 clients of both."""
 
-    def __init__(self, start: Start, origin: str, env: dict[str, str], *arguments: str) -> None:
-        (port,) = free_ports(1)
-        self.address = f"127.0.0.1:{port}"
+    def __init__(
+        self, start: Start, origin: str, env: dict[str, str], *arguments: str, address: str | None = None
+    ) -> None:
+        self.address = address or f"127.0.0.1:{free_ports(1)[0]}"
         self.url = f"http://{self.address}"
         self.daemon = start("--s3-listen", self.address, *arguments, env={**env, "AWS_ENDPOINT_URL": origin})
         self.env = {**env, "AWS_ENDPOINT_URL": self.url}
@@ -83,3 +85,11 @@ def origin(s3: SeaweedFS) -> Iterator[FaultProxy]:
 def weight_bytes(origin: FaultProxy) -> int:
     """Bytes of weights that were asked of an object store, headers left out."""
     return sum(seen.nbytes for seen in list(origin.seen) if seen.nbytes > 128 << 10)
+
+
+def refusal(of: Any, **asked: Any) -> tuple[str, int]:
+    """The code and status that boto3 is refused with."""
+    with pytest.raises(ClientError) as refused:
+        of(**asked)
+    answer = refused.value.response
+    return answer["Error"]["Code"], answer["ResponseMetadata"]["HTTPStatusCode"]

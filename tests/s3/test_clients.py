@@ -98,6 +98,69 @@ def test_obstore_reads_lists_and_heads(here: Endpoint, model: Path) -> None:
     assert obstore.head(store, key)["size"] == len(truth)
 
 
+DOWNLOAD = {
+    "s3fs": """
+import s3fs, sys
+url, folder = sys.argv[1:]
+s3fs.S3FileSystem(endpoint_url=url).get("models/s3-causal/", folder, recursive=True)
+""",
+    "obstore": """
+import obstore, pathlib, sys
+from obstore.store import S3Store
+url, folder = sys.argv[1:]
+store = S3Store("models", prefix="s3-causal", endpoint=url, client_options={"allow_http": True})
+for batch in obstore.list(store):
+    for found in batch:
+        path = pathlib.Path(folder, found["path"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for part in obstore.get(store, found["path"]):
+                file.write(part)
+""",
+}
+
+
+@pytest.mark.parametrize("by", DOWNLOAD)
+def test_transformers_loads_what_was_downloaded_and_its_logits_are_those_of_the_original(
+    by: str, start_daemon: Start, s3: SeaweedFS, origin: FaultProxy, causal: Path, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    uri = s3.upload(causal, "s3-causal")
+    here = Endpoint(start_daemon, origin.url, s3.env)
+    assert here.daemon.stage(uri)["state"] == "ready"
+    before = weight_bytes(origin)
+    if by == "s3fs":
+        run(here, "python", "-c", DOWNLOAD[by], here.url, str(tmp_path / "here"))
+    else:
+        subprocess.run(
+            [sys.executable, "-c", DOWNLOAD[by], here.url, str(tmp_path / "here")],
+            env={**os.environ, **here.env}, check=True, timeout=300,
+        )  # fmt: skip
+    assert weight_bytes(origin) == before
+    assert same(tmp_path / "here", causal)
+    tokens = torch.tensor([[1, 5, 9, 100]])
+    mine, other = (
+        AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)(tokens).logits
+        for folder in (tmp_path / "here", causal)
+    )
+    assert torch.equal(mine, other)
+
+
+@pytest.fixture(scope="session")
+def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with a head, in several shards."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(15)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    folder = tmp_path_factory.mktemp("causal")
+    LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes)).save_pretrained(folder, max_shard_size="1MB")
+    return folder
+
+
 STREAM = """
 import json, sys, torch, hashlib
 from runai_model_streamer import SafetensorsStreamer, list_safetensors, pull_files

@@ -72,9 +72,15 @@ command:
   - python3
   - -c
   - |
-    import pathlib, shutil, weightd.ipc
-    source, target = pathlib.Path(weightd.ipc.__file__).parent, "{{ .Values.shim.path }}/weightd/ipc"
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    import importlib.metadata, pathlib, shutil, weightd.ipc
+    source, target = pathlib.Path(weightd.ipc.__file__).parent, pathlib.Path("{{ .Values.shim.path }}")
+    shutil.copytree(source, target / "weightd/ipc", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    # By its entry points vLLM and SGLang find it.
+    found = importlib.metadata.distribution("weightd")
+    about = target / f"weightd-{found.version}.dist-info"
+    about.mkdir(exist_ok=True)
+    for name in ("METADATA", "entry_points.txt"):
+        (about / name).write_text(found.read_text(name))
 securityContext:
   {{- toYaml .Values.securityContext | nindent 2 }}
 volumeMounts:

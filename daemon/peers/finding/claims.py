@@ -32,6 +32,11 @@ class Claims:
         self.there[segment][first : first + len(digests)] = b"\1" * len(digests)
         return segment, first, len(digests)
 
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return any(1 in of_segment for of_segment in self.there)
+
     def has_all(self, places: Iterable[tuple[int, int, int]]) -> bool:
         """Whether it is claimed that all of these are there: (segment, first leaf, leaves)."""
         return all(self.there[segment].count(1, first, first + count) == count for segment, first, count in places)

@@ -353,6 +353,9 @@ class PeerReader:
             patience = self._fleet.stall + (2 * lane.busy * PART / lane.rate if lane.rate else 0.0)
             if lane.busy and now - lane.arrived > patience:
                 self._drop(lane.peer, "stalled", f"nothing came for {patience:.1f} s")
+            # What it claims is left to it, and is asked of it only once it has said where that lies.
+            elif not lane.peer.metadata and now - lane.peer.since > self._fleet.stall and lane.peer.claims.any:
+                self._drop(lane.peer, "stalled", f"for {self._fleet.stall:g} s it did not say where its segments are")
 
     def _strike(self, peer: Peer, why: str, words: str, *, counts: bool = True) -> None:
         """Give a peer up for now; after some times for good."""

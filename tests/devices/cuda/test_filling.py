@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 
 from tests.checkpoint_files import write_checkpoint
 from tests.devices.cuda.fakes import EXPECTED, PATHS, SHARDS, MiB, NewMachine, devices, tensors
+from tests.layouts import uploads
 from tests.servers import SeaweedFS, until
 from weightd.ipc import RequestRefused
 
@@ -35,6 +37,26 @@ def test_objects_land_on_a_gpu_as_files_do(path: str, machine: NewMachine, model
     daemon = gpus.daemon(WEIGHTD_CUDA_FILL=path, **s3.env)
     uri = s3.upload(model, f"cuda-{path}")
     assert gpus.attach(daemon, uri).found["digests"] == EXPECTED
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_engines_own_layout_lands_on_a_gpu_cast_and_padded(path: str, machine: NewMachine, tmp_path: Path) -> None:
+    gpus = machine()
+    daemon = gpus.daemon(WEIGHTD_CUDA_FILL=path, WEIGHTD_EXTENT="1MiB")
+    made = uploads.upload(uploads.checkpoint(tmp_path / "model"))
+    daemon.client.put_layout(made.key.digest, made.document)
+    found = gpus.attach(daemon, tmp_path / "model", layout=made.key.digest).found
+    assert found["device"] == "cuda:0"
+    raw = {name: bytes(value.view(-1).view(torch.uint8).numpy()) for name, value in made.expected.items()}
+    assert found["digests"] == {name: hashlib.sha256(data).hexdigest() for name, data in raw.items()}
+
+
+def test_what_is_in_host_memory_goes_to_a_gpu_from_there(machine: NewMachine, model: Path) -> None:
+    gpus = machine()
+    daemon = gpus.daemon(WEIGHTD_CUDA_FILL="auto")
+    assert daemon.stage(model, device="cpu")["source"] == "file"
+    assert gpus.attach(daemon, model).found["digests"] == EXPECTED
+    assert daemon.stage(model)["source"] == "resident"
 
 
 def test_a_small_ring_and_small_extents_are_enough(machine: NewMachine, model: Path) -> None:

@@ -89,6 +89,26 @@ def test_groups_that_are_there_in_part_begin_anew(tmp_path: Path) -> None:
         assert sorted(e.index for e in account.drain()) == [e.index for e in filled.extents if not account.has(e)]
 
 
+@pytest.mark.parametrize("landed", [1, 2])
+def test_a_group_of_which_anything_is_missing_begins_anew(landed: int, tmp_path: Path) -> None:
+    stored = store(tmp_path, {"a": tensor("U8", (3, 2 * LEAF)), "b": tensor("U8", (LEAF,), 2)})
+    tensors = stored.checkpoint.tensors
+    recipes = checkpoint_layout(tensors, tp_size=2, tp_ranks=[0], splits={"a": 1, "*": "replicate"})
+    demands = Demands(LEAF, 1, LEAF)
+    ledger = ledger_for(tensors, recipes, plan_extents(tensors, recipes, demands))
+    content = stored.files()[0].read_bytes()
+    with prepared(stored, recipes, demands, ledger=ledger) as filled:
+        (group,) = [group for group in plan_groups(filled.extents, recipes) if len(group.extents) > 1]
+        assert len(group.extents) == 3
+        for extent in group.extents[:landed]:
+            land(filled.fill, extent, content)
+    with prepared(stored, recipes, demands, ledger=ledger) as filled:
+        assert filled.fill.account.bytes_read
+        begin_parts_anew(filled.extents, recipes, filled.fill.account)
+        assert filled.fill.account.bytes_read == 0
+        assert len(filled.fill.account.drain()) == len(filled.extents)
+
+
 def test_what_is_forgotten_is_taken_back_and_told_of_again_once_it_has_come(tmp_path: Path) -> None:
     stored = store(tmp_path, {"a": tensor("U8", (3 * LEAF,)), "b": tensor("U8", (LEAF + 5,), 2)})
     recipes = checkpoint_layout(stored.checkpoint.tensors)
@@ -275,6 +295,31 @@ def test_what_another_reads_already_is_left_to_it_while_it_lives() -> None:
     lost.coming("early", begun)
     lost.lost("early")
     assert set(lost.from_origin(100, at=1.0, idle=0.0)) == mine
+
+
+def test_who_has_nothing_to_do_takes_two_at_once_and_those_that_another_reads_only_later() -> None:
+    stripes = [f"0:{i}" for i in range(40)]
+    assignment = agreed("me", ["early"], stripes)
+    mine = set(assignment.from_origin(100, at=1.0, idle=0.0))
+    theirs = set(range(40)) - mine
+    begun = set(sorted(theirs)[2:])
+    assignment.coming("early", begun)
+    assert assignment.from_origin(0, at=1.0, idle=PATIENCE + 1) == []
+    assert assignment.from_origin(100, at=1.0, idle=PATIENCE / 8) == [], "for want of room nobody is passed over"
+    assert set(assignment.from_origin(100, at=1.0, idle=PATIENCE / 8 + 0.01)) == theirs - begun
+    assert assignment.from_origin(100, at=1.0, idle=PATIENCE / 2) == []
+    assert len(set(assignment.from_origin(100, at=1.0, idle=PATIENCE / 2 + 0.01)) & begun) == 2
+    assert len(assignment.from_origin(1, at=1.0, idle=PATIENCE / 2 + 0.01)) == 1
+
+
+def test_a_node_that_is_not_among_the_readers_reads_only_once_nobody_else_has_brought_anything() -> None:
+    stripes = [f"0:{i}" for i in range(10)]
+    others = [f"node-{i}" for i in range(2000)]
+    others = sorted(others, key=lambda node: weight(KEY, node), reverse=True)[:READERS]
+    assert weight(KEY, "me") < min(weight(KEY, node) for node in others)
+    assignment = agreed("me", others, stripes)
+    assert assignment.from_origin(10, at=1.0, idle=PATIENCE) == []
+    assert len(assignment.from_origin(10, at=1.0, idle=PATIENCE + 0.01)) > 0
 
 
 def test_what_is_not_to_be_believed_is_to_come_again() -> None:

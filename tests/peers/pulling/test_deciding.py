@@ -1,180 +1,19 @@
-"""Loading from peers whose every word a test says: whom bytes come from, who is given up for what, what is read then.
-
-A mover in this process copies what real ones read over a network.
-"""
+"""Loading from peers whose every word a test says: whom bytes come from, who is given up for what, and what then."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import mmap
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from tests.filling.fills import DEFAULTS, Filled, MiB, Stored, in_time, leaves_of, prepared, store, tensor
-from weightd.daemon.devices.cpu import CpuDevice
+from tests.filling.fills import MiB, leaves_of
+from tests.peers.pulling.pulls import LEAVES, Fleeting, MakePull
 from weightd.daemon.errors import DigestMismatch, SourceFailed
-from weightd.daemon.layouts.checkpoint import checkpoint_layout
-from weightd.daemon.layouts.recipe import Recipe
-from weightd.daemon.peers.finding import following
-from weightd.daemon.peers.finding.fleet import Fleet
-from weightd.daemon.peers.finding.listening import FORMAT, Absent, Answered, Gone, Heard, Peer, Said
-from weightd.daemon.peers.moving.movers import Arrival, MoverFailed, Movers
+from weightd.daemon.peers.finding.listening import FORMAT
+from weightd.daemon.peers.moving.movers import Movers
 from weightd.daemon.peers.pulling.for_stages import Pulling
-from weightd.daemon.peers.pulling.reader import PeerReader
-
-LEAVES = 8
-
-
-class Copies:
-    """A mover: what it reads from a peer is in this process."""
-
-    def __init__(self, fleet: Fleeting) -> None:
-        self.on_arrival: Callable[[Arrival | None], None] = lambda arrival: None
-        self.alive = True
-        self._fleet = fleet
-        self._maps: list[mmap.mmap] = []
-        self._peers: list[str] = []
-        self._tickets = 0
-
-    def into(self, fd: int, nbytes: int) -> int:
-        self._maps.append(mmap.mmap(fd, nbytes))
-        return len(self._maps) - 1
-
-    def peer(self, *metadata: bytes) -> int:
-        if metadata[0] == b"unreachable":
-            raise MoverFailed("no way there")
-        self._peers.append(metadata[0].decode())
-        return len(self._peers) - 1
-
-    def read(self, peer: int, region: int, pairs: Sequence[tuple[int, int, int]]) -> int:
-        name = self._peers[peer]
-        self._tickets += 1
-        error = self._fleet.errors.pop(0) if self._fleet.errors else None
-        for offset, address, nbytes in pairs:
-            if error is None:
-                self._maps[region][offset : offset + nbytes] = self._fleet.memory[name][address : address + nbytes]
-                self._fleet.read[name] = self._fleet.read.get(name, 0) + nbytes
-        self.on_arrival(Arrival(self._tickets, error, "shm"))
-        return self._tickets
-
-    def kill(self) -> None:
-        self.alive = False
-        for mapping in self._maps:
-            mapping.close()
-        self._maps = []
-
-
-class Fleeting:
-    """Peers that say what a test has them say, once for each time that they are asked; and what became of them."""
-
-    def __init__(self, *names: str, stall: float = 30.0) -> None:
-        self.memory: dict[str, bytes] = {}
-        self.said: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        self.read: dict[str, int] = {}
-        self.errors: list[str] = []
-        self.dropped: list[tuple[str, str]] = []
-        self.asked: list[str] = []
-        self.fleet = Fleet("me:1", lambda: [(name, None) for name in names], None, stall)
-        self.fleet.count_dropped = lambda name, why: self.dropped.append((name, why))
-
-    def listen(self, fleet: Fleet, key: str, peer: Peer, report: Callable[[Heard], object]) -> None:
-        self.asked.append(peer.name)
-        said = self.said[peer.name]
-        if not said:
-            report(Absent(peer))
-            return
-        report(Answered(peer))
-        for event in said:
-            peer.unheard.acquire()
-            if event.get("type") == "hangs up":
-                report(Gone(peer, "it hung up"))
-                return
-            report(Said(peer, event))
-        peer.gone.wait(60)
-
-    def has(self, name: str, memory: bytes, leaves: Sequence[int], claimed: Sequence[int], **more: Any) -> None:
-        """A peer that has these leaves, and claims these digests for them."""
-        self.memory[name] = memory
-        metadata = base64.b64encode(more.get("metadata", name.encode())).decode()
-        self.said[name] = [
-            {"type": "hello", "format": more.get("format", FORMAT), "epoch": "e", "ready": True},
-            {"type": "segments", "epoch": "e", "reader": None, "segments": [{"address": 0, "metadata": metadata}]},
-            *(
-                {
-                    "type": "leaves", "epoch": more.get("epoch", "e"), "segment": 0, "first": leaf,
-                    "digests": f"{claimed[leaf]:016x}",
-                }
-                for leaf in leaves
-            ),
-            {"type": "complete"},
-        ]  # fmt: skip
-
-
-class Pull:
-    """A fill of eight leaves, each a group of its own, and a reader of it that asks peers."""
-
-    def __init__(
-        self, stored: Stored, filled: Filled, recipes: Sequence[Recipe], fleet: Fleeting, origin: bool
-    ) -> None:
-        self.stored, self.filled, self.fleet = stored, filled, fleet
-        self.origins = 0
-        movers = cast(Movers, self)
-        self.reader = PeerReader(
-            "k" * 32, fleet.fleet, movers, recipes, filled.segments, filled.fill, self.origin if origin else None
-        )
-        self.account = filled.fill.account
-
-    def take(self) -> Any:
-        return Copies(self.fleet)
-
-    def prepare(self) -> None:
-        """None is kept at hand."""
-
-    def origin(self) -> Any:
-        self.origins += 1
-        return self.stored.reader()
-
-    def run(self) -> None:
-        try:
-            in_time(lambda: self.reader.run(self.filled.fill), self.filled.fill)
-        finally:
-            self.reader.close()
-
-    def check(self, peer_bytes: int) -> None:
-        """All of it is there, so much of it from peers."""
-        self.account.check_complete()
-        assert (self.account.bytes_read, self.account.peer_bytes) == (LEAVES * MiB, peer_bytes)
-        whole = b"".join(self.stored.data.values())
-        assert bytes(self.filled.segments[0].view[: len(whole)]) == whole
-        assert sorted(set(self.filled.verified[0])) == list(range(LEAVES))
-
-
-MakePull = Callable[..., contextlib.AbstractContextManager[Pull]]
-
-
-@pytest.fixture
-def pull(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakePull:
-    stored = store(tmp_path, {f"t{i}": tensor("U8", (MiB,), i) for i in range(LEAVES)})
-    recipes = checkpoint_layout(stored.checkpoint.tensors)
-
-    @contextlib.contextmanager
-    def pull(fleet: Fleeting, *, origin: bool = True, fill: str = "direct", **options: Any) -> Iterator[Pull]:
-        monkeypatch.setattr(following, "listen", fleet.listen)
-        with prepared(stored, recipes, DEFAULTS, device=CpuDevice("cpu", 1 << 40, fill), **options) as filled:
-            yield Pull(stored, filled, recipes, fleet, origin)
-
-    return pull
-
-
-@pytest.fixture
-def whole() -> bytes:
-    return b"".join(tensor("U8", (MiB,), i)[2] for i in range(LEAVES))
 
 
 @pytest.mark.parametrize("fill", ["direct", "buffered"])
@@ -248,15 +87,17 @@ def test_bytes_that_are_not_the_expected_ones_do_too(pull: MakePull, whole: byte
         assert "not the expected bytes" in pulled.account.peers["a:1"].given_up
 
 
-def test_a_claim_that_the_origins_bytes_contradict_gives_a_peer_up(pull: MakePull, whole: bytes) -> None:
-    fleet = Fleeting("a:1")
-    claimed = leaves_of(whole)
-    claimed[6] ^= 1
-    fleet.has("a:1", whole, [6], claimed, metadata=b"unreachable")
+def test_who_claims_everything_and_never_says_where_it_lies_is_waited_for_no_longer_than_one_may_stall(
+    pull: MakePull, whole: bytes
+) -> None:
+    fleet = Fleeting("a:1", stall=0.2)
+    fleet.has("a:1", whole, range(LEAVES), leaves_of(whole))
+    del fleet.said["a:1"][1]
     with pull(fleet) as pulled:
         pulled.run()
         pulled.check(0)
-        assert {why for _, why in fleet.dropped} <= {"unreachable", "wrong_bytes"}
+        assert fleet.dropped == [("a:1", "stalled")]
+        assert "did not say where its segments are" in pulled.account.peers["a:1"].given_up
 
 
 @pytest.mark.parametrize(
@@ -303,18 +144,20 @@ def test_what_makes_no_sense_ends_it(event: dict[str, Any], pull: MakePull, whol
         assert fleet.dropped == [("a:1", "nonsense")]
 
 
-@pytest.mark.parametrize("how", ["fails", "hangs up"])
-def test_what_a_peer_does_not_bring_after_all_comes_from_elsewhere(how: str, pull: MakePull, whole: bytes) -> None:
+@pytest.mark.parametrize(("how", "why"), [("broken", "failed"), ("not even begun", "unreachable"), ("", "gone")])
+def test_what_a_peer_does_not_bring_after_all_comes_from_elsewhere(
+    how: str, why: str, pull: MakePull, whole: bytes
+) -> None:
     fleet = Fleeting("a:1")
     fleet.has("a:1", whole, [1, 3], leaves_of(whole))
-    if how == "fails":
-        fleet.errors = ["broken"]
+    if how:
+        fleet.errors = [how]
     else:
         fleet.said["a:1"].insert(1, {"type": "hangs up"})
     with pull(fleet) as pulled:
         pulled.run()
         pulled.account.check_complete()
-        assert fleet.dropped[0] == ("a:1", "failed" if how == "fails" else "gone")
+        assert fleet.dropped[0] == ("a:1", why)
 
 
 def test_one_that_gives_nothing_any_more_is_not_to_blame(pull: MakePull, whole: bytes) -> None:

@@ -9,7 +9,7 @@ from weightd.daemon.layouts.checkpoint import checkpoint_layout
 from weightd.daemon.layouts.digests import LEAF
 from weightd.daemon.layouts.extents import Demands, Extent, plan_extents
 from weightd.daemon.peers.moving.parts import PART, Span
-from weightd.daemon.peers.pulling.groups import Group, Groups
+from weightd.daemon.peers.pulling.groups import Group, Groups, plan_groups
 
 MiB = 1 << 20
 
@@ -69,6 +69,19 @@ def test_a_group_is_a_peers_once_all_parts_have_come_and_here_once_all_extents_h
     group.let_go()
     assert group.take_digests() == []
     assert [group.landed(), group.landed()] == [False, True]
+
+
+def test_what_comes_in_whole_leaves_lies_where_these_do_and_what_is_gathered_in_all_of_its_entry() -> None:
+    tensors = infos(("a", "U8", (5 * LEAF,)), ("b", "U8", (4, LEAF)))
+    recipes = checkpoint_layout(tensors, tp_size=2, tp_ranks=[0], splits={"b": 1, "*": "replicate"})
+    groups = plan_groups(plan_extents(tensors, recipes, Demands(2 * LEAF, 1, LEAF)), recipes)
+    assert [[tuple(span) for span in group.spans] for group in groups] == [
+        [(0, 0, 0, 2 * LEAF, 0)],
+        [(0, 0, 2 * LEAF, 2 * LEAF, 2)],
+        [(0, 0, 4 * LEAF, LEAF, 4)],
+        [(0, 1, 5 * LEAF, 2 * LEAF, 0)],
+    ]
+    assert len(groups[3].extents) > 1
 
 
 def test_leaves_tell_their_groups() -> None:

@@ -136,6 +136,10 @@ def only_that_it_lives(said: dict[str, Any]) -> list[Any]:
     return [said] if said["type"] in ("hello", "segments", "alive") else []
 
 
+def not_where(said: dict[str, Any]) -> list[Any]:
+    return [] if said["type"] == "segments" else [said]
+
+
 def address_without_end(said: dict[str, Any]) -> list[Any]:
     if said["type"] == "segments":
         return [json.dumps(said).replace(str(said["segments"][0]["address"]), "Infinity")]
@@ -180,6 +184,7 @@ LIES: dict[str, tuple[Lie, str | None]] = {
     ),
     "nothing": (lambda said: [], None),
     "that it has all, then only that it lives": (only_that_it_lives, None),
+    "that it has all, and not where": (not_where, "stalled"),
     "an address without end": (address_without_end, "nonsense"),
     "another epoch for its leaves": (other_epoch, "nonsense"),
     "ghosts that read everything": (ghosts, None),

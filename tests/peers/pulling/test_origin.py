@@ -156,6 +156,8 @@ def test_it_reads_what_it_is_given_and_says_that_this_is_coming(ready: Any) -> N
     origin.read(groups.all[1:3])
     assert origin.groups == {1, 2}
     assert bytes(filled.fill.account.coming[0]) == b"\0\1\1\0"
+    assert origin._thread is not None
+    assert origin._thread.daemon, "one that hangs keeps no process from ending"
     until(lambda: taken == [1, 2], "they are read")
     assert [origin.brought(group) for group in (1, 3, 1)] == [True, False, False]
     assert origin.groups == {2}
@@ -170,10 +172,22 @@ def test_what_it_has_room_for_is_less_where_others_may_begin_too(ready: Any) -> 
     filled, recipes = ready
     origin = Origin(lambda: Reading(lambda sink: None))
     groups = begun(filled, origin, recipes)
-    assert [origin.room(alone=False, here=here) for here in (0, 1, 9)] == [1, 2, 4]
+    assert [origin.room(alone=False, here=here) for here in (0, 1, 2, 9)] == [1, 2, 3, 4]
     assert origin.room(alone=True, here=0) == 64
     origin.groups.update(group.index for group in groups.all[:3])
     assert [origin.room(alone=False, here=9), origin.room(alone=True, here=9)] == [1, 61]
+
+
+def test_what_it_has_room_for_is_what_it_brings_in_half_a_second(ready: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Time()
+    monkeypatch.setattr(pace_module, "time", clock)
+    origin = Origin(lambda: Reading(lambda sink: None))
+    begun(ready[0], origin, ready[1])
+    origin.groups = set(range(9))
+    for group in range(9):
+        assert origin.brought(group)
+        clock.now += 0.0625
+    assert origin.room(alone=False, here=9) == 8
 
 
 def test_where_it_fails_what_it_was_given_is_left_over_and_its_reader_is_closed(ready: Any) -> None:

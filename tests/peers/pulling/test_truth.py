@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -25,24 +25,26 @@ from weightd.daemon.peers.pulling.groups import Groups
 from weightd.daemon.peers.pulling.source import PeerSource, _bounded, _file, open_source
 from weightd.daemon.peers.pulling.truth import Truth
 from weightd.daemon.sources.base import SourceFile
+from weightd.daemon.sources.object_store import ObjectStoreSource
+from weightd.daemon.tensors import TensorInfo
 
 TENSORS = infos(("a", "U8", (2 * LEAF,)), ("b", "U8", (2 * LEAF,)))
-RECIPES = checkpoint_layout(TENSORS)
 
 
 class Known:
     """An account whose leaves 0 to 3 have the digests 100 to 103, with claims of the same."""
 
-    def __init__(self, expected: dict[str, array[int]] | None = None) -> None:
-        self.extents = plan_extents(TENSORS, RECIPES, Demands(LEAF, 16, 0))
+    def __init__(self, expected: dict[str, array[int]] | None = None, tensors: Sequence[TensorInfo] = TENSORS) -> None:
+        recipes = checkpoint_layout(tensors)
+        self.extents = plan_extents(tensors, recipes, Demands(LEAF, 16, 0))
         self.account = Account(
-            TENSORS, RECIPES, self.extents, ledger=None, expected_leaves=expected or {},
+            tensors, recipes, self.extents, ledger=None, expected_leaves=expected or {},
             on_verified=lambda segment, entries: None,
         )  # fmt: skip
         starts = [self.account.leaf_starts(0)]
-        self.groups = Groups(self.extents, RECIPES, starts)
+        self.groups = Groups(self.extents, recipes, starts)
         self.claims = Claims(starts)
-        self.truth = Truth(self.account, self.groups, RECIPES)
+        self.truth = Truth(self.account, self.groups, recipes)
         for leaf in range(4):
             entry, at = self.account.leaf_at(0, leaf)
             self.account.leaves[0][entry][at] = self.claims.digests[0][leaf] = 100 + leaf
@@ -79,6 +81,9 @@ def test_bytes_are_wrong_where_they_are_not_what_was_claimed_or_not_what_is_expe
         "nothing is expected of a"
     )
     assert known.truth.wrong_bytes(known.claims, []) == ""
+    another = Known(tensors=infos(("a", "U8", (LEAF,)), ("b", "U8", (3 * LEAF,))))
+    found = [(Span(0, 1, LEAF, 3 * LEAF, 0), leaf, 101 + leaf) for leaf in range(3)]
+    assert another.truth.wrong_bytes(another.claims, found) == ""
 
 
 # ---------------------------------------------------------------------------- in the origin's place
@@ -162,11 +167,31 @@ def test_a_listing_may_name_its_weights_and_has_so_many_files_at_most(monkeypatc
     assert named.asked[0].params.get_list("weights") == ["b", "a"]
     older = {key: value for key, value in LISTING.items() if key != "wanted"}
     assert PeerSource("s3://b/m", [], Fleeting(older).fleet, "peer0").list()
+    three = {**LISTING, "metadata": [*LISTING["metadata"], ["b.json", 2, "w"]]}
+    monkeypatch.setattr(source_module, "MAX_OBJECTS", 3)
+    assert PeerSource("s3://b/m", [], Fleeting(three).fleet, "peer0").list()
     monkeypatch.setattr(source_module, "MAX_OBJECTS", 2)
-    assert PeerSource("s3://b/m", [], Fleeting(LISTING).fleet, "peer0").list()
-    monkeypatch.setattr(source_module, "MAX_OBJECTS", 1)
     with pytest.raises(SourceFailed, match="no listing"):
-        PeerSource("s3://b/m", [], Fleeting(LISTING).fleet, "peer0")
+        PeerSource("s3://b/m", [], Fleeting(three).fleet, "peer0")
+
+
+def test_a_listing_has_64_mib_at_most_and_a_peers_extents_are_those_of_an_object_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(source_module, "_bounded", lambda answer, most: asked.append(most) or answer.read())
+    found = PeerSource("s3://b/m", [], Fleeting(LISTING).fleet, "peer0")
+    assert asked == [64 << 20]
+    assert (found.max_extent, found.max_runs) == (ObjectStoreSource.max_extent, ObjectStoreSource.max_runs)
+    assert found.min_range == 256 << 10
+
+
+def test_what_is_said_of_a_peers_answer_is_bounded() -> None:
+    uri = "s3://b/" + "x" * 600
+    for answer in (LISTING, 404):
+        with pytest.raises(SourceFailed, match="s3://b/x") as raised:
+            PeerSource(uri, [], Fleeting(answer).fleet, "peer0")
+        assert len(str(raised.value)) == 500
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,97 @@ def test_where_there_is_nothing_to_say_it_is_said_that_it_lives(
     run(test)
 
 
+class Time:
+    """In place of ``time``; notes how often a look begins."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.looks = 0
+
+    def monotonic(self) -> float:
+        self.looks += 1
+        return self.now
+
+    def time_ns(self) -> int:
+        return 5_000_000
+
+    async def pass_looks(self, count: int) -> None:
+        """Return when so many more have begun."""
+        last = self.looks + count
+        async with asyncio.timeout(60):
+            while self.looks < last:  # noqa: ASYNC110 - of whoever looks
+                await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("what", ["alive", "readers"])
+def test_that_it_lives_and_who_reads_is_said_once_a_second_and_not_more_often(
+    what: str, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Time()
+    monkeypatch.setattr(server_module, "time", clock)
+
+    async def test(house: House) -> None:
+        listening = house.lend()
+        await until(listening, "segments")
+        if what == "readers":
+            house.fleet.gossip.publish(house.stage.key, {"other:1": 5})
+            assert await anext(listening) == {"type": "readers", "stamps": {"other:1": 5}}
+        for now in (1001.0, 1002.5):
+            said = asyncio.ensure_future(anext(listening))  # type: ignore[arg-type]
+            clock.now = now - 0.125 if now == 1001.0 else 1001.875
+            await clock.pass_looks(5)
+            assert not said.done()
+            clock.now = now
+            async with asyncio.timeout(60):
+                assert (await said)["type"] == what
+        await cast(Any, listening).aclose()
+
+    run(test)
+
+
+def test_that_these_are_all_is_said_once_and_not_before_it_is_ready(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Time()
+    monkeypatch.setattr(server_module, "time", clock)
+    monkeypatch.setattr(server_module, "_HEARTBEAT", 0.001)
+
+    async def test(house: House) -> None:
+        house.fleet.me = ""
+        house.stage.enter("verifying")
+        listening = house.lend()
+        await until(listening, "segments")
+        said = asyncio.ensure_future(anext(listening))  # type: ignore[arg-type]
+        await clock.pass_looks(5)
+        assert not said.done()
+        house.ready()
+        async with asyncio.timeout(60):
+            found = [await said, *[await anext(listening) for _ in range(2)]]
+        assert [event["type"] for event in found] == ["leaves", "leaves", "complete"]
+        said = asyncio.ensure_future(anext(listening))  # type: ignore[arg-type]
+        await clock.pass_looks(5)
+        assert not said.done()
+        said.cancel()
+        await asyncio.gather(said, return_exceptions=True)
+
+    run(test)
+
+
+def test_a_stage_that_is_ready_is_stamped_with_the_time_of_now_and_by_who_has_an_address(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "time", Time())
+
+    async def test(house: House) -> None:
+        house.ready()
+        assert house.serving._stamps(house.stage) == {"me:1": 5}
+        assert type(house.serving._stamps(house.stage)["me:1"]) is int
+        house.fleet.me = ""
+        assert house.serving._stamps(house.stage) == {}
+
+    run(test)
+
+
 def test_peers_share_what_is_mapped_and_the_last_one_to_go_lets_go_of_it(run: Callable[..., None]) -> None:
     async def test(house: House) -> None:
         house.ready()

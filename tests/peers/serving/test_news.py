@@ -85,6 +85,16 @@ def test_each_leaf_is_told_of_once_with_its_digest_and_what_is_coming_without() 
     ]
 
 
+def test_that_something_is_coming_is_news_by_itself() -> None:
+    load, news = Loading(), News("e1")
+    news.catch_up(load.stage)
+    load.account.coming[0][4] = 1
+    assert news.behind(load.stage)
+    assert news.catch_up(load.stage) == [event("coming", 0, 4, count=1)]
+    load.account.coming[0][4] = 0
+    assert news.behind(load.stage)
+
+
 def test_what_was_taken_back_is_told_of_again_when_it_is_there_again() -> None:
     load, news = Loading(), News("e1")
     load.there(1, 0, 1)
@@ -114,8 +124,10 @@ def test_of_what_neither_loads_nor_is_ready_there_is_nothing_to_tell() -> None:
     load.stage.fill = None
     assert not news.behind(load.stage)
     assert news.catch_up(load.stage) == []
-    load.stage.enter("failed")
-    assert not news.behind(load.stage)
+    for state in ("verifying", "failed"):
+        load.stage.enter(state)
+        assert not news.behind(load.stage)
+        assert news.catch_up(load.stage) == []
 
 
 def test_an_event_has_so_many_leaves_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
