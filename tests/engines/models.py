@@ -16,7 +16,7 @@ SIZES: dict[str, Any] = {
 def _llama(**changed: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **changed))
+    return LlamaForCausalLM(LlamaConfig(**SIZES | changed))
 
 
 def _qwen2() -> Any:
@@ -56,6 +56,7 @@ def _mamba() -> Any:
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": _llama,
     "tied": lambda: _llama(tie_word_embeddings=True),
+    "even": lambda: _llama(vocab_size=2048),
     "qwen2": _qwen2,
     "moe": _qwen3_moe,
     "mamba": _mamba,

@@ -42,7 +42,7 @@ def found(loaded, **_):
             report = weights.report
             told["weights"] = {
                 "share": report.share, "modes": dict(report.modes), "stage": weights.manifest.stage,
-                "nbytes": weights.manifest.nbytes, "preloaded": loaded.loader.preloaded_weights_bytes,
+                "footprint": weights.footprint, "preloaded": loaded.loader.preloaded_weights_bytes,
             }  # fmt: skip
     Path(os.environ["FOUND"], f"{get_parallel().tp_rank}.json").write_text(json.dumps(told))
 
@@ -85,7 +85,7 @@ if __name__ == "__main__":
     generate(engine, sys.argv[2])
     for line in sys.stdin:
         if line.startswith('"'):
-            done, why, *_ = engine.update_weights_from_disk(json.loads(line))
+            done, why, *_ = engine.update_weights_from_disk(json.loads(line), load_format="auto")
             assert done, why
             generate(engine, sys.argv[2])
         elif line.strip():

@@ -1,62 +1,26 @@
-"""Engines in environments of their own, with the shim as an image has it: ``weightd.ipc``, and its entry points."""
+"""Engines that generate tokens as they are asked to, and layouts that are made ahead of their first start."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
 import threading
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import pytest
+from tests.engines.environment import HERE, environment, python
+from tests.servers import Daemon
 
-import weightd.ipc
-
-ENVIRONMENTS = Path(sys.executable).parents[1]
-HERE = Path(__file__).parent
 DEADLINE = 600.0
-
-
-def shim(folder: Path) -> Path:
-    """A folder for PYTHONPATH with ``weightd.ipc`` alone, as if it were installed."""
-    (folder / "weightd").mkdir(parents=True)
-    (folder / "weightd" / "ipc").symlink_to(Path(weightd.ipc.__file__).parent)
-    project = tomllib.loads((HERE.parents[1] / "ipc" / "pyproject.toml").read_text())["project"]
-    about = folder / f"weightd_ipc-{project['version']}.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: weightd-ipc\nVersion: {project['version']}\n")
-    lines = []
-    for group, points in project["entry-points"].items():
-        lines += [f"[{group}]", *(f"{name} = {what}" for name, what in points.items())]
-    (about / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def python_of(engine: str) -> Path:
-    """The interpreter of an engine's environment; else the test is skipped."""
-    python = ENVIRONMENTS / engine / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"{engine} is not here: make test-engines")
-    return python
-
-
-def environment_of(python: Path, home: Path) -> dict[str, str]:
-    """What every process of an engine gets here: nothing of this machine's own."""
-    return {
-        "PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(home), "HF_HUB_OFFLINE": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }  # fmt: skip
 
 
 class Engine:
     """One engine process, that generates tokens as it is asked to; used in a ``with`` block.
 
-    ``arguments`` are the engine's own; ``environment`` is added to what every engine gets here. ``home`` is a folder of
+    ``arguments`` are the engine's own; ``environ`` is added to what every engine gets here. ``home`` is a folder of
     its own, in which ``log`` is what it has said.
     """
 
@@ -67,17 +31,15 @@ class Engine:
         home: Path,
         prompts: Sequence[Sequence[int]],
         arguments: Mapping[str, Any] | None = None,
-        environment: Mapping[str, str] | None = None,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
-        python = python_of(engine)
-        home.mkdir()
+        own = environment(engine, home, []) | {"FOUND": str(home)} | dict(environ or {})
         self.log = home / "log"
         self.home = home
-        own = environment_of(python, home) | {"FOUND": str(home)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [python, HERE / f"run_{engine}.py", model, json.dumps(prompts), json.dumps(arguments or {})],
-                env={**own, **(environment or {})}, cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                [python(engine), HERE / f"run_{engine}.py", model, json.dumps(prompts), json.dumps(arguments or {})],
+                env=own, cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 text=True, start_new_session=True,
             )  # fmt: skip
 
@@ -133,3 +95,16 @@ class Engine:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill() if kind else self.end()
+
+
+def ahead(engine: str, path: Path, daemon: Daemon, home: Path, *options: str) -> list[dict[str, Any]]:
+    """What ``weightd trace`` says of each of an engine's processes, in the engine's own environment."""
+    # SGLang's needs what this script stubs of torchvision.
+    program = [HERE / "run_sglang.py", "trace"] if engine == "sglang" else ["-m", "weightd.ipc.engines.ahead"]
+    done = subprocess.run(
+        [python(engine), *program, "--engine", engine, *options],
+        env=environment(engine, home, [path]) | {"WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)},
+        cwd=home, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

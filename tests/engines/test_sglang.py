@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from tests.engines.environment import HERE, beside, environment, python
 from tests.engines.models import make
-from tests.engines.starting import HERE, Engine, environment_of, python_of, shim
+from tests.engines.starting import Engine, ahead
 from tests.servers import Daemon, SeaweedFS, free_ports
 
 PROMPTS = [[1, 5, 9, 100 + number] for number in range(3)]
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shim(tmp_path_factory.mktemp("shim"))
+    return beside(tmp_path_factory.mktemp("shim"))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def env_of(tp_size: int) -> dict[str, str]:
 
 
 @pytest.fixture
-def environment(daemon_of: Daemon, path: Path) -> dict[str, str]:
+def environ(daemon_of: Daemon, path: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(daemon_of.runtime_dir)}
 
 
@@ -82,7 +83,7 @@ def daemon_of(start_daemon: Callable[..., Daemon]) -> Iterator[Daemon]:
 @pytest.mark.parametrize(
     ("name", "tp_size", "arguments"),
     [("llama", 1, {}), ("llama", 2, {}), ("tied", 1, {}), ("tied", 2, {}), ("moe", 1, {}), ("moe", 2, {}),
-     ("llama", 1, {"model_impl": "transformers"})],
+     ("even", 1, {"model_impl": "transformers"})],
     ids=lambda value: str(value) if not isinstance(value, dict) else "-".join(value) or "own",
 )  # fmt: skip
 def test_parameters_are_the_daemons_memory_and_tokens_are_those_of_its_own_loader(
@@ -92,14 +93,12 @@ def test_parameters_are_the_daemons_memory_and_tokens_are_those_of_its_own_loade
     folders: Callable[[str], Path],
     truths: Callable[..., Any],
     daemon_of: Daemon,
-    environment: dict[str, str],
+    environ: dict[str, str],
     tmp_path: Path,
 ) -> None:
     tokens, tensors = truths(name, tp_size, **arguments)
     asked = plan(tp_size) | SURE | arguments
-    with Engine(
-        "sglang", str(folders(name)), tmp_path / "home", PROMPTS, asked, environment | env_of(tp_size)
-    ) as engine:
+    with Engine("sglang", str(folders(name)), tmp_path / "home", PROMPTS, asked, environ | env_of(tp_size)) as engine:
         assert engine.tokens() == tokens
         (stage,) = daemon_of.client.stages()
         assert len(daemon_of.client.leases()) == tp_size
@@ -111,19 +110,6 @@ def test_parameters_are_the_daemons_memory_and_tokens_are_those_of_its_own_loade
             assert found["weights"]["preloaded"] == 0  # it came after SGLang had looked how much memory there is
         assert engine.said().count("weightd: the engine loads") == 0
     assert daemon_of.client.leases() == []
-
-
-def ahead(path: Path, daemon: Daemon, home: Path, *options: str) -> list[dict[str, Any]]:
-    """What ``weightd trace`` says, in SGLang's own environment."""
-    home.mkdir()
-    python = python_of("sglang")
-    done = subprocess.run(
-        [python, HERE / "run_sglang.py", "trace", "--engine", "sglang", *options],
-        env=environment_of(python, home) | {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)},
-        cwd=home, capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def wait_for(what: Callable[[], bool]) -> None:
@@ -145,21 +131,21 @@ def test_an_object_uri_is_served_to_engines_that_cannot_read_it_and_outlives_the
     tokens, (tensors,) = truths("llama")
     uri = s3.upload(folders("llama"), "sglang")
     daemon = start_daemon(env=s3.env)
-    environment = {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}
-    (told,) = ahead(path, daemon, tmp_path / "ahead", "--model", uri, "--dtype", "bfloat16")
+    environ = {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}
+    (told,) = ahead("sglang", path, daemon, tmp_path / "ahead", "--model", uri, "--dtype", "bfloat16")
     assert told["opaque"] == []
     assert daemon.client.stages() == []
     with contextlib.ExitStack() as stack:
         engines = []
         for home in ("first", "second"):
-            engine = Engine("sglang", uri, tmp_path / home, PROMPTS, {"log_level": "info"}, environment)
+            engine = Engine("sglang", uri, tmp_path / home, PROMPTS, {"log_level": "info"}, environ)
             engines.append(stack.enter_context(engine))
             assert engine.tokens() == tokens, engine.said()
             found = engine.found()
             assert found["tensors"] == tensors
             assert found["weights"]["share"] == 1.0
             # What was there before the engine is memory that it misses, and does not need again.
-            assert found["weights"]["preloaded"] == (found["weights"]["nbytes"] if home == "second" else 0)
+            assert found["weights"]["preloaded"] == (found["weights"]["footprint"] if home == "second" else 0)
         (stage,) = daemon.client.stages()
         assert [layout["key"] for layout in daemon.client.layouts()] == [told["key"]]
         assert len(daemon.client.leases()) == 2
@@ -193,23 +179,23 @@ def test_sglang_loads_by_itself_where_the_daemon_cannot_serve_it(
 ) -> None:
     tokens, (tensors,) = truths("llama")
     model, options = str(folders("llama")), {}
-    environment = {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(tmp_path / "nobody")}
+    environ = {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(tmp_path / "nobody")}
     daemon = None
     if why != "absent":
         daemon = start_daemon(*(["--capacity", "cpu=1MiB"] if why == "refused" else []))
-        environment["WEIGHTD_RUNTIME_DIR"] = str(daemon.runtime_dir)
+        environ["WEIGHTD_RUNTIME_DIR"] = str(daemon.runtime_dir)
     if why == "late":
         options["timeout"] = 0.001
     if why == "another":
         assert daemon is not None
-        (told,) = ahead(path, start_daemon(), tmp_path / "ahead", "--model", model, "--dtype", "bfloat16")
+        (told,) = ahead("sglang", path, start_daemon(), tmp_path / "ahead", "--model", model, "--dtype", "bfloat16")
         recipe = {
             "key": told["about"], "entries": [["model.norm.weight", "BF16", [256]]], "boxes": [[[256], [1], [1]]],
             "copies": [[0, 0, 0, 0, 0]], "casts": [], "constants": [],
         }  # fmt: skip
         daemon.client.put_layout(told["key"], recipe)
     asked = {**PRIVATE, "model_loader_extra_config": json.dumps(options)}
-    with Engine("sglang", model, tmp_path / "home", PROMPTS, asked, environment) as engine:
+    with Engine("sglang", model, tmp_path / "home", PROMPTS, asked, environ) as engine:
         assert engine.tokens() == tokens
         found = engine.found()
         assert found["tensors"] == tensors
@@ -228,11 +214,11 @@ def test_sglang_loads_by_itself_where_the_daemon_cannot_serve_it(
 def test_an_engine_that_may_not_load_by_itself_ends_with_the_reason(
     options: dict[str, Any], said: str, folders: Callable[[str], Path], path: Path, tmp_path: Path
 ) -> None:
-    environment = {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(tmp_path / "nobody")}
+    environ = {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(tmp_path / "nobody")}
     asked = {**PRIVATE, "model_loader_extra_config": json.dumps(options)}
     with (
         pytest.raises(AssertionError, match="the engine has ended"),
-        Engine("sglang", str(folders("llama")), tmp_path / "home", PROMPTS, asked, environment) as engine,
+        Engine("sglang", str(folders("llama")), tmp_path / "home", PROMPTS, asked, environ) as engine,
     ):
         engine.tokens()
     assert said in engine.said()
@@ -243,12 +229,12 @@ def test_weights_are_the_engines_own_where_that_is_asked_for(
     mode: str,
     folders: Callable[[str], Path],
     truths: Callable[..., Any],
-    environment: dict[str, str],
+    environ: dict[str, str],
     tmp_path: Path,
 ) -> None:
     tokens, (tensors,) = truths("llama")
     asked = {**PRIVATE, "model_loader_extra_config": json.dumps({"fallback": False, "mode": mode})}
-    with Engine("sglang", str(folders("llama")), tmp_path / "home", PROMPTS, asked, environment) as engine:
+    with Engine("sglang", str(folders("llama")), tmp_path / "home", PROMPTS, asked, environ) as engine:
         assert engine.tokens() == tokens
         found = engine.found()
         assert found["tensors"] == tensors
@@ -264,14 +250,13 @@ def test_its_http_server_serves_from_the_daemons_memory(
     folders: Callable[[str], Path],
     truths: Callable[..., Any],
     daemon_of: Daemon,
-    environment: dict[str, str],
+    environ: dict[str, str],
     tmp_path: Path,
 ) -> None:
     import httpx
 
     tokens, _ = truths("llama")
     (port,) = free_ports(1)
-    python = python_of("sglang")
     options = [
         "--model-path", str(folders("llama")), "--load-format", "private", "--host", "127.0.0.1", "--port", str(port),
         "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend",
@@ -280,8 +265,8 @@ def test_its_http_server_serves_from_the_daemons_memory(
     ]  # fmt: skip
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
-            [python, HERE / "run_sglang.py", "serve", *options],
-            env=environment_of(python, tmp_path) | environment, cwd=tmp_path, stdout=log, stderr=log,
+            [python("sglang"), HERE / "run_sglang.py", "serve", *options],
+            env=environment("sglang", tmp_path, []) | environ, cwd=tmp_path, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
     try:
@@ -306,7 +291,6 @@ def test_its_http_server_serves_from_the_daemons_memory(
 
 
 def test_an_update_of_weights_that_are_lent_on_a_gpu_is_refused_before_it_writes(path: Path, tmp_path: Path) -> None:
-    python = python_of("sglang")
     program = """if True:
         import runpy, sys
         sys.argv = [sys.argv[1], "nothing"]
@@ -325,8 +309,8 @@ def test_an_update_of_weights_that_are_lent_on_a_gpu_is_refused_before_it_writes
             print(sglang._update(write, updater, "somewhere"))
     """
     done = subprocess.run(
-        [python, "-c", program, HERE / "run_sglang.py"],
-        env=environment_of(python, tmp_path) | {"PYTHONPATH": str(path)},
+        [python("sglang"), "-c", program, HERE / "run_sglang.py"],
+        env=environment("sglang", tmp_path, [path]),
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]

@@ -1,0 +1,68 @@
+"""Layouts that are made ahead of an engine's first start are those that it asks for then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.engines.environment import HERE, Driven, beside, environment
+from tests.engines.models import make
+from tests.engines.starting import ahead
+from tests.servers import Daemon
+
+pytestmark = pytest.mark.timeout(1200)
+VLLM = {"dtype": "bfloat16", "max_model_len": 128, "enforce_eager": True}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return beside(tmp_path / "path")
+
+
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [("sglang", ["--ep-size", "2"]), ("vllm", ["--enable-expert-parallel", "--enforce-eager"])],
+)
+def test_each_process_of_a_plan_has_a_layout_of_its_own(
+    engine: str, options: list[str], path: Path, start_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    daemon = start_daemon()
+    model = make("moe", tmp_path / "moe")
+    plan = ["--tp-size", "2", "--dtype", "bfloat16", *options]
+    told = ahead(engine, path, daemon, tmp_path / "home", "--model", str(model), *plan)
+    assert [one["about"]["rank"] for one in told] == [0, 1]
+    assert len({one["digest"] for one in told}) == 2
+    # Experts that a process does not have are in no copy of its layout.
+    assert all(one["opaque"] == [] and one["copies"] < 50 for one in told)
+    assert {layout["key"] for layout in daemon.client.layouts()} == {one["key"] for one in told}
+    assert daemon.client.stages() == []
+
+
+def test_vllm_asks_for_the_layout_that_was_made_ahead(
+    path: Path, start_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    daemon = start_daemon()
+    model = str(make("llama", tmp_path / "llama"))
+    plan = ["--dtype", "bfloat16", "--max-model-len", "128", "--enforce-eager"]
+    (told,) = ahead("vllm", path, daemon, tmp_path / "home", "--model", model, *plan)
+    variables = environment("vllm", tmp_path / "engine", [path, HERE]) | {
+        "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)
+    }
+    settings = {"model": model, "load_format": "weightd", **VLLM}
+    with Driven("vllm", "drive_vllm.py", settings, variables, tmp_path / "engine") as engine:
+        assert engine.answer() == "started"
+        assert [layout["key"] for layout in daemon.client.layouts()] == [told["key"]]
+        (stage,) = daemon.client.stages()
+        assert stage["request"]["layout"] == {"key": [told["key"]]}
+
+
+def test_an_engine_that_is_not_in_this_python_is_said_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from weightd.ipc.engines.ahead import main
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["--engine", "vllm", "--model", "/models/m"]) == 1
+    assert "this has to run in vllm's own image" in capsys.readouterr().err
