@@ -17,7 +17,7 @@ if "cpu" not in vllm.__version__:  # a wheel for GPUs, which does all but comput
     from vllm.platforms.cpu import CpuPlatform
 
     vllm.platforms._current_platform = CpuPlatform()
-from probe_vllm import digests, reported  # noqa: E402
+from probe_vllm import digests, reported
 
 torch.accelerator.empty_cache = lambda: None  # as vLLM's own worker for CPUs has it
 
