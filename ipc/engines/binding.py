@@ -342,12 +342,13 @@ class Binding:
             return set(traced.owners.values())
         if weights.device == "cpu":
             return set()
+        # By object: a tied parameter has one name here, and several modules.
+        owners = {id(tensor): traced.owners[name] for name, tensor in _held(model).items()}
         found = {
-            traced.owners[f"{prefix}.{name}" if prefix else name]
-            for prefix, module in model.named_modules()
+            owners[id(tensor)]
+            for module in model.modules()
             if writes(module)
-            for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            if (f"{prefix}.{name}" if prefix else name) in traced.owners
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
         }
         if found and self.options.mode == "zero-copy":
             raise ModelMismatch(

@@ -10,6 +10,13 @@ import sys
 from typing import Any
 
 import torch
+import vllm
+
+if "cpu" not in vllm.__version__:  # a wheel for GPUs, which does all but compute: before anybody asks where it is
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms._current_platform = CpuPlatform()
 from probe_vllm import digests, reported
 
 torch.accelerator.empty_cache = lambda: None  # as vLLM's own worker for CPUs has it
@@ -27,15 +34,9 @@ def loaded(config: Any) -> torch.nn.Module:
 
 
 if __name__ == "__main__":
-    import vllm
     from vllm.distributed import init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
 
-    if "cpu" not in vllm.__version__:  # a wheel for GPUs, which does all but compute
-        import vllm.platforms
-        from vllm.platforms.cpu import CpuPlatform
-
-        vllm.platforms._current_platform = CpuPlatform()
     init_distributed_environment(1, 0, f"file://{os.getcwd()}/rendezvous", 0, "gloo")
     fixed = {"dtype": "bfloat16", "max_model_len": 128, "skip_tokenizer_init": True, "enforce_eager": True}
     wanted: dict[str, dict[str, str]] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ import pytest
 
 from tests.engines.environment import HERE, Driven, beside, environment, python
 from tests.engines.models import make
-from tests.servers import Daemon
+from tests.servers import Daemon, SeaweedFS
 
 pytestmark = pytest.mark.timeout(1200)
 PROMPTS = [[1, 5, 9, 100 + number] for number in range(3)]
@@ -61,11 +63,11 @@ def start(tmp_path: Path, beside_vllm: Path) -> Iterator[Callable[..., Driven]]:
 def compared(tmp_path: Path, beside_vllm: Path) -> Callable[..., list[Any]]:
     """What vLLM's loader makes of cases (settings of both, what weightd's has besides), against what weightd does."""
 
-    def run(cases: list[tuple[dict[str, Any], dict[str, Any]]], daemon: Daemon, engine: str = "vllm") -> list[Any]:
-        variables = environment(engine, tmp_path / "home", [beside_vllm, HERE])
+    def run(cases: list[tuple[dict[str, Any], dict[str, Any]]], daemon: Daemon, *paths: Path) -> list[Any]:
+        variables = environment("vllm", tmp_path / "home", [*paths, beside_vllm, HERE])
         variables["WEIGHTD_RUNTIME_DIR"] = str(daemon.runtime_dir)
         done = subprocess.run(
-            [python(engine), HERE / "compare_vllm.py", json.dumps(cases)],
+            [python("vllm"), HERE / "compare_vllm.py", json.dumps(cases)],
             env=variables, cwd=tmp_path / "home", capture_output=True, text=True, check=False, timeout=900,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
@@ -101,6 +103,22 @@ def test_every_parameter_and_buffer_is_what_vllms_own_loader_makes_it(
         # What vLLM packs for a CPU is its own afterwards: experts, here.
         assert report["share"] > {"moe": 0.4, "mamba": 0.9}.get(name, 0.9999), name
         assert report["lent_nbytes"] > 0.98 * report["segment_nbytes"], name
+
+
+def test_the_newest_release_for_gpus_is_bound_alike(
+    models: Callable[[str], str], daemon: Daemon, tmp_path: Path, compared: Callable[..., list[Any]]
+) -> None:
+    # Of SGLang's environment, which needs its code. It cannot compute on a CPU, nor pack experts: all but that.
+    (packages,) = (python("sglang").parents[1] / "lib").glob("python3.*/site-packages")
+    release = tmp_path / "release"
+    release.mkdir()
+    for path in packages.glob("vllm*"):
+        (release / path.name).symlink_to(path)
+    names = ["llama", "tied", "qwen2", "vision"]
+    answers = compared([({"model": models(name)}, extra(fallback=False)) for name in names], daemon, release)
+    for name, answer in zip(names, answers, strict=True):
+        assert answer.get("differ") == [], (name, answer)
+        assert answer["report"]["share"] == 1.0, name
 
 
 def test_what_goes_wrong_ends_in_vllms_own_loader_or_is_raised_as_was_asked(

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from tests.servers import Daemon
 from weightd.ipc import AttachTimeout, DaemonUnavailable, ModelMismatch, RequestRefused
 from weightd.ipc.engines.binding import Binding, Options, Untraceable, fall, report, weights_of
 from weightd.ipc.recipe import Key
-from weightd.ipc.trace import meta_parameters
+from weightd.ipc.trace import Trace, meta_parameters
 
 Load = Callable[[nn.Module, Iterable[tuple[str, torch.Tensor]]], None]
 
@@ -232,6 +233,34 @@ def test_what_a_mode_does_not_allow_is_an_error(daemon: Daemon, checkpoint: Path
         pytest.raises(ModelMismatch, match=r"'decay' \(it is computed from weights\): mode 'auto' gives"),
     ):
         binding.bind(model, loader(model), [key_of(binding)])
+
+
+def test_on_a_gpu_what_may_be_written_to_is_a_copy_whoever_shares_it(daemon: Daemon, checkpoint: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.written, self.read, self.alone = nn.Module(), nn.Module(), nn.Module()
+            for module in (self.written, self.alone):
+                module.weight = nn.Parameter(torch.empty(2, 2), requires_grad=False)
+            self.read.weight = self.written.weight
+
+    model: Any = Tied()
+    owners = {"written.weight": "written.weight", "alone.weight": "alone.weight"}
+    traced = Trace([], [], [], {}, [], [], owners)
+    there: Any = SimpleNamespace(device="cuda:0")
+    here: Any = SimpleNamespace(device="cpu")
+
+    def writes(module: nn.Module) -> bool:
+        return module is model.read
+
+    with Binding(checkpoint, Options()) as binding:
+        assert binding._cloned(model, traced, there, writes) == {"written.weight"}
+        assert binding._cloned(model, traced, here, writes) == set()
+    with (
+        Binding(checkpoint, Options(mode="zero-copy")) as binding,
+        pytest.raises(ModelMismatch, match="lent read-only"),
+    ):
+        binding._cloned(model, traced, there, writes)
 
 
 @pytest.mark.parametrize(
