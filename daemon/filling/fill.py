@@ -30,7 +30,16 @@ from weightd.daemon.filling.sink import Landing, Sink
 from weightd.daemon.filling.slots import Slots
 from weightd.daemon.layouts.digests import LEAF, leaf_count, leaf_digest
 from weightd.daemon.layouts.extents import Extent, Scatter
-from weightd.daemon.layouts.recipe import Block, Copy, Recipe, blocks, contiguous, convert_block, copy_block
+from weightd.daemon.layouts.recipe import (
+    Block,
+    Copy,
+    Recipe,
+    blocks,
+    contiguous,
+    convert_block,
+    copy_block,
+    gather_block,
+)
 from weightd.daemon.limits import FillLimits
 from weightd.daemon.observing.clock import Clock
 from weightd.daemon.observing.metrics import Metrics
@@ -345,6 +354,10 @@ class Fill(Sink):
                 source = landing.address
                 if cast is not None:
                     block, data = convert_block(block, cast, landing.views[0])
+                    converted.append(data)
+                    source = address_of(data)
+                elif block.rows > 1 and block.source_stride < block.run:  # rows that overlap no device copies
+                    block, data = gather_block(block, landing.views[0])
                     converted.append(data)
                     source = address_of(data)
                 arrivals.put(segment, block, source)
