@@ -297,7 +297,7 @@ def _check_writes(recipe: Recipe) -> None:
         for _, _, dims in _spans([*written[index], *constant.get(index, ())])
     )
     if total > _MAX_ALL_RUNS:
-        raise InvalidRequest(f"its boxes fall into {total} separate runs of elements, at most {_MAX_ALL_RUNS} may be")
+        raise InvalidRequest(f"boxes: they fall into more than {_MAX_ALL_RUNS} separate runs of elements")
     for index, entry in enumerate(recipe.entries):
         _check_written(entry, written[index], constant.get(index, ()))
 
