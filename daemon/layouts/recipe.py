@@ -358,14 +358,14 @@ def _runs(entry: Entry, boxes: Sequence[Box]) -> tuple[NDArray[numpy.int64], NDA
         total += prod(size for _, size in dims)
         if total > _MAX_RUNS:
             raise InvalidRequest(f"entry {entry.name!r}: more than {_MAX_RUNS} separate runs of elements")
-        found = numpy.full(1, box.offset, numpy.int64)
+        begins: NDArray[numpy.int64] = numpy.full(1, box.offset, numpy.int64)
         for stride, size in reversed(dims):
-            found = numpy.add.outer(found, numpy.arange(size, dtype=numpy.int64) * stride).reshape(-1)
-        starts.append(found)
-        sizes.append(numpy.full(len(found), run, numpy.int64))
-    first, size = numpy.concatenate(starts), numpy.concatenate(sizes)
+            begins = numpy.add.outer(begins, numpy.arange(size, dtype=numpy.int64) * stride).reshape(-1)
+        starts.append(begins)
+        sizes.append(numpy.full(len(begins), run, numpy.int64))
+    first, lengths = numpy.concatenate(starts), numpy.concatenate(sizes)
     order = numpy.argsort(first, kind="stable")
-    return first[order], first[order] + size[order]
+    return first[order], first[order] + lengths[order]
 
 
 def arrange(items: Sequence[tuple[Entry, Copy]], rank: int) -> Recipe:
