@@ -94,8 +94,10 @@ class Account:
         self._expected = expected_leaves
         self._on_verified = on_verified
         self._queue = deque(extent for extent, landed in zip(extents, self._landed, strict=True) if not landed)
-        self._pending = [brought(recipe) for recipe in recipes]
-        """Bytes that are still to come, of each entry of each segment."""
+        self._brought = [brought(recipe) for recipe in recipes]
+        """Bytes that extents bring, of each entry of each segment."""
+        self._pending = [list(of_segment) for of_segment in self._brought]
+        """Bytes of those that are still to come."""
         self.unread = [
             [index for index, (entry, nbytes) in enumerate(zip(recipe.entries, pending, strict=True))
              if entry.nbytes and not nbytes]
@@ -213,6 +215,10 @@ class Account:
         for segment, entry in entries:
             first, count = self._leaf_starts[segment][entry], len(self.leaves[segment][entry])
             self.there[segment][first : first + count] = b"\1" * count
+
+    def is_untouched(self, segment: int, entry: int) -> bool:
+        """Whether nothing is there of an entry, a part of which is to come."""
+        return 0 < self._pending[segment][entry] == self._brought[segment][entry]
 
     def mark_unread(self) -> None:
         """The entries that no extent brings are there, and hashed."""

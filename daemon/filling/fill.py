@@ -30,7 +30,16 @@ from weightd.daemon.filling.sink import Landing, Sink
 from weightd.daemon.filling.slots import Slots
 from weightd.daemon.layouts.digests import LEAF, leaf_count, leaf_digest
 from weightd.daemon.layouts.extents import Extent, Scatter
-from weightd.daemon.layouts.recipe import Block, Copy, Recipe, blocks, contiguous, convert_block, copy_block
+from weightd.daemon.layouts.recipe import (
+    Block,
+    Copy,
+    Recipe,
+    blocks,
+    contiguous,
+    convert_block,
+    copy_block,
+    gather_block,
+)
 from weightd.daemon.limits import FillLimits
 from weightd.daemon.observing.clock import Clock
 from weightd.daemon.observing.metrics import Metrics
@@ -87,6 +96,11 @@ class Fill(Sink):
             expected_leaves=expected_leaves or {},
             on_verified=on_verified,
         )
+        self._constants: dict[tuple[int, int], list[Constant]] = {}
+        """Those of each (segment, entry) that has any."""
+        for segment, recipe in enumerate(recipes):
+            for constant in recipe.constants:
+                self._constants.setdefault((segment, constant.entry), []).append(constant)
         self.sha256 = {file: OrderedHash(prefix) for file, prefix in (sha256_prefixes or {}).items()}
         self._recipes = recipes
         self._segments = segments
@@ -214,41 +228,58 @@ class Fill(Sink):
 
     def write_constants(self) -> None:
         """Put constants where no source brings anything. Before any reader runs."""
-        if self.account.bytes_read:
-            return  # copies may have landed on top: a process before this one has written them
-        with self.phase("copying"):
-            for index, recipe in enumerate(self._recipes):
-                for constant in recipe.constants:
-                    if any(constant.value):  # memory comes zeroed
-                        self._write_constant(index, recipe, constant)
-            if self._arrivals is not None:
-                self._arrivals.finish()
-        self.finish()
-        places = [
-            (
-                segment,
-                index,
-                0,
-                self._recipes[segment].entries[index].offset,
-                self._recipes[segment].entries[index].nbytes,
-            )
-            for segment, entries in enumerate(self.account.unread)
-            for index in entries
-        ]
-        with self.phase("verifying"):
-            if self._arrivals is not None:
-                self._hash_on_device(places)
-            else:
-                for segment, index, leaf, offset, nbytes in places:
-                    view = self._segments[segment].view
-                    self._hash(self.account.leaves[segment][index], leaf, view, offset, nbytes)
+        unread = [(segment, index) for segment, entries in enumerate(self.account.unread) for index in entries]
+        begun = bool(self.account.bytes_read)  # a process before this one has written and hashed those of ``unread``
+        self.restore_constants(self._constants)
+        if not begun:
+            self._write_constants(unread)
+            if self.stopped:
+                return  # nor are they all written
+            places = []
+            for segment, index in unread:
+                entry = self._recipes[segment].entries[index]
+                places.append((segment, index, 0, entry.offset, entry.nbytes))
+            with self.phase("verifying"):
+                if self._arrivals is not None:
+                    self._hash_on_device(places)
+                else:
+                    for segment, index, leaf, offset, nbytes in places:
+                        view = self._segments[segment].view
+                        self._hash(self.account.leaves[segment][index], leaf, view, offset, nbytes)
         self.account.mark_unread()
+
+    def restore_constants(self, entries: Iterable[tuple[int, int]]) -> None:
+        """Put constants into those of these entries (segment, entry) that nothing that counts has come of.
+
+        What a peer brings is all of an entry: where that was wrong, so are its constants, which no origin brings.
+        """
+        self._write_constants([place for place in entries if self.account.is_untouched(*place)])
+
+    def _write_constants(self, entries: Iterable[tuple[int, int]]) -> None:
+        """All of these entries' (segment, entry), in the recipe's order: the last one stands."""
+        written = False
+        with self.phase("copying"):
+            for segment, entry in entries:
+                for constant in self._constants.get((segment, entry), ()):
+                    self._write_constant(segment, self._recipes[segment], constant)
+                    written = True
+            if written and self._arrivals is not None:
+                self._arrivals.finish()
+        if self._failure is not None:
+            raise self._failure
 
     def _write_constant(self, segment: int, recipe: Recipe, constant: Constant) -> None:
         entry = recipe.entries[constant.entry]
         whole = Box(0, constant.target.shape, contiguous(constant.target.shape).strides)
         like = TensorInfo(entry.name, entry.dtype, constant.target.shape, 0, 0, 0)
         for block in blocks(Copy(0, constant.entry, whole, constant.target), like, entry):
+            if self._stop.is_set():
+                return
+            if self._arrivals is None and block.rows > 1 and block.run <= LEAF:
+                data = memoryview(constant.value * (block.run // len(constant.value)))
+                anew = block._replace(source=0, source_stride=0, target=entry.offset + block.target)
+                copy_block(anew, data, self._segments[segment].view)
+                continue
             for row in range(block.rows):
                 target = entry.offset + block.target + row * block.target_stride
                 for done in range(0, block.run, LEAF):
@@ -323,6 +354,10 @@ class Fill(Sink):
                 source = landing.address
                 if cast is not None:
                     block, data = convert_block(block, cast, landing.views[0])
+                    converted.append(data)
+                    source = address_of(data)
+                elif block.rows > 1 and block.source_stride < block.run:  # rows that overlap no device copies
+                    block, data = gather_block(block, landing.views[0])
                     converted.append(data)
                     source = address_of(data)
                 arrivals.put(segment, block, source)

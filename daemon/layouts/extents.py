@@ -17,6 +17,8 @@ from weightd.daemon.layouts.digests import LEAF
 from weightd.daemon.layouts.recipe import Block, Copy, Recipe, blocks, uses
 from weightd.daemon.tensors import TensorInfo
 
+_SPREAD = 8 << 20
+
 
 class Run(NamedTuple):
     """Contiguous bytes in a segment (its index)."""
@@ -203,32 +205,45 @@ def _clip(block: Block, begin: int, end: int, cast: Cast | None) -> Iterator[Blo
     Both lie between elements: they are whole MiB from the first byte that is wanted.
     """
     source, step, target, target_step, run, count = block
-    if count > 1 and step < run:
-        # Rows that overlap in the source (broadcasts): one by one.
-        for i in range(count):
-            yield from _clip(Block(source + i * step, 0, target + i * target_step, 0, run, 1), begin, end, cast)
+    overlap = count > 1 and step < run
+    if overlap and step == 0:
+        low, high = max(source, begin), min(source + run, end)
+        if low < high:
+            into = cast.scaled(low - source) if cast else low - source
+            yield from _spread(Block(low - begin, 0, target + into, target_step, high - low, count))
         return
-    first, last = 0, count - 1
-    if count > 1:
-        first = max(0, -((source + run - 1 - begin) // step))  # the first row that ends after begin
-        last = min(last, (end - 1 - source) // step)
+    pace = step or 1
+    first = max(0, -((source + run - 1 - begin) // pace))  # the first row that ends after begin
+    last = min(count - 1, (end - 1 - source) // pace)
+    inner = max(first, -((source - begin) // pace))  # the first that begins there
+    outer = min(last, (end - run - source) // pace)
 
-    def cut(row: int) -> Iterator[Block]:
+    def cut(row: int) -> Block:
         start = source + row * step
         low, high = max(start, begin), min(start + run, end)
-        if low < high:
-            into = cast.scaled(low - start) if cast else low - start
-            yield Block(low - begin, 0, target + row * target_step + into, 0, high - low, 1)
+        into = cast.scaled(low - start) if cast else low - start
+        return Block(low - begin, 0, target + row * target_step + into, 0, high - low, 1)
 
-    if first <= last and source + first * step < begin:
-        yield from cut(first)
-        first += 1
-    tail = first <= last and source + last * step + run > end
-    whole = last - first + (0 if tail else 1)
-    if whole > 0:
-        yield Block(source + first * step - begin, step, target + first * target_step, target_step, run, whole)
-    if tail:
-        yield from cut(last)
+    for row in range(first, min(inner, last + 1)):
+        yield cut(row)
+    if inner <= outer:
+        whole = Block(
+            source + inner * step - begin, step, target + inner * target_step, target_step, run, outer - inner + 1
+        )
+        yield from _spread(whole) if overlap else (whole,)
+    for row in range(max(inner, outer + 1), last + 1):
+        yield cut(row)
+
+
+def _spread(block: Block) -> Iterator[Block]:
+    """Rows that overlap in the source, a bounce buffer's worth at a time: they come to more than was read."""
+    step = max(1, _SPREAD // block.run)
+    for row in range(0, block.rows, step):
+        yield block._replace(
+            source=block.source + row * block.source_stride,
+            target=block.target + row * block.target_stride,
+            rows=min(step, block.rows - row),
+        )
 
 
 def _bounce(extent: Extent) -> None:

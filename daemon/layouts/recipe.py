@@ -8,7 +8,7 @@ and an engine's own fused layout are all the same thing to it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise, product
+from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,7 +26,9 @@ ALIGNMENT = 256
 """Every entry starts on a multiple of this many bytes: what CUDA's own allocators give, and vector loads want."""
 
 _MAX_RUNS = 1 << 22
+_MAX_ALL_RUNS = 1 << 26
 _MAX_BLOCKS = 1 << 20
+_MAX_ALL_BLOCKS = 1 << 22
 
 
 class Entry(NamedTuple):
@@ -108,6 +110,12 @@ def convert_block(block: Block, cast: Cast, source: memoryview) -> tuple[Block, 
     return block._replace(source=0, source_stride=run, run=run), data.reshape(-1).data
 
 
+def gather_block(block: Block, source: memoryview) -> tuple[Block, memoryview]:
+    """A block as one whose rows lie one after another, in memory of its own."""
+    data = _rows(source, block.source, block.source_stride, block).copy()
+    return block._replace(source=0, source_stride=block.run), data.reshape(-1).data
+
+
 def contiguous(shape: Sequence[int]) -> Box:
     """The box that a whole row-major tensor of this shape is."""
     strides = []
@@ -178,12 +186,34 @@ def blocks(copy: Copy, tensor: TensorInfo, entry: Entry) -> Iterator[Block]:
         )
 
 
+def _block_count(source: Box, target: Box) -> int:
+    """Blocks that a copy comes to, where its boxes have one shape."""
+    if source.shape != target.shape or 0 in source.shape:
+        return 1
+    return prod(_merged(source, target)[:-1])
+
+
+def _merged(source: Box, target: Box) -> list[int]:
+    """Sizes of what two boxes of the same shape repeat over, dimensions that go on from one another as one."""
+    found: list[tuple[int, int, int]] = []
+    for size, from_stride, to_stride in zip(source.shape, source.strides, target.strides, strict=True):
+        if size == 1:
+            continue
+        if found and found[-1][1] == size * from_stride and found[-1][2] == size * to_stride:
+            size *= found.pop()[0]
+        found.append((size, from_stride, to_stride))
+    if found and found[-1][1:] == (1, 1):
+        found.pop()
+    return [size for size, _, _ in found]
+
+
 def validate(recipe: Recipe, tensors: Sequence[TensorInfo]) -> None:
     """Check everything about a recipe before a byte is allocated: bounds, types, alignment, overlap, coverage, size.
 
     Raises InvalidRequest naming the entry, what was found and what is allowed.
     """
     _check_entries(recipe)
+    total = 0
     for copy in recipe.copies:
         if not (0 <= copy.tensor < len(tensors) and 0 <= copy.entry < len(recipe.entries)):
             raise InvalidRequest(f"a copy names tensor {copy.tensor} and entry {copy.entry}, there are "
@@ -203,6 +233,9 @@ def validate(recipe: Recipe, tensors: Sequence[TensorInfo]) -> None:
         if prod(source.shape) != prod(target.shape):
             raise InvalidRequest(f"entry {entry.name!r}: a copy's two boxes differ in their number of elements")
         next(blocks(copy, tensor, entry), None)  # it says what cannot be cut
+        total += _block_count(source, target)
+        if total > _MAX_ALL_BLOCKS:
+            raise InvalidRequest(f"entry {entry.name!r}: with it, copies fall into more than {_MAX_ALL_BLOCKS} blocks")
     _check_writes(recipe)
 
 
@@ -258,6 +291,13 @@ def _check_writes(recipe: Recipe) -> None:
             raise InvalidRequest(f"entry {entry.name!r}: a constant of {len(value.value)} bytes is no {entry.dtype}")
         check_box(f"entry {entry.name!r}", value.target, entry.shape)
         constant.setdefault(value.entry, []).append(value.target)
+    total = sum(
+        prod(size for _, size in dims)
+        for index in range(len(recipe.entries))
+        for _, _, dims in _spans([*written[index], *constant.get(index, ())])
+    )
+    if total > _MAX_ALL_RUNS:
+        raise InvalidRequest(f"boxes: they fall into more than {_MAX_ALL_RUNS} separate runs of elements")
     for index, entry in enumerate(recipe.entries):
         _check_written(entry, written[index], constant.get(index, ()))
 
@@ -279,23 +319,25 @@ def _check_written(entry: Entry, copied: Sequence[Box], constant: Sequence[Box])
     whole = contiguous(entry.shape)
     if not constant and found == count and len(copied) <= 1 and all(box == whole for box in copied):
         return
+    import numpy
+
     bits = DTYPES[entry.dtype].bits
-    runs = _runs(entry, copied)
-    for (start, run), (following, _) in pairwise(runs):
-        if start + run > following:
-            raise InvalidRequest(f"entry {entry.name!r}: byte {following * bits // 8} is written more than once")
+    starts, ends = _runs(entry, copied)
+    if len(twice := numpy.flatnonzero(ends[:-1] > starts[1:])):
+        raise InvalidRequest(
+            f"entry {entry.name!r}: byte {int(starts[twice[0] + 1]) * bits // 8} is written more than once"
+        )
     if constant and found < count:
-        end = found = 0
-        for start, run in sorted([*runs, *_runs(entry, constant)]):
-            found += max(0, start + run - max(start, end))
-            end = max(end, start + run)
+        starts, ends = _runs(entry, [*copied, *constant])
+        reached = numpy.maximum.accumulate(ends)
+        before = numpy.concatenate([numpy.zeros(1, numpy.int64), reached[:-1]])
+        found = int(numpy.maximum(0, ends - numpy.maximum(starts, before)).sum())
     if found != count:
         raise InvalidRequest(f"entry {entry.name!r}: {found * bits // 8} bytes of {entry.nbytes} are written")
 
 
-def _runs(entry: Entry, boxes: Sequence[Box]) -> list[tuple[int, int]]:
-    """(first element, elements) of all contiguous runs, sorted. Raises InvalidRequest where there are too many."""
-    runs: list[tuple[int, int]] = []
+def _spans(boxes: Sequence[Box]) -> Iterator[tuple[Box, int, list[tuple[int, int]]]]:
+    """Boxes that hold anything, the elements of their contiguous runs, and (stride, size) of what these repeat over."""
     for box in boxes:
         if 0 in box.shape:
             continue
@@ -303,13 +345,27 @@ def _runs(entry: Entry, boxes: Sequence[Box]) -> list[tuple[int, int]]:
         run = 1
         while dims and dims[0][0] == run:
             run *= dims.pop(0)[1]
-        if len(runs) + prod(size for _, size in dims) > _MAX_RUNS:
+        yield box, run, dims
+
+
+def _runs(entry: Entry, boxes: Sequence[Box]) -> tuple[NDArray[numpy.int64], NDArray[numpy.int64]]:
+    """First element of each contiguous run, sorted, and the one behind its last. Raises InvalidRequest where there are
+    too many."""
+    import numpy
+
+    starts, sizes, total = [numpy.zeros(0, numpy.int64)], [numpy.zeros(0, numpy.int64)], 0
+    for box, run, dims in _spans(boxes):
+        total += prod(size for _, size in dims)
+        if total > _MAX_RUNS:
             raise InvalidRequest(f"entry {entry.name!r}: more than {_MAX_RUNS} separate runs of elements")
-        runs.extend(
-            (box.offset + sum(i * stride for i, (stride, _) in zip(at, dims, strict=True)), run)
-            for at in product(*(range(size) for _, size in dims))
-        )
-    return sorted(runs)
+        begins: NDArray[numpy.int64] = numpy.full(1, box.offset, numpy.int64)
+        for stride, size in reversed(dims):
+            begins = numpy.add.outer(begins, numpy.arange(size, dtype=numpy.int64) * stride).reshape(-1)
+        starts.append(begins)
+        sizes.append(numpy.full(len(begins), run, numpy.int64))
+    first, lengths = numpy.concatenate(starts), numpy.concatenate(sizes)
+    order = numpy.argsort(first, kind="stable")
+    return first[order], first[order] + lengths[order]
 
 
 def arrange(items: Sequence[tuple[Entry, Copy]], rank: int) -> Recipe:

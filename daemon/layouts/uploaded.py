@@ -126,7 +126,19 @@ def _about(document: Any) -> dict[str, Any]:
     for field, kind in _FIELDS.items():
         if type(about[field]) is not kind:
             raise InvalidRequest(f"key.{field}: a {type(about[field]).__name__}, it has to be a {kind.__name__}")
+    if not all(isinstance(size, int) for size in about["parallel"].values()):
+        raise InvalidRequest("key.parallel: its values are whole numbers")
+    if not all(isinstance(name, str) for name in about["backends"]):
+        raise InvalidRequest("key.backends: a list of strings")
+    texts = [text for text in about.values() if isinstance(text, str)]
+    if not all(map(_is_text, [*texts, *about["parallel"], *about["backends"]])):
+        raise InvalidRequest("key: half of a surrogate pair is no character")
     return about
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written: JSON may say halves of surrogate pairs, which no encoding has."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _rows(document: dict[str, Any], field: str, most: int) -> list[Any]:
@@ -162,6 +174,8 @@ def _entries(rows: Sequence[Any]) -> list[Entry]:
         shape = _sizes(f"entries.{number}", row[2])
         if not 0 < len(name) <= _MAX_NAME:
             raise InvalidRequest(f"entries.{number}: a name of {len(name)} characters, allowed are 1 to {_MAX_NAME}")
+        if not _is_text(name):
+            raise InvalidRequest(f"entries.{number}: half of a surrogate pair is no character of a name")
         if not isinstance(dtype, str) or dtype not in DTYPES or DTYPES[dtype].bits < 8:
             raise InvalidRequest(f"entries.{number}: {str(dtype)[:40]!r} is no dtype of whole bytes")
         nbytes = prod(shape) * DTYPES[dtype].bits // 8

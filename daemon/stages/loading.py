@@ -226,6 +226,7 @@ class Loading:
         if self._reader is not None:
             self._reader.close()
         self._reader = self.source.reader(self.plan.checkpoint.listing.weights, native=self._native)
+        self.fill.restore_constants({(piece.segment, piece.entry) for extent in again for piece in extent.pieces})
         account.requeue(again)
         self._reader.run(self.fill)
         self.fill.finish()

@@ -233,3 +233,19 @@ def test_what_several_segments_want_is_read_once_and_scattered() -> None:
     assert extent.scatters == [Scatter(segment, Block(0, 0, 0, 0, 300, 1)) for segment in (0, 1)]
     assert (extent.tensor, contiguous((300,))) == ((0, 0), Box(0, (300,), (1,)))
     assert extent.pieces == [Piece(segment, 0, -1, 300, -1) for segment in (0, 1)]
+
+
+@pytest.mark.parametrize(("run", "stride"), [(1, 0), (3, 0), (4, 1), (4, 3)])
+def test_rows_that_overlap_in_the_source_stay_together_and_come_to_a_bounded_number_of_bytes(
+    run: int, stride: int
+) -> None:
+    rows = 1 << 20
+    tensors = infos(("t", "U8", ((rows - 1) * stride + run,)))
+    target = entry(shape=(rows, run))
+    recipe = recipe_of([target], [Copy(0, 0, Box(0, (rows, run), (stride, 1)))], target.nbytes)
+    validate(recipe, tensors)
+    extents = plan_extents(tensors, [recipe], DEMANDS)
+    found = [scatter.block for extent in extents for scatter in extent.scatters or ()]
+    assert len(found) < 10
+    assert sum(block.rows * block.run for block in found) == target.nbytes
+    assert max(block.rows * block.run for block in found) <= 8 * LEAF

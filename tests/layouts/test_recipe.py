@@ -329,3 +329,19 @@ def test_a_whole_tensor_is_one_block() -> None:
     tensor = info("t", "F32", (4, 5))
     assert list(blocks(Copy(0, 0), tensor, entry(dtype="F32", shape=(20,)))) == [Block(0, 0, 0, 0, 80, 1)]
     assert list(blocks(Copy(0, 0), info("t", "F32", (0, 5)), entry(dtype="F32", shape=(0,)))) == []
+
+
+def test_all_of_a_recipe_falls_into_a_bounded_number_of_blocks_and_runs() -> None:
+    tensors = infos(("t", "U8", (1 << 23,)))
+    half, size = 1 << 19, 1 << 20
+    apart = [Copy(0, index, Box(0, (half, 2), (3, 5)), Box(0, (half, 2), (2, 1))) for index in range(9)]
+    entries = [entry(f"e{index}", shape=(size,), offset=index * size) for index in range(9)]
+    validate(recipe_of(entries[:8], apart[:8], 8 * size), tensors)
+    with pytest.raises(InvalidRequest, match="more than 4194304 blocks"):
+        validate(recipe_of(entries, apart, 9 * size), tensors)
+    combs = [
+        Copy(0, index, Box(0, (half,), (1,)), Box(first, (half,), (2,))) for index in range(65) for first in (0, 1)
+    ]
+    entries = [entry(f"e{index}", shape=(size,), offset=index * size) for index in range(65)]
+    with pytest.raises(InvalidRequest, match="more than 67108864 separate runs"):
+        validate(recipe_of(entries, combs, 65 * size), tensors)

@@ -29,6 +29,8 @@ class Group:
     spans: list[Span]
     extents_left: int = field(init=False)
     """That are still to land: what is forgotten before it was told of as landed is to land twice."""
+    asked: bool = False
+    """Whether a peer has had leave to write where it lies."""
     brought_by: str | None = None
     """The peer that has brought all of it."""
     _parts_left: int = 0
@@ -52,6 +54,7 @@ class Group:
 
     def begin_parts(self) -> list[Part]:
         """A peer is to bring it: the parts that it is asked for in."""
+        self.asked = True
         parts: list[Part] = []
         room = 0
         for span in self.spans:

@@ -174,7 +174,11 @@ class PeerReader:
             idle = 0.0 if self._origin.groups else quiet
             room = self._origin.room(alone=not self._following, here=self._here)
             groups = self._assignment.from_origin(room, at=now, idle=idle)
-            self._origin.read([self._groups.all[group] for group in groups])
+            chosen = [self._groups.all[group] for group in groups]
+            self._fill.restore_constants(
+                (span.segment, span.entry) for group in chosen if group.asked for span in group.spans
+            )
+            self._origin.read(chosen)
         elif self._origin.error is not None and not self._may_come(quiet):
             raise self._origin.error
 
