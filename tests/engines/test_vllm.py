@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ import pytest
 
 from tests.engines.environment import HERE, Driven, beside, environment, python
 from tests.engines.models import make
-from tests.servers import Daemon
+from tests.servers import Daemon, SeaweedFS
 
 pytestmark = pytest.mark.timeout(1200)
 PROMPTS = [[1, 5, 9, 100 + number] for number in range(3)]
