@@ -182,6 +182,10 @@ class Binding:
                 f"{weights.device} has no room for {self.model} a second time, and the daemon keeps it: {error}"
             ) from error
 
+    def take_back(self, model: torch.nn.Module) -> None:
+        """A model that was bound is not to be used after all: its lease is this one's again, as before ``bind``."""
+        self._weights = _bound.pop(model, self._weights)
+
     def _lease(self, keys: Sequence[Key], place: int) -> Weights:
         return attach(
             self.model,

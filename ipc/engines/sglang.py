@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -34,7 +35,7 @@ from sglang.srt.runtime_context import get_exec, get_model, get_parallel
 from weightd.ipc.client import Client
 from weightd.ipc.cuda import gpu_by_name
 from weightd.ipc.engines.attributes import Attributes
-from weightd.ipc.engines.binding import Binding, Load, Options, Untraceable, fall, report, weights_of
+from weightd.ipc.engines.binding import Binding, Load, NoRoom, Options, Untraceable, fall, report, weights_of
 from weightd.ipc.errors import ModelMismatch, WeightdError
 from weightd.ipc.lease import socket_path
 from weightd.ipc.recipe import Key, digest_of
@@ -47,6 +48,8 @@ _PRIVATE = "sglang.private.private_model_loader"
 """Module that ``--load-format private`` imports; SGLang comes without it."""
 _UPDATES = ("update_weights_from_disk", "update_weights_from_tensor", "update_weights_from_ipc",
             "load_weights_from_distributed")  # fmt: skip
+_KINDS = (Untraceable, NoRoom)
+"""Errors that all processes of an engine make the same of."""
 _UNTOUCHED = frozenset({"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"})
 """Quantisation methods whose post-processing on a GPU leaves parameters alone (SGLang 0.5.23)."""
 _SIZES = ("tp_size", "pp_size", "moe_ep_size", "moe_tp_size", "moe_dp_size", "moe_dense_tp_size", "attn_tp_size",
@@ -210,17 +213,22 @@ class WeightdLoader(loaders.BaseModelLoader):
             if self.options.mode != "stream":
                 try:
                     return self._bound(binding, model_config, device, keys, place)
-                except Untraceable as error:
-                    if self.options.mode != "auto":
+                except Exception as error:
+                    for each in (error, error.__cause__):
+                        if each is not None:  # what was built is in its frames
+                            traceback.clear_frames(each.__traceback__)
+                    if not isinstance(error, Untraceable) or self.options.mode != "auto":
+                        _make_room(binding, last=place == len(keys) - 1)
                         raise
                     log.info("weightd: %s is streamed: %s", binding.model, error)
-                gc.collect()  # of what was built
+                gc.collect()
             return self._streamed(binding, model_config, device)
 
     def _bound(
         self, binding: Binding, model_config: ModelConfig, device: torch.device, keys: Sequence[Key], place: int
     ) -> torch.nn.Module:
         times = [time.perf_counter()]
+        bound: list[torch.nn.Module] = []
 
         def bind() -> torch.nn.Module:
             binding.begin(keys, place)
@@ -232,11 +240,17 @@ class WeightdLoader(loaders.BaseModelLoader):
                 model, load_with(model, self.load_config, device), keys, place,
                 writes=lambda module: everything or _writes(module),
             )  # fmt: skip
+            bound.append(model)
             attributes.restore(model, getattr(model, "post_load_weights", None))
             times.append(time.perf_counter())
             return model
 
-        model, _ = _together(bind)
+        try:
+            model, _ = _together(bind)
+        except Exception:
+            if bound:
+                binding.take_back(bound.pop())
+            raise
         loaders.DefaultModelLoader.postprocess_weights(model, device)
         weights = weights_of(model)
         assert weights is not None
@@ -298,17 +312,24 @@ def _together(step: Callable[[], _T], tell: Callable[[_T], Any] = lambda given: 
             raise failed
         return given, [told]  # type: ignore[return-value]
     why = failed and f"{type(failed).__name__}: {failed}"
-    answers = group.all_gather_object((told, why, isinstance(failed, Untraceable)))
-    bad = [(rank, why, untraceable) for rank, (_, why, untraceable) in enumerate(answers) if why]
+    answers = group.all_gather_object((told, why, next((kind for kind in _KINDS if isinstance(failed, kind)), None)))
+    bad = [(rank, why, kind) for rank, (_, why, kind) in enumerate(answers) if why]
     if not bad:
         return given, [told for told, _, _ in answers]  # type: ignore[return-value]
-    if isinstance(given, torch.nn.Module) and (weights := weights_of(given)):
-        weights.close()
+    kinds = {kind for _, _, kind in bad}
+    kind = NoRoom if NoRoom in kinds else Untraceable if kinds == {Untraceable} else ModelMismatch
     rank, why, _ = bad[0]
-    kind = Untraceable if all(untraceable for _, _, untraceable in bad) else ModelMismatch
-    if failed is None or (isinstance(failed, Untraceable) and kind is not Untraceable):
+    if failed is None or (isinstance(failed, _KINDS) and not isinstance(failed, kind)) or kind is NoRoom:
         raise kind(f"process {rank} of {group.world_size}: {why}") from failed
     raise failed
+
+
+def _make_room(binding: Binding, *, last: bool) -> None:
+    """Before the engine loads by itself, all of its processes let go, and the ``last`` one on a node sees that the
+    daemon does."""
+    gc.collect()
+    _together(lambda: None if last else binding.close())
+    _together(lambda: binding.make_room() if last else None)
 
 
 # ---------------------------------------------------------------------- what SGLang's configuration says

@@ -112,6 +112,14 @@ def test_parameters_are_the_daemons_memory_and_tokens_are_those_of_its_own_loade
     assert daemon_of.client.leases() == []
 
 
+def another(about: dict[str, Any]) -> dict[str, Any]:
+    """A layout that goes by the key of one that is not it."""
+    return {
+        "key": about, "entries": [["model.norm.weight", "BF16", [256]]], "boxes": [[[256], [1], [1]]],
+        "copies": [[0, 0, 0, 0, 0]], "casts": [], "constants": [],
+    }  # fmt: skip
+
+
 def wait_for(what: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not what():
@@ -189,11 +197,7 @@ def test_sglang_loads_by_itself_where_the_daemon_cannot_serve_it(
     if why == "another":
         assert daemon is not None
         (told,) = ahead("sglang", path, start_daemon(), tmp_path / "ahead", "--model", model, "--dtype", "bfloat16")
-        recipe = {
-            "key": told["about"], "entries": [["model.norm.weight", "BF16", [256]]], "boxes": [[[256], [1], [1]]],
-            "copies": [[0, 0, 0, 0, 0]], "casts": [], "constants": [],
-        }  # fmt: skip
-        daemon.client.put_layout(told["key"], recipe)
+        daemon.client.put_layout(told["key"], another(told["about"]))
     asked = {**PRIVATE, "model_loader_extra_config": json.dumps(options)}
     with Engine("sglang", model, tmp_path / "home", PROMPTS, asked, environ) as engine:
         assert engine.tokens() == tokens
@@ -204,6 +208,30 @@ def test_sglang_loads_by_itself_where_the_daemon_cannot_serve_it(
         kind = {"absent": "DaemonUnavailable", "late": "AttachTimeout"}.get(why, "RequestRefused")
         assert kind in line
         assert daemon is None or daemon.client.leases() == []
+
+
+def test_no_process_of_an_engine_is_lent_what_another_one_loads_itself(
+    folders: Callable[[str], Path],
+    truths: Callable[..., Any],
+    path: Path,
+    start_daemon: Callable[..., Daemon],
+    tmp_path: Path,
+) -> None:
+    tokens, tensors = truths("llama", 2)
+    model, daemon = str(folders("llama")), start_daemon()
+    options = ["--model", model, "--dtype", "bfloat16", "--tp-size", "2"]
+    _, second = ahead("sglang", path, start_daemon(), tmp_path / "ahead", *options)
+    daemon.client.put_layout(second["key"], another(second["about"]))
+    environ = {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)} | env_of(2)
+    with Engine("sglang", model, tmp_path / "home", PROMPTS, plan(2) | PRIVATE, environ) as engine:
+        assert engine.tokens() == tokens
+        for rank in range(2):
+            assert engine.found(rank)["tensors"] == tensors[rank]
+            assert engine.found(rank)["weights"] is None
+        lines = [line for line in engine.said().splitlines() if "weightd: the engine loads" in line]
+        assert len(lines) == 2
+        assert all("another one is there" in line for line in lines)
+        assert daemon.client.leases() == []
 
 
 @pytest.mark.parametrize(
