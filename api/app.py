@@ -272,9 +272,9 @@ def create_app(
         second time it changes nothing, and another one by the same key is refused."""
         return layout_record(await node.layouts.put(key, document))
 
-    @app.delete("/v1/layouts/{key}", status_code=204, responses=responses(404))
+    @app.delete("/v1/layouts/{key}", status_code=204, responses=responses(404, 409))
     async def remove_layout(key: Key) -> None:
-        """Forget a layout. What was staged by it stays."""
+        """Forget a layout that no stage is in."""
         await node.layouts.remove(key)
 
     @app.get("/v1/peers")

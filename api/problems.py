@@ -21,6 +21,7 @@ STATUS = {
     "invalid_request": 422,
     "unknown_layout": 404,
     "layout_differs": 409,
+    "layout_in_use": 409,
     "cache_failed": 507,
     "not_allowed": 403,
     "credentials_refused": 403,

@@ -44,6 +44,13 @@ class LayoutDiffers(DaemonError):
     remedy = "find out which of the two is right; 'curl -X DELETE' of the one that is there lets the other one in"
 
 
+class LayoutInUse(DaemonError):
+    """A stage is in this layout, by its key: whoever names the key next has to find what is there."""
+
+    code = "layout_in_use"
+    remedy = "drop the stage first (weightd rm), then the layout"
+
+
 class CacheFailed(DaemonError):
     """The daemon cannot write to its cache. The message has the system's words."""
 

@@ -107,6 +107,10 @@ class Client:
         """``GET /v1/layouts/{key}``: a layout that the daemon has; one that is on its way is waited for, in seconds."""
         return self._call("GET", f"/v1/layouts/{key}", params={"wait": wait})
 
+    def remove_layout(self, key: str) -> None:
+        """``DELETE /v1/layouts/{key}``: forget a layout that no stage is in."""
+        self._call("DELETE", f"/v1/layouts/{key}")
+
     def layouts(self) -> list[dict[str, Any]]:
         """``GET /v1/layouts``: all layouts that the daemon keeps."""
         found: list[dict[str, Any]] = self._call("GET", "/v1/layouts")["layouts"]
@@ -159,7 +163,7 @@ class Client:
                     raise self._unavailable(error) from None
         if response.is_error:
             self._refuse(response)
-        answer: dict[str, Any] = response.json()
+        answer: dict[str, Any] = response.json() if response.content else {}
         return answer
 
     def _asking(self) -> dict[str, Any]:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from weightd.daemon.checkpoints.cache import Cache
-from weightd.daemon.errors import LayoutDiffers, UnknownLayout
+from weightd.daemon.errors import LayoutDiffers, LayoutInUse, UnknownLayout
 from weightd.daemon.layouts.uploaded import Layout, parse_layout
+from weightd.daemon.stages.stage import Stage
 
 
 class Layouts:
-    """Kept by ``cache``. ``in_thread`` runs what blocks; ``trim`` keeps the cache within its bound."""
+    """Kept by ``cache``. ``stages`` are the node's, ``in_thread`` runs what blocks, ``trim`` bounds the cache."""
 
     def __init__(
-        self, cache: Cache, in_thread: Callable[..., Awaitable[Any]], trim: Callable[[], Awaitable[None]]
+        self,
+        cache: Cache,
+        stages: Mapping[str, Stage],
+        in_thread: Callable[..., Awaitable[Any]],
+        trim: Callable[[], Awaitable[None]],
     ) -> None:
         self._cache = cache
+        self._stages = stages
         self._in_thread = in_thread
         self._trim = trim
         self._writing = asyncio.Lock()
@@ -67,5 +73,8 @@ class Layouts:
         return found
 
     async def remove(self, key: str) -> None:
-        """Keep it no longer; what was staged by it stays. Raises UnknownLayout."""
+        """Keep it no longer. Raises UnknownLayout, LayoutInUse."""
+        for stage in self._stages.values():
+            if key in stage.request.layouts and (stage.state == "ready" or not stage.finished):
+                raise LayoutInUse(f"layout {key}: stage {stage.id} is in it")
         await self._in_thread(self._cache.forget_layout, key)

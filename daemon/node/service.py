@@ -98,7 +98,7 @@ class Node:
         self._fill_limits = fill_limits
         self._limits = limits
         self._scheduler = Scheduler(devices, residency, deposits, cache, metrics, fill_limits, limits, peers)
-        self.layouts = Layouts(cache, self._scheduler.in_thread, self._scheduler.trim_cache)
+        self.layouts = Layouts(cache, residency.stages, self._scheduler.in_thread, self._scheduler.trim_cache)
         """Engines' own layouts."""
         self._resolver = Resolver(
             residency.stages,

@@ -183,6 +183,24 @@ def test_the_same_layout_again_changes_nothing_and_another_is_refused(
     assert node.client.layout(key)["about"] == made.key.document()
 
 
+def test_a_layout_goes_once_no_stage_is_in_it(node: Daemon, model: tuple[str, dict[str, torch.Tensor]]) -> None:
+    made = upload(model[1])
+    key = put(node, made)
+    with lent(node, model[0], key) as weights:
+        with pytest.raises(RequestRefused) as refusal:
+            node.client.remove_layout(key)
+        assert refusal.value.code == "layout_in_use"
+    node.client.remove(weights.manifest.stage, force=True, grace=0)
+    until(lambda: not node.used_bytes, "the stage is gone")
+    node.client.remove_layout(key)
+    with pytest.raises(RequestRefused) as refusal:
+        node.client.remove_layout(key)
+    assert refusal.value.code == "unknown_layout"
+    node.client.put_layout(key, other(made))  # by which nobody is given what was there before
+    with attach(model[0], layout=key, socket=node.runtime_dir, timeout=60) as anew:
+        assert anew.manifest.layout == digest_of(other(made))
+
+
 def test_a_layout_of_another_checkpoint_is_refused_by_its_headers(
     node: Daemon, model: tuple[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
