@@ -35,6 +35,8 @@ class Cast(NamedTuple):
         """Elements as bytes, contiguous in the last dimension, as the bytes of what they become. Drops the GIL."""
         import numpy
 
+        # numpy would keep the order of a block whose rows are a broadcast, or lie within one another.
+        data = numpy.ascontiguousarray(data)
         if self.target == "BF16":
             return _to_bfloat16(_to_float32(data, self.source)).view(numpy.uint8)
         kind: Any = numpy.float16 if self.target == "F16" else numpy.float32

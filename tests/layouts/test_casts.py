@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy
 import pytest
-import torch
 
 from weightd.daemon.layouts.casts import SOURCES, TARGETS, Cast
 from weightd.ipc.dtypes import DTYPES
+
+torch = pytest.importorskip("torch", reason="layouts are compared with what torch makes: make test")
 
 PAIRS = [(a, b) for a in sorted(SOURCES) for b in sorted(TARGETS) if a != b]
 
@@ -52,3 +53,13 @@ def test_rows_are_cast_each_by_itself() -> None:
     found = torch.from_numpy(Cast("F32", "BF16").convert(rows).copy()).view(torch.bfloat16)
     assert torch.equal(found, given[:, 4:8].to(torch.bfloat16))
     assert Cast("F32", "BF16").scaled(16) == 8
+
+
+@pytest.mark.parametrize("target", ["BF16", "F16"])
+def test_rows_that_lie_within_one_another_are_cast_each_by_itself(target: str) -> None:
+    given = torch.randn(9)
+    for step in (0, 1, 2):
+        rows = numpy.lib.stride_tricks.as_strided(given.view(torch.uint8).numpy(), (4, 12), (4 * step, 1))
+        found = torch.from_numpy(Cast("F32", target).convert(rows).copy()).view(torch_type(target))
+        expected = torch.stack([given[step * row : step * row + 3] for row in range(4)])
+        assert torch.equal(found, expected.to(torch_type(target))), step
