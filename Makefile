@@ -1,11 +1,12 @@
 # make demo    the main job, end to end, on a real model (MODEL=uri or folder: on yours)
-# make test    the whole test suite, files side by side in WORKERS processes (ARGS="-k name tests/chart")
-# make test-engines  engines that people serve with, as they come, on a CPU: vLLM, SGLang, ModelExpress (6 GB, minutes)
+# make test    all tests but those with engines, files side by side in WORKERS processes (ARGS="-k name tests/chart")
+# make test-engines  with engines that people serve with, on a CPU: vLLM, SGLang, ModelExpress (6 GB; ARGS="-k name")
 # make quick   the tests of one room, without torch, engines and servers: minutes from nothing (ARGS=tests/filling)
 # make check   lint, format, types, and that no room imports what is above it: make lint, formatted, types, layers
 # make soak    kill -9 at random moments, ROUNDS times (SEED=... for the same ones again)
 # make mutants small changes of the code, each of which a test should notice (ARGS="--tests tests/layouts daemon/layouts")
 # make bench   speed against its limits and rivals (ARGS="--size 4GiB")
+# make bench-engines  vLLM and SGLang that start again, beside their own loaders, and their layouts (ARGS="--repetitions 3")
 # make chart   the chart's values.schema.json and table of values, anew from the code and the comments of values.yaml
 # make screenshots  docs/img/status-*.png, of the status page (needs gcc and chromium)
 # make image   the image, with docker buildx (CUDA=12, 13 or none; ARGS="--platform linux/amd64,linux/arm64 --push")
@@ -44,18 +45,19 @@ TAG_none = cpu
 BUILD = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) docker buildx build --build-arg VERSION=$(VERSION) \
   --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(git log -1 --format=%cI) --build-arg SOURCE=$(SOURCE)
 
-.PHONY: demo test test-engines quick check lint formatted types layers soak mutants bench chart screenshots simulate image shim lock \
+.PHONY: demo test test-engines quick check lint formatted types layers soak mutants bench bench-engines chart screenshots simulate image shim lock \
   image-test image-sizes gpu-test gpu-bench gpu-path clean
 
 demo: $(VENV)/weightd.stamp
 	@$(VENV)/bin/python -m tests.demo $(if $(MODEL),"$(MODEL)")
 
 test: $(VENV)/weightd.stamp $(VENV)/test.stamp $(VENV)/clients.stamp
-	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest --ignore tests/engines --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
+# Engines load their code for seconds, in one thread: two at once take little more than one.
 test-engines: $(VENV)/weightd.stamp $(VENV)/test.stamp $(VENV)/vllm.stamp $(VENV)/sglang.stamp \
   $(VENV)/modelexpress.stamp
-	$(VENV)/bin/python -m pytest $(or $(ARGS),tests/engines)
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile tests/engines $(ARGS)
 
 # Of the checkout itself: nothing is built, and an edit is tested at once.
 quick: $(VENV)/quick.stamp
@@ -85,6 +87,9 @@ mutants: $(VENV)/weightd.stamp $(VENV)/test.stamp $(VENV)/mutants.stamp
 
 bench: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m tests.bench $(ARGS)
+
+bench-engines: $(VENV)/weightd.stamp $(VENV)/test.stamp $(VENV)/vllm.stamp $(VENV)/sglang.stamp
+	$(VENV)/bin/python -m tests.bench --sections engines,layouts $(ARGS)
 
 screenshots: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	$(VENV)/bin/python -m tests.api.status.screenshots docs/img

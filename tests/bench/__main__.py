@@ -27,6 +27,7 @@ SECTIONS = {
     "s3face": "s3_endpoint",
     "attach": "attaching",
     "layouts": "layouts",
+    "engines": "engine_starts",
     "planning": "planning",
     "restart": "restarting",
     "peer": "peer",

@@ -1,22 +1,24 @@
-"""An engine as it comes, started by itself: how long until it has generated, and how long of that it is being made."""
+"""An engine that is started by itself, in its own environment: how long until it has generated, and what that takes."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from tests.bench.contender import ROOT, ContenderFailed
+from tests.bench.contender import ROOT, TIMEOUT, ContenderFailed, die_with_parent
 from tests.bench.measure import Sample
 
-PYTHON = Path(sys.executable).parents[1] / "vllm" / "bin" / "python"
-"""In an environment of its own: ``make .venv/vllm.stamp``."""
-_MADE = re.compile(r"^MADE ([\d.]+)$", re.MULTILINE)
+
+def python(engine: str) -> Path | None:
+    """The interpreter of an engine's environment, or None where there is none: ``make .venv/vllm.stamp``."""
+    folder = Path(sys.executable).parents[1]
+    return folder / engine / "bin" / "python" if (folder / f"{engine}.stamp").exists() else None
 
 
 def llama(folder: Path, size: int) -> None:
@@ -39,20 +41,37 @@ def llama(folder: Path, size: int) -> None:
         torch.set_default_dtype(torch.float32)
 
 
-def start(home: Path, model: str, environment: Mapping[str, str]) -> Sample:
-    """vLLM from nothing to its first tokens. Raises ContenderFailed."""
+def run(engine: str, script: str, settings: Mapping[str, Any], home: Path, environment: Mapping[str, str]) -> Sample:
+    """One of this folder's scripts, in an engine's environment: its ``SAMPLE``, and the ``seconds`` until it was said.
+
+    Raises ContenderFailed.
+    """
     home.mkdir()
+    found = python(engine)
+    assert found is not None
     own = {
-        "PATH": f"{PYTHON.parent}:{os.environ['PATH']}", "HOME": str(home), "HF_HUB_OFFLINE": "1",
+        "PATH": f"{found.parent}:{os.environ['PATH']}", "HOME": str(home), "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else it imports everything once more while it is made
         **environment,
     }  # fmt: skip
-    command = [str(PYTHON), str(ROOT / "tests/engines/run_vllm.py"), model, json.dumps([[1, 5, 9]])]
-    began = time.perf_counter()
-    done = subprocess.run(command, env=own, cwd=home, capture_output=True, text=True, check=False, timeout=900)
-    seconds = time.perf_counter() - began
-    made = _MADE.findall(done.stdout)
-    if done.returncode or not made:
-        raise ContenderFailed(f"vLLM ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return {"seconds": seconds, "made": float(made[0])}
+    command = [str(found), str(ROOT / "tests" / "bench" / script), json.dumps(settings)]
+    with (home / "log").open("wb") as log:
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            command, env=own, cwd=home, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
+            preexec_fn=die_with_parent,
+        )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.startswith("SAMPLE "):
+                    seconds = time.perf_counter() - began
+                    process.communicate(timeout=TIMEOUT)
+                    return {**json.loads(line.removeprefix("SAMPLE ")), "seconds": seconds}
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    tail = (home / "log").read_text(errors="replace")[-3000:]
+    raise ContenderFailed(f"{engine} ended with {process.returncode}:\n{tail}")

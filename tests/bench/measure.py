@@ -61,9 +61,12 @@ class Row:
         """Add the target of reaching ``share`` times another row's median."""
         self.targets.append(Target(of.contender, share, self.median / of.median, "at least"))
 
-    def under(self, bound: float) -> None:
-        """Add the target of a median below ``bound``, in the row's own unit."""
-        self.targets.append(Target("", bound, self.median, "under", self.unit))
+    def under(self, bound: float, of: Row | None = None) -> None:
+        """Add the target of a median below ``bound``, in the row's own unit, or in medians of another row."""
+        if of is None:
+            self.targets.append(Target("", bound, self.median, "under", self.unit))
+        else:
+            self.targets.append(Target(of.contender, bound, self.median / of.median, "under"))
 
 
 @dataclass

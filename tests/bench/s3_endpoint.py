@@ -117,8 +117,8 @@ def _received(session: Session, section: Section, there: Stored, urls: dict[str,
 
 
 def _engines(session: Session, section: Section, there: Stored, url: str, daemon: Daemon, size: int) -> None:
-    """vLLM, from its start to its first tokens: from the store, then from a daemon that has nothing, then again."""
-    if not engine.PYTHON.exists():
+    """vLLM, from its start to its first token: from the store, then from a daemon that has nothing, then again."""
+    if engine.python("vllm") is None:
         section.notes.append("engine starts are not measured: make .venv/vllm.stamp")
         return
     session.progress("making a model for vLLM")
@@ -129,7 +129,9 @@ def _engines(session: Session, section: Section, there: Stored, url: str, daemon
     for number, name in enumerate(["warm-up", *order]):
         session.progress(f"vLLM, {name}")
         at = there.server.url if name in ("store", "warm-up") else url
-        samples[name].append(engine.start(session.folder / f"home-{number}", model, s3_env(at)))
+        settings = {"model": model, "load_format": "runai_streamer", "pack": True}
+        home = session.folder / f"home-{number}"
+        samples[name].append(engine.run("vllm", "start_vllm.py", settings, home, s3_env(at)))
         if name == "second":
             for stage in daemon.client.stages():
                 if stage["model"] == model:
@@ -142,6 +144,6 @@ def _engines(session: Session, section: Section, there: Stored, url: str, daemon
     }
     for name, title in titles.items():
         made = sorted(sample["made"] for sample in samples[name])
-        row = Row(f"{title}: to its first tokens", "s", [sample["seconds"] for sample in samples[name]])
+        row = Row(f"{title}: to its first token", "s", [sample["seconds"] for sample in samples[name]])
         row.note = f"{made[len(made) // 2]:.1f} s of it after imports, {size / 2**30:.2f} GiB of weights"
         section.rows.append(row)
