@@ -17,6 +17,7 @@ from charts.readme import documented
 from weightd.daemon.settings import Settings
 from weightd.daemon.sources.uris import OPENERS
 from weightd.daemon.stages.request import StageRequest
+from weightd.ipc.engines.ahead import ENGINES
 
 CHART = Path(__file__).parent / "weightd"
 FILE = CHART / "values.schema.json"
@@ -112,6 +113,9 @@ AMOUNTS: Schema = {
     },
 }
 RESOURCES = closed(limits=AMOUNTS, requests=AMOUNTS, optional=("limits", "requests"))
+SERVED_NAME = r"^[^\s-]\S*$"
+SERVED = text(SERVED_NAME, empty=True, longest=4096)
+"""A model by the name that an engine is given: a URI, a path, or a hub's."""
 SHARE: Schema = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^([0-9]+%)?$"}]}
 OR_NULL: Schema = {"anyOf": [{"type": "null"}, K8S]}
 
@@ -168,6 +172,13 @@ def stage_request() -> dict[str, Schema]:
     return models
 
 
+def staging() -> Schema:
+    """What a stage request says beside the model and how it is laid out: for one whose layout is an engine's."""
+    said = ("device", "expect_digest", "sources", "priority", "pin", "ttl_seconds")
+    properties = stage_request()["StageRequest"]["properties"]
+    return closed(optional=said, **{name: copy.deepcopy(properties[name]) for name in said})
+
+
 def settings() -> Schema:
     """The daemon's settings that are the user's to set, by their names."""
     size: Schema = {"anyOf": [{"type": "string", "pattern": SIZE}, {"type": "integer", "minimum": 0}]}
@@ -196,6 +207,13 @@ def values() -> Schema:
         "tag": text(r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$", empty=True),
         "digest": text(r"^sha256:[0-9a-f]{64}$", empty=True),
         "pullPolicy": one_of("Always", "IfNotPresent", "Never"),
+    }
+    traced: dict[str, Schema] = {
+        "engine": one_of(*sorted(ENGINES)),
+        "processor": text(r"^(cpu|cuda [0-9]+\.[0-9]+)$", empty=True),
+        "args": {"type": "array", "items": {"type": "string"}},
+        "image": text(r"^[a-z0-9][a-zA-Z0-9._:@/-]*[a-zA-Z0-9]$", longest=512),
+        "stage": {"anyOf": [{"type": "null"}, staging()]},
     }
     monitor = closed(enabled=BOOL, interval=text(DURATION), labels=LABELS)
     root = closed(
@@ -238,11 +256,13 @@ def values() -> Schema:
             enabled=BOOL,
             image=closed(**{**image, "tag": text(image["tag"]["pattern"].removeprefix("^$|"))}),
             command={"type": "array", "items": {"type": "string"}},
+            model=SERVED,
             args={"type": "array", "items": {"type": "string"}},
             replicas={"type": "integer", "minimum": 0},
             port=PORT,
             env=ENV,
             envFrom=K8S_LIST,
+            credentials=BOOL,
             resources=RESOURCES,
             volumeMounts=MOUNTS,
             shmSize=text(QUANTITY, empty=True),
@@ -262,6 +282,19 @@ def values() -> Schema:
             optional=("startupProbe", "readinessProbe", "livenessProbe"),
         ),
         shim=closed(enabled=BOOL, path=text(PATH)),
+        trace=closed(
+            enabled=BOOL,
+            engine=traced["engine"],
+            processor=traced["processor"],
+            models={
+                "type": "array",
+                "maxItems": 100,
+                "items": closed(optional=tuple(traced), **traced, model=text(SERVED_NAME, longest=4096)),
+            },
+            stage=traced["stage"],
+            resources=RESOURCES,
+            optional=("stage",),
+        ),
         node=closed(
             hostPath=text(PATH, empty=True),
             cacheHostPath=text(PATH, empty=True),

@@ -264,10 +264,14 @@ class Binding:
         return weights
 
     def teach(self, model: torch.nn.Module, load: Load, key: Key) -> dict[str, Any]:
-        """Give the daemon the layout of a model that is not to be bound (``weightd trace``); what it says of that, and
-        which parameters are ``opaque``. Raises ModelMismatch, Untraceable, RequestRefused."""
+        """Give the daemon the layout of a model that is not to be bound (``weightd trace``); what it says of that, of
+        which ``model`` it is, and which parameters are ``opaque``.
+
+        Raises ModelMismatch, Untraceable, RequestRefused.
+        """
         traced = self._traced(model, load)
-        return {**self._client.put_layout(key.digest, self._recipe(key, traced)), "opaque": sorted(traced.opaque)}
+        told = self._client.put_layout(key.digest, self._recipe(key, traced))
+        return {**told, "model": self.model, "opaque": sorted(traced.opaque)}
 
     def _traced(self, model: torch.nn.Module, load: Load) -> Trace:
         """Raises ModelMismatch, Untraceable."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tests.chart.helm import Manifest, manifests
+import yaml
+
+from tests.chart.helm import CHART, Manifest, manifests
 
 OLD, DRA, NEW = "1.31", "1.34", "1.37"
 """Releases of Kubernetes: one before DRA's v1, the first with it, and the newest that is known here."""
@@ -42,6 +44,10 @@ MODELS = {
     "extraVolumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}],
     "extraVolumeMounts": [{"name": "models", "mountPath": "/models", "readOnly": True}],
 }
+ENGINE: dict[str, Any] = {
+    "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}], "envFrom": [{"secretRef": {"name": "keys"}}],
+    "volumeMounts": [{"name": "models", "mountPath": "/models", "readOnly": True}],
+}  # fmt: skip
 SECRETS = {
     "s3": {"existingSecret": "s3", "region": "eu-central-1", "endpoint": "https://minio.storage.svc:9000"},
     "gcs": {"existingSecret": "gcs", "key": "key.json"},
@@ -54,6 +60,8 @@ IDENTITIES = {
     "gcs": {"serviceAccount": "models@project.iam.gserviceaccount.com"},
     "azure": {"clientId": "01234567-89ab-cdef-0123-456789abcdef", "account": "models"},
 }
+VLLM = {"model": "s3://models/llama-3-8b", "args": ["--tensor-parallel-size=2", "--port", "8000"]}
+EXAMPLES = {path.stem: yaml.safe_load(path.read_text()) for path in (CHART / "examples").glob("values-*.yaml")}
 SINGLE = {"gpu": {"sharing": "singleContainer", "count": 2}}
 
 CASES: dict[str, Case] = {
@@ -124,6 +132,41 @@ CASES: dict[str, Case] = {
             "shim": {"enabled": False},
         }
     ),
+    "an engine with all credentials": Case({"engine": VLLM, "credentials": SECRETS}),
+    "an engine without credentials": Case({"engine": {**VLLM, "credentials": False}, "credentials": SECRETS}),
+    "a layout ahead": Case(
+        {"engine": {**VLLM, **ENGINE}, **MODELS,
+         "gpu": {"sharing": "visibleDevices", "visibleDevices": {"engine": "same"}},
+         "credentials": SECRETS, "startup": {"timeoutSeconds": 600},
+         "trace": {"enabled": True, "processor": "cuda 9.0", "stage": {"pin": True, "ttl_seconds": 86400},
+                   "resources": {"requests": {"cpu": 2}}}}
+    ),
+    "layouts ahead on processors": Case(
+        {"engine": VLLM, "image": {"variant": "cpu"}, "trace": {"enabled": True, "engine": "sglang", "stage": {}}}
+    ),
+    "layouts ahead on nodes": Case(
+        {
+            "mode": "node", "engine": ENGINE, **MODELS, "credentials": SECRETS, "peers": PEERS,
+            "networkPolicy": {"enabled": True}, "podDisruptionBudget": {"enabled": True},
+            "metrics": {"podMonitor": {"enabled": True}}, "podLabels": {"example.com/own": "yes"},
+            "podAnnotations": {"example.com/a": "b"}, "nameOverride": "n" * 63,
+            "trace": {
+                "enabled": True, "processor": "cuda 9.0", "stage": {"device": ["cuda:0", "cuda:1"]},
+                "models": [
+                    {"model": "s3://models/llama-3-8b", "args": ["--tensor-parallel-size=2"]},
+                    {"model": "s3://models/other", "engine": "sglang", "image": "registry.example.com:5000/sglang:1",
+                     "processor": "cuda 10.0", "stage": None},
+                ],
+            },
+        }
+    ),
+    "layouts ahead by DRA and identities": Case(
+        {"mode": "node", "gpu": {"sharing": "dra", "dra": {"adminAccess": True}}, "credentials": IDENTITIES,
+         "engine": {"credentials": False}, "shim": {"enabled": False},
+         "trace": {"enabled": True, "processor": "cuda 9.0", "models": [{"model": "s3://m/x"}]}},
+        (DRA, NEW),
+    ),
+    **{f"example {name}": Case(values) for name, values in EXAMPLES.items()},
     "no engine": Case({"engine": {"enabled": False}, "peers": PEERS, "networkPolicy": {"enabled": True}}),
     "no service": Case({"engine": {"service": {"enabled": False}}, "serviceAccount": {"create": False}}),
     "secrets": Case({"credentials": SECRETS}),

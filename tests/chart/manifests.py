@@ -30,6 +30,16 @@ def workloads(documents: Iterable[Manifest]) -> list[Manifest]:
     return [document for document in documents if document["kind"] in ("Deployment", "DaemonSet", "Pod")]
 
 
+def daemons(documents: Iterable[Manifest]) -> list[Manifest]:
+    """Workloads that have a daemon in their Pods."""
+    return [workload for workload in workloads(documents) if not is_tracing(workload)]
+
+
+def is_tracing(workload: Manifest) -> bool:
+    """Whether this is the DaemonSet that makes layouts ahead."""
+    return workload["metadata"].get("labels", {}).get("app.kubernetes.io/component") == "trace"
+
+
 def pod_spec(workload: Manifest) -> dict[str, Any]:
     spec: dict[str, Any] = workload["spec"] if workload["kind"] == "Pod" else workload["spec"]["template"]["spec"]
     return spec
@@ -46,8 +56,8 @@ def containers(spec: dict[str, Any]) -> list[Container]:
 
 
 def container(documents: Iterable[Manifest], name: str) -> Container:
-    """The container of that name in the only workload."""
-    (workload,) = workloads(documents)
+    """The container of that name in the only workload that does not trace."""
+    (workload,) = daemons(documents)
     (found,) = (c for c in containers(pod_spec(workload)) if c["name"] == name)
     return found
 

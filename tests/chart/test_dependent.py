@@ -102,6 +102,16 @@ def test_with_mode_node_its_pod_attaches_to_the_nodes_weightd(dependent: Path) -
     assert [each["name"] for each in pod_spec(workload)["initContainers"]] == ["weightd-shim"]
 
 
+def test_layouts_are_made_ahead_in_its_pod_and_on_nodes_outside_of_it(dependent: Path) -> None:
+    trace = {"enabled": True, "processor": "cuda 9.0", "models": [{"model": "s3://models/llama-3-8b"}]}
+    (workload,) = workloads(rendered(dependent, trace=trace))
+    assert [c["name"] for c in pod_spec(workload)["initContainers"]] == ["weightd-shim", "weightd", "weightd-trace-0"]
+    documents = rendered(dependent, mode="node", trace=trace)
+    (workload,) = all_of(documents, "Deployment")
+    assert [c["name"] for c in pod_spec(workload)["initContainers"]] == ["weightd-shim"]
+    assert len(all_of(documents, "DaemonSet")) == 2
+
+
 def test_values_of_the_dependency_are_checked_there_too(dependent: Path) -> None:
     with pytest.raises(HelmFailed, match="prelaod"):
         rendered(dependent, prelaod=[])

@@ -19,7 +19,9 @@ from tests.chart.manifests import (
     all_of,
     containers,
     daemon_of,
+    daemons,
     env_of,
+    is_tracing,
     labelled,
     pod_labels,
     pod_spec,
@@ -140,11 +142,13 @@ def test_whatever_selects_pods_finds_these(documents: list[Manifest]) -> None:
             assert not [s for s in others if selector.items() <= s["metadata"]["labels"].items()]
         elif document["kind"] in ("Service", "NetworkPolicy", "PodDisruptionBudget", "PodMonitor"):
             assert selector, "an empty selector is all Pods of the namespace"
-            assert all(labelled(workload, selector) for workload in workloads(documents))
+            for workload in workloads(documents):
+                # What traces ahead is no daemon: it has no peers, no metrics, and may go at any time.
+                assert labelled(workload, selector) is not is_tracing(workload)
 
 
 def test_every_port_that_is_named_or_numbered_is_a_containers(documents: list[Manifest]) -> None:
-    for workload in workloads(documents):
+    for workload in daemons(documents):
         spec = pod_spec(workload)
         ports = [port for container in containers(spec) for port in container.get("ports", [])]
         numbers = {port["containerPort"] for port in ports}
@@ -172,6 +176,7 @@ def test_probes_ask_a_port_of_their_own_container(documents: list[Manifest]) -> 
             probes = [probe for name, probe in container.items() if name.endswith("Probe")]
             for probe in probes:
                 assert (probe.get("httpGet") or probe["tcpSocket"])["port"] in own
+    for workload in daemons(documents):
         daemon = daemon_of(pod_spec(workload))
         assert daemon is not None
         if daemon["name"] == "weightd":
@@ -193,7 +198,7 @@ def test_every_mount_has_a_volume_and_every_volume_a_mount(documents: list[Manif
 
 
 def test_every_path_that_the_daemon_is_told_is_mounted(documents: list[Manifest]) -> None:
-    for workload in workloads(documents):
+    for workload in daemons(documents):
         daemon = daemon_of(pod_spec(workload))
         assert daemon is not None
         mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in daemon["volumeMounts"]}
@@ -209,21 +214,37 @@ def test_every_path_that_the_daemon_is_told_is_mounted(documents: list[Manifest]
 def test_engines_find_the_sockets_and_files_where_the_daemon_has_them_and_cannot_replace_them(
     documents: list[Manifest],
 ) -> None:
+    (ours,) = (daemon_of(pod_spec(workload)) for workload in daemons(documents)) if daemons(documents) else (None,)
     for workload in workloads(documents):
-        spec = pod_spec(workload)
-        daemon = daemon_of(spec)
-        assert daemon is not None
-        theirs = {mount["name"]: mount for mount in daemon["volumeMounts"]}
-        for engine in (container for container in spec["containers"] if container is not daemon):
+        for engine in containers(pod_spec(workload)):
+            if engine is ours or not (engine["name"] == "engine" or engine["name"].startswith("weightd-trace")):
+                continue
+            assert ours is not None
+            theirs = {mount["name"]: mount for mount in ours["volumeMounts"]}
             mounts = {mount["name"]: mount for mount in engine["volumeMounts"]}
             for name in ("weightd-run", "weightd-cache"):
                 assert mounts[name]["mountPath"] == theirs[name]["mountPath"]
                 assert mounts[name]["readOnly"] is True
             assert env_of(engine)["WEIGHTD_RUNTIME_DIR"] == theirs["weightd-run"]["mountPath"]
-            assert env_of(engine)["WEIGHTD_DAEMON_UID"] == env_of(daemon)["WEIGHTD_DAEMON_UID"]
+            assert env_of(engine)["WEIGHTD_DAEMON_UID"] == env_of(ours)["WEIGHTD_DAEMON_UID"]
             if "weightd-shim" in mounts:
                 assert env_of(engine)["PYTHONPATH"] == mounts["weightd-shim"]["mountPath"]
-            assert not [name for name in env_of(engine) if re.search("SECRET|TOKEN|KEY", name)]
+
+
+def test_of_weightds_secrets_an_engine_has_those_of_the_object_stores_and_no_other(documents: list[Manifest]) -> None:
+    stores = {
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+        "HF_TOKEN",
+    }
+    for workload in workloads(documents):
+        for engine in containers(pod_spec(workload)):
+            if engine is not daemon_of(pod_spec(workload)):
+                assert {name for name in env_of(engine) if re.search("SECRET|TOKEN|KEY", name)} <= stores
+                for mount in engine.get("volumeMounts", []):
+                    assert mount["name"] not in ("weightd-peer-tls", "weightd-etcd-tls")
 
 
 def test_variables_are_there_once_and_refer_to_what_came_before(documents: list[Manifest]) -> None:
@@ -270,7 +291,7 @@ def test_weightd_runs_as_what_pod_security_calls_restricted(documents: list[Mani
     for workload in workloads(documents):
         for container in containers(pod_spec(workload)):
             security = container["securityContext"]
-            if container["name"] not in ("weightd", "weightd-shim") or security["runAsUser"] == 0:
+            if container["name"] not in ("weightd", "weightd-shim", "traced") or security["runAsUser"] == 0:
                 continue
             assert security["runAsNonRoot"] is True
             assert security["runAsUser"] > 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.chart.cases import CASES, PRELOAD, SINGLE, rendered
+from tests.chart.cases import CASES, PRELOAD, SINGLE, VLLM, rendered
 from tests.chart.helm import CHART, helm, manifests
 from tests.chart.manifests import container, env_of, find, pod_labels, pod_spec
 
@@ -83,6 +83,10 @@ def test_one_container_is_what_the_engines_image_is_for() -> None:
         ({"settings": {"listen": "127.0.0.1:7500"}}, ["http://localhost:7500"]),
         ({"peers": {"enabled": True}}, ["llama-weightd-peer-token", "networkPolicy.enabled is false"]),
         ({"gpu": {"sharing": "visibleDevices"}, "preload": PRELOAD}, ["WARNING: s3://models/llama-3-8b is preloaded"]),
+        ({"engine": VLLM}, ["It serves s3://models/llama-3-8b", "--container engine | grep weightd:"]),
+        ({}, ["engine.model is empty"]),
+        ({"engine": VLLM, "preload": PRELOAD}, ["is preloaded to a GPU as it is stored"]),
+        (CASES["layouts ahead on nodes"].values, ["-trace --container weightd-trace-0"]),
     ],
 )
 def test_the_notes_say_how_to_see_what_it_does(values: dict[str, Any], words: list[str]) -> None:

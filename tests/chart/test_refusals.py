@@ -26,6 +26,8 @@ def parallel(**fields: Any) -> dict[str, Any]:
 MOUNT = [{"name": "models", "mountPath": "/models"}]
 GPU = {"limits": {"nvidia.com/gpu": 1}}
 NODE = {"mode": "node"}
+TRACE = {"enabled": True, "processor": "cuda 9.0"}
+S3 = {"s3": {"endpoint": "https://store.example.com"}}
 ROLE = "arn:aws:iam::123456789012:role/x"
 
 # Values → what the refusal says.
@@ -49,6 +51,8 @@ TYPOS: list[tuple[dict[str, Any], str]] = [
     ({"probes": {"liveness": {"path": "/"}}}, "path"),
     ({"node": {"runtimeHostPath": "/x"}}, "runtimeHostPath"),
     ({"extraEnv": [{"name": "A", "valeu": "x"}]}, "valeu"),
+    ({"trace": {"model": "s3://m/x"}}, "model"),
+    ({"engine": {"modle": "s3://m/x"}}, "modle"),
     ({"extraVolumeMounts": [{"name": "a", "mountpath": "/x"}]}, "mountpath"),
     (preload(modle="x"), "modle"),
     (preload(tensors={"includes": []}), "includes"),
@@ -64,6 +68,17 @@ NONSENSE: list[tuple[dict[str, Any], str]] = [
     ({"image": {"pullPolicy": "Sometimes"}}, "pullPolicy"),
     ({"image": {"repository": "Bad Name"}}, "repository"),
     ({"image": None}, "image"),
+    ({"engine": {"model": "--port"}}, "model"),
+    ({"engine": {"model": "s3://m/x y"}}, "model"),
+    ({"engine": {"credentials": "yes"}}, "credentials"),
+    ({"trace": {"engine": "tgi"}}, "engine"),
+    ({"trace": {"processor": "h200"}}, "processor"),
+    ({"trace": {"models": ["s3://m/x"]}}, "models"),
+    ({"trace": {"models": [{"args": []}]}}, "model"),
+    ({"trace": {"models": [{"model": "s3://m/x", "tpSize": 2}]}}, "tpSize"),
+    ({"trace": {"stage": True}}, "stage"),
+    ({"trace": {"stage": {"layout": {"key": "0" * 64}}}}, "stage"),
+    ({"trace": {"stage": {"device": "gpu"}}}, "stage"),
     ({"ports": {"health": 0}}, "health"),
     ({"ports": {"metrics": 65536}}, "metrics"),
     ({"ports": {"peers": "7401"}}, "peers"),
@@ -224,6 +239,15 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"extraEnv": [{"name": "WEIGHTD_RUNTIME_DIR", "value": "/x"}]}, "WEIGHTD_RUNTIME_DIR is there already"),
     ({"extraEnv": [{"name": "A"}, {"name": "A"}]}, "A is there already"),
     ({"engine": {"env": [{"name": "PYTHONPATH", "value": "/x"}]}}, "PYTHONPATH is there already"),
+    ({"engine": {"env": [{"name": "AWS_ENDPOINT_URL", "value": "x"}]}, "credentials": S3}, "AWS_ENDPOINT_URL is there"),
+    ({**NODE, "engine": {"env": [{"name": "AWS_ENDPOINT_URL", "value": "x"}]}, "credentials": S3,
+      "trace": {**TRACE, "models": [{"model": "s3://m/x"}]}}, "AWS_ENDPOINT_URL is there"),
+    ({"trace": TRACE}, "say engine.model"),
+    ({**NODE, "trace": TRACE, "engine": {"model": "s3://m/x"}}, "say trace.models"),
+    ({"trace": {"models": [{"model": "s3://m/x"}]}}, "trace.enabled is false"),
+    ({"trace": {"enabled": True}, "engine": {"model": "s3://m/x"}}, "trace.processor"),
+    ({**gpu("none"), "trace": TRACE, "engine": {"model": "s3://m/x"}}, "gpu.sharing: none gives weightd no GPU"),
+    ({**gpu("singleContainer"), "trace": TRACE, "engine": {"model": "s3://m/x"}}, "no init container can ask it"),
 ]  # fmt: skip
 WRONG = [*TYPOS, *NONSENSE]
 

@@ -22,9 +22,9 @@ import httpx
 import pytest
 import yaml
 
-from tests.chart.cases import SINGLE
+from tests.chart.cases import SINGLE, rendered
 from tests.chart.helm import CHART, manifests
-from tests.chart.manifests import container, env_of, find
+from tests.chart.manifests import container, env_of, find, is_tracing, pod_spec
 from tests.checkpoint_files import write_checkpoint
 from tests.conftest import command, lacking
 from tests.servers import Daemon, Missing, SeaweedFS, free_ports, until
@@ -171,6 +171,50 @@ def test_the_shim_is_all_that_an_engine_has_to_import(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     assert plugins.split() == [f"weightd.ipc.engines.plugins:{engine}" for engine in ("vllm", "sglang")]
+
+
+def test_an_engine_is_not_held_up_by_what_cannot_be_traced(tmp_path: Path) -> None:
+    values = {"engine": {"model": "s3://models/x"}, "trace": {"enabled": True, "processor": "cuda 9.0"}}
+    tracer = container(manifests(values), "weightd-trace-0")
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        [*tracer["command"], *tracer["args"]],
+        env={**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "this has to run in vllm's own image" in done.stderr
+    assert "ended with exit code 1; the engine starts without it" in done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="being the first process of a namespace takes root")
+def test_where_all_is_traced_the_pod_stays_and_ends_when_it_is_told_to() -> None:
+    (tracing,) = (
+        document
+        for document in rendered("layouts ahead on nodes")
+        if document["kind"] == "DaemonSet" and is_tracing(document)
+    )
+    (traced,) = pod_spec(tracing)["containers"]
+    assert traced["command"][0] == "python3"
+    alone = [command("unshare", "apt-get install util-linux"), "--pid", "--fork"]
+    process = subprocess.Popen([*alone, sys.executable, *traced["command"][1:]], start_new_session=True)
+
+    def told() -> bool:
+        # Until it is ready for it nothing comes of it: the first process is sent no signal by default.
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGTERM)
+        return process.poll() is not None
+
+    try:
+        until(told, "it has ended", deadline=120)
+        assert process.returncode == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def test_preparing_the_nodes_folders_takes_the_capability_to_chown_and_no_other(tmp_path: Path) -> None:

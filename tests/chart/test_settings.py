@@ -13,7 +13,7 @@ import pytest
 from charts.schema import ELSEWHERE
 from tests.chart.cases import CASES, MAP, PEERS, rendered
 from tests.chart.helm import Manifest, manifests
-from tests.chart.manifests import container, daemon_of, env_of, pod_spec, workloads
+from tests.chart.manifests import container, daemon_of, daemons, env_of, pod_spec
 from weightd.daemon.addresses import parse_address
 from weightd.daemon.node import preload
 from weightd.daemon.settings import Settings
@@ -41,7 +41,7 @@ def parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
 def _parsed(
     documents: list[Manifest], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Settings, dict[str, str]]:
-    (workload,) = workloads(documents)
+    (workload,) = daemons(documents)
     daemon = daemon_of(pod_spec(workload))
     assert daemon is not None
     known: dict[str, str] = {}

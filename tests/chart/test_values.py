@@ -119,7 +119,14 @@ def test_the_package_renders_as_the_folder_does(tmp_path: Path) -> None:
     (package,) = tmp_path.glob("weightd-*.tgz")
     with tarfile.open(package) as tar:
         names = {name.removeprefix("weightd/") for name in tar.getnames()}
-    assert {"Chart.yaml", "values.schema.json", "README.md", "files/alerts.yaml", "examples/consumer.yaml"} <= names
+    assert {
+        "Chart.yaml",
+        "values.schema.json",
+        "README.md",
+        "files/alerts.yaml",
+        "examples/consumer.yaml",
+        "examples/values-vllm.yaml",
+    } <= names
     assert not [name for name in names if name.endswith(".py")]
     values = CASES["everything that watches"].values
     assert manifests(values, chart=package) == manifests(values)
@@ -143,7 +150,7 @@ def test_the_readmes_example_of_values_is_taken() -> None:
     (example,) = (
         block
         for block in re.findall(r"```yaml\n(.*?)```", readme.FILE.read_text(), re.DOTALL)
-        if block.startswith("preload:")
+        if block.startswith("engine:")
     )
     kinds = {document["kind"] for document in manifests(yaml.safe_load(example))}
     assert {"Deployment", "PodMonitor", "PrometheusRule", "ConfigMap", "ServiceAccount"} <= kinds

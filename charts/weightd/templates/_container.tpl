@@ -8,13 +8,8 @@
 {{- end }}
 {{- end -}}
 
-{{/* The mounts of the daemon. */}}
-{{- define "weightd.volumeMounts" -}}
-- {name: weightd-run, mountPath: {{ .Values.runtimeDir }}}
-- {name: weightd-cache, mountPath: {{ .Values.cache.path }}}
-{{- if ne (include "weightd.sharing" .) "singleContainer" }}
-- {name: weightd-tmp, mountPath: /tmp}
-{{- end }}
+{{/* The mounts that the variables of `credentials` name. */}}
+{{- define "weightd.credentialsMounts" -}}
 {{- if .Values.credentials.gcs.existingSecret }}
 - {name: weightd-gcs, mountPath: /etc/weightd/gcs, readOnly: true}
 {{- end }}
@@ -22,6 +17,16 @@
 {{- /* Over the image's own file: some libraries know no other place. */}}
 - {name: weightd-ca, mountPath: /etc/ssl/certs/ca-certificates.crt, subPath: {{ .Values.credentials.caBundle.key }}, readOnly: true}
 {{- end }}
+{{- end -}}
+
+{{/* The mounts of the daemon. */}}
+{{- define "weightd.volumeMounts" -}}
+- {name: weightd-run, mountPath: {{ .Values.runtimeDir }}}
+- {name: weightd-cache, mountPath: {{ .Values.cache.path }}}
+{{- if ne (include "weightd.sharing" .) "singleContainer" }}
+- {name: weightd-tmp, mountPath: /tmp}
+{{- end }}
+{{- include "weightd.credentialsMounts" . }}
 {{- if .Values.peers.enabled }}
 {{- if eq .Values.peers.auth "tls" }}
 - {name: weightd-peer-tls, mountPath: /etc/weightd/peer-tls, readOnly: true}
@@ -107,6 +112,7 @@ volumeMounts:
     periodSeconds: 1
     timeoutSeconds: 5
     failureThreshold: {{ .Values.startup.timeoutSeconds }}
+{{- include "weightd.tracers" . }}
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -120,6 +126,7 @@ volumeMounts:
 {{- if .Values.shim.enabled }}
 - {name: weightd-shim, mountPath: {{ .Values.shim.path }}, readOnly: true}
 {{- end }}
+{{- if include "weightd.engineHasCredentials" . }}{{ include "weightd.credentialsMounts" . }}{{ end }}
 {{- end }}
 {{- end -}}
 
@@ -150,12 +157,7 @@ cache: {{ .Values.node.cacheHostPath | default "/var/cache/weightd" }}
 {{- end }}
 {{- end -}}
 
-{{/* The volumes of the daemon alone. */}}
-{{- define "weightd.ownVolumes" -}}
-{{- if ne (include "weightd.sharing" .) "singleContainer" }}
-- name: weightd-tmp
-  emptyDir: {}
-{{- end }}
+{{- define "weightd.credentialsVolumes" -}}
 {{- with .Values.credentials.gcs.existingSecret }}
 - name: weightd-gcs
   secret: {secretName: {{ . }}, defaultMode: 0440}
@@ -168,6 +170,15 @@ cache: {{ .Values.node.cacheHostPath | default "/var/cache/weightd" }}
 - name: weightd-ca
   secret: {secretName: {{ . }}}
 {{- end }}
+{{- end -}}
+
+{{/* The volumes of the daemon, some of which an engine has as well. */}}
+{{- define "weightd.ownVolumes" -}}
+{{- if ne (include "weightd.sharing" .) "singleContainer" }}
+- name: weightd-tmp
+  emptyDir: {}
+{{- end }}
+{{- include "weightd.credentialsVolumes" . }}
 {{- if .Values.peers.enabled }}
 {{- if eq .Values.peers.auth "tls" }}
 - name: weightd-peer-tls

@@ -201,6 +201,11 @@ etcd:{{ $endpoints }}{{ $prefix }}
 {{- toYaml (concat $env .Values.extraEnv) -}}
 {{- end -}}
 
+{{/* Whether an engine of the Pod has the credentials as well; with an endpoint of weightd's own it asks nobody else. */}}
+{{- define "weightd.engineHasCredentials" -}}
+{{- if and .Values.engine.credentials (eq .Values.mode "sidecar") (not .Values.s3.enabled) }}yes{{ end -}}
+{{- end -}}
+
 {{/* Public: variables of an engine's container, a list. */}}
 {{- define "weightd.engineEnv" -}}
 {{- $weightd := get (default dict .Subcharts) "weightd" | default . -}}
@@ -218,5 +223,6 @@ etcd:{{ $endpoints }}{{ $prefix }}
   {{- $env = append $env (dict "name" "NVIDIA_VISIBLE_DEVICES" "value" (include "weightd.text" $values.gpu.visibleDevices.devices)) -}}
   {{- $env = append $env (dict "name" "NVIDIA_DRIVER_CAPABILITIES" "value" "compute,utility") -}}
 {{- end -}}
+{{- if include "weightd.engineHasCredentials" $weightd }}{{ $env = concat $env (include "weightd.credentialsEnv" $weightd | fromYamlArray) }}{{ end -}}
 {{- toYaml $env -}}
 {{- end -}}

@@ -60,6 +60,11 @@ azure.workload.identity/use: "true"
 {{- end -}}
 {{- end -}}
 
+{{- define "weightd.engineImage" -}}
+{{- $image := .Values.engine.image -}}
+{{ $image.repository }}{{ ternary (print ":" $image.tag) (print "@" $image.digest) (empty $image.digest) }}
+{{- end -}}
+
 {{/* The port of the API on loopback; empty where there is none. */}}
 {{- define "weightd.apiPort" -}}
 {{- get .Values.settings "listen" | default (ternary "" "127.0.0.1:7400" (hasKey .Values.settings "listen")) | regexFind "[0-9]+$" -}}

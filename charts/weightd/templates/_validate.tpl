@@ -10,6 +10,7 @@
 {{- include "weightd.validateCredentials" . -}}
 {{- include "weightd.validatePeers" . -}}
 {{- include "weightd.validateMounts" . -}}
+{{- include "weightd.validateTrace" . -}}
 {{- include "weightd.validateEnv" . -}}
 {{- if and .Values.metrics.podMonitor.enabled .Values.metrics.serviceMonitor.enabled -}}
   {{- fail "metrics.podMonitor and metrics.serviceMonitor are both enabled: everything would be counted twice" -}}
@@ -232,10 +233,33 @@
 {{- end -}}
 {{- end -}}
 
+{{- define "weightd.validateTrace" -}}
+{{- $trace := .Values.trace -}}
+{{- $sharing := include "weightd.sharing" . -}}
+{{- if $trace.enabled -}}
+  {{- if eq $sharing "singleContainer" -}}
+    {{- fail "trace.enabled and gpu.sharing: singleContainer: weightd starts with the engine, and no init container can ask it" -}}
+  {{- end -}}
+  {{- if not (include "weightd.traced" . | fromYamlArray) -}}
+    {{- fail (printf "trace.enabled, and nothing to trace: say %s" (ternary "trace.models" "engine.model" (eq .Values.mode "node"))) -}}
+  {{- end -}}
+  {{- range $i, $model := include "weightd.traced" . | fromYamlArray -}}
+    {{- if not $model.processor -}}
+      {{- fail "trace.processor: say what the engine will run on, by the compute capability of the GPUs, as in 'cuda 9.0'" -}}
+    {{- end -}}
+    {{- if and (eq $sharing "none") (ne $model.processor "cpu") -}}
+      {{- fail (printf "trace: %s is for processor %s, and gpu.sharing: none gives weightd no GPU" $model.model $model.processor) -}}
+    {{- end -}}
+  {{- end -}}
+{{- else if $trace.models -}}
+  {{- fail "trace.models is set, and trace.enabled is false: one of them is a mistake" -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "weightd.validateEnv" -}}
 {{- $daemon := include "weightd.env" . | fromYamlArray -}}
 {{- $lists := dict "extraEnv" $daemon -}}
-{{- if and (eq .Values.mode "sidecar") .Values.engine.enabled -}}
+{{- if or (and (eq .Values.mode "sidecar") .Values.engine.enabled) .Values.trace.enabled -}}
   {{- if eq (include "weightd.sharing" .) "singleContainer" -}}
     {{- $_ := set $lists "engine.env" (concat $daemon .Values.engine.env) -}}
   {{- else -}}
@@ -245,6 +269,7 @@
     {{- if and (eq (include "weightd.sharing" .) "visibleDevices") (eq .Values.gpu.visibleDevices.engine "same") -}}
       {{- $own = concat $own (list (dict "name" "NVIDIA_VISIBLE_DEVICES") (dict "name" "NVIDIA_DRIVER_CAPABILITIES")) -}}
     {{- end -}}
+    {{- if or (include "weightd.engineHasCredentials" .) (and .Values.engine.credentials (eq .Values.mode "node")) }}{{ $own = concat $own (include "weightd.credentialsEnv" . | fromYamlArray) }}{{ end -}}
     {{- $_ := set $lists "engine.env" (concat $own .Values.engine.env) -}}
   {{- end -}}
 {{- end -}}
