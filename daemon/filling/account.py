@@ -18,7 +18,7 @@ from prometheus_client import Counter
 from weightd.daemon.errors import DigestMismatch, SourceFailed
 from weightd.daemon.filling.ledger import Ledger, fingerprint, leaf_counts
 from weightd.daemon.layouts.digests import LEAF, leaf_count, tensor_digest
-from weightd.daemon.layouts.extents import Extent
+from weightd.daemon.layouts.extents import Extent, Piece
 from weightd.daemon.layouts.recipe import Recipe, brought
 from weightd.daemon.observing.metrics import Metrics
 from weightd.daemon.tensors import TensorInfo
@@ -92,8 +92,19 @@ class Account:
         self._tensors = tensors
         self._recipes = recipes
         self._expected = expected_leaves
+        self._comparable = {
+            (segment, copy.entry)
+            for segment, recipe in enumerate(recipes if expected_leaves else ())
+            for copy in recipe.copies
+            if copy.source is None and copy.target is None
+        }
+        """Entries that are a tensor as it is: a slice has the tensor's name, but not its leaves."""
         self._on_verified = on_verified
         self._queue = deque(extent for extent, landed in zip(extents, self._landed, strict=True) if not landed)
+        self._parts = [array("I", bytes(4 * of_segment[-1])) for of_segment in starts]
+        """For each segment how many extents are still to bring a part of each leaf; 0 of those that come whole."""
+        for extent in extents:
+            self._expect_parts(extent)
         self._brought = [brought(recipe) for recipe in recipes]
         """Bytes that extents bring, of each entry of each segment."""
         self._pending = [list(of_segment) for of_segment in self._brought]
@@ -127,12 +138,7 @@ class Account:
         self.bytes_read += extent.nbytes
         for piece in extent.pieces:
             self._pending[piece.segment][piece.entry] -= piece.nbytes
-        whole = [
-            (piece.segment, piece.entry)
-            for piece in extent.pieces
-            if piece.leaf < 0 and not self._pending[piece.segment][piece.entry]
-        ]
-        self.mark(extent, whole, from_peer=from_peer)
+        self.mark(extent, self.completed(extent), from_peer=from_peer)
 
     def count_with(self, metrics: Metrics, source: str) -> None:
         """Add to a daemon's counters from now on, under the source's kind."""
@@ -193,28 +199,50 @@ class Account:
             counter.inc(extent.nbytes)
         return complete
 
-    def late(self, extent: Extent, complete: Mapping[int, Sequence[int]]) -> list[tuple[int, int]]:
-        """(segment, entry) of those of ``complete`` that could not be hashed before all of them was there."""
-        found = {(piece.segment, piece.entry) for piece in extent.pieces if piece.leaf < 0}
-        return [
-            (segment, entry) for segment, entries in complete.items() for entry in entries if (segment, entry) in found
-        ]
-
-    def mark(self, extent: Extent, whole: Sequence[tuple[int, int]], *, from_peer: bool = False) -> None:
-        """All bytes of the extent are there, and hashed as far as they can be: with it all of the entries ``whole``."""
-        self._landed[extent.index] = _FROM_PEER if from_peer else _FROM_ORIGIN
+    def _expect_parts(self, extent: Extent) -> None:
         for piece in extent.pieces:
-            if piece.leaf >= 0:
-                first = self._leaf_starts[piece.segment][piece.entry] + piece.leaf
-                count = leaf_count(piece.nbytes)
-                self.there[piece.segment][first : first + count] = b"\1" * count
-        self._mark_whole(whole)
+            if piece.shared:
+                parts, first = self._parts[piece.segment], self._leaf_starts[piece.segment][piece.entry] + piece.leaf
+                for leaf in range(first, first + piece.shared):
+                    parts[leaf] += 1
+
+    def completed(self, extent: Extent) -> list[Piece]:
+        """The extent's bytes are there: the leaves, as pieces of whole ones, of which they were the last part.
+
+        To be hashed before the extent is counted, which says that its entries are verified.
+        """
+        found: list[Piece] = []
+        for piece in extent.pieces:
+            if not piece.shared:
+                continue
+            entry, parts = self._recipes[piece.segment].entries[piece.entry], self._parts[piece.segment]
+            start = self._leaf_starts[piece.segment][piece.entry]
+            last = -2
+            for leaf in range(piece.leaf, piece.leaf + piece.shared):
+                with self._lock:
+                    parts[start + leaf] -= 1
+                    if parts[start + leaf]:
+                        continue
+                at = leaf * LEAF
+                nbytes = min(LEAF, entry.nbytes - at)
+                if last == leaf - 1:
+                    found[-1] = found[-1]._replace(nbytes=found[-1].nbytes + nbytes)
+                else:
+                    found.append(Piece(piece.segment, piece.entry, entry.offset + at, nbytes, leaf))
+                last = leaf
+        return found
+
+    def mark(self, extent: Extent, completed: Iterable[Piece], *, from_peer: bool = False) -> None:
+        """All bytes of the extent are there, and hashed: with it the leaves that it has ``completed``."""
+        self._landed[extent.index] = _FROM_PEER if from_peer else _FROM_ORIGIN
+        for piece in itertools.chain(extent.pieces, completed):
+            if not piece.shared:
+                self._mark_leaves(piece.segment, piece.entry, piece.leaf, leaf_count(piece.nbytes))
         self.on_landed(extent)
 
-    def _mark_whole(self, entries: Iterable[tuple[int, int]]) -> None:
-        for segment, entry in entries:
-            first, count = self._leaf_starts[segment][entry], len(self.leaves[segment][entry])
-            self.there[segment][first : first + count] = b"\1" * count
+    def _mark_leaves(self, segment: int, entry: int, first: int, count: int) -> None:
+        start = self._leaf_starts[segment][entry] + first
+        self.there[segment][start : start + count] = b"\1" * count
 
     def is_untouched(self, segment: int, entry: int) -> bool:
         """Whether nothing is there of an entry, a part of which is to come."""
@@ -222,7 +250,9 @@ class Account:
 
     def mark_unread(self) -> None:
         """The entries that no extent brings are there, and hashed."""
-        self._mark_whole((segment, entry) for segment, entries in enumerate(self.unread) for entry in entries)
+        for segment, entries in enumerate(self.unread):
+            for entry in entries:
+                self._mark_leaves(segment, entry, 0, len(self.leaves[segment][entry]))
         self.announce(dict(enumerate(self.unread)))
 
     def announce(self, complete: Mapping[int, list[int]]) -> None:
@@ -243,10 +273,10 @@ class Account:
             self.compare_entry(segment, entry, leaf, 1)
         complete: dict[int, list[int]] = {}
         for extent in extents:
+            completed = self.completed(extent)
             for segment, entries in self.count(extent, from_peer=True).items():
                 complete.setdefault(segment, []).extend(entries)
-        for extent in extents:
-            self.mark(extent, self.late(extent, complete), from_peer=True)
+            self.mark(extent, completed, from_peer=True)
         self.announce(complete)
 
     def _without_tensor(self, extent: Extent) -> None:
@@ -274,11 +304,11 @@ class Account:
             self.peer_bytes -= by_peers
             for piece in pieces:
                 self._pending[piece.segment][piece.entry] += piece.nbytes
+            for extent in extents:
+                self._expect_parts(extent)
         for piece in pieces:
-            starts = self._leaf_starts[piece.segment]
-            first, count = starts[piece.entry] + piece.leaf, leaf_count(piece.nbytes)
-            if piece.leaf < 0:
-                first, count = starts[piece.entry], starts[piece.entry + 1] - starts[piece.entry]
+            first = self._leaf_starts[piece.segment][piece.entry] + piece.leaf
+            count = piece.shared or leaf_count(piece.nbytes)
             self.there[piece.segment][first : first + count] = bytes(count)
         return self.take_back({(piece.segment, piece.entry) for piece in pieces})
 
@@ -330,8 +360,7 @@ class Account:
 
     def compare_entry(self, segment: int, entry: int, first: int, count: int) -> None:
         """Raise DigestMismatch where these leaves of an entry are not the expected ones."""
-        # Where leaves are expected, whole tensors are read, and then only whole tensors carry leaves of their own.
-        if self._expected:
+        if (segment, entry) in self._comparable:
             self._compare(self._recipes[segment].entries[entry].name, self.leaves[segment][entry], first, count)
 
     def compare_tensor(self, tensor: int, leaves: memoryview, first: int, count: int) -> None:

@@ -7,7 +7,9 @@ thread.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import mmap
 import random
 import threading
 import time
@@ -29,7 +31,7 @@ from weightd.daemon.filling.phases import Phases
 from weightd.daemon.filling.sink import Landing, Sink
 from weightd.daemon.filling.slots import Slots
 from weightd.daemon.layouts.digests import LEAF, leaf_count, leaf_digest
-from weightd.daemon.layouts.extents import Extent, Scatter
+from weightd.daemon.layouts.extents import Extent, Piece, Scatter
 from weightd.daemon.layouts.recipe import (
     Block,
     Copy,
@@ -106,6 +108,7 @@ class Fill(Sink):
         self._segments = segments
         self._limits = limits
         self._lock = threading.Lock()
+        self._own = threading.local()
         self._stop = threading.Event()
         self._sent: dict[tuple[int, int, int], int] = {}
         """(segment, entry, leaf) → its digest, of what is on its way from a peer to a device."""
@@ -235,17 +238,16 @@ class Fill(Sink):
             self._write_constants(unread)
             if self.stopped:
                 return  # nor are they all written
-            places = []
+            pieces = []
             for segment, index in unread:
                 entry = self._recipes[segment].entries[index]
-                places.append((segment, index, 0, entry.offset, entry.nbytes))
+                pieces.append(Piece(segment, index, entry.offset, entry.nbytes, 0))
             with self.phase("verifying"):
                 if self._arrivals is not None:
-                    self._hash_on_device(places)
+                    self._hash_on_device(pieces)
                 else:
-                    for segment, index, leaf, offset, nbytes in places:
-                        view = self._segments[segment].view
-                        self._hash(self.account.leaves[segment][index], leaf, view, offset, nbytes)
+                    for piece in pieces:
+                        self._hash_piece(piece)
         self.account.mark_unread()
 
     def restore_constants(self, entries: Iterable[tuple[int, int]]) -> None:
@@ -307,14 +309,8 @@ class Fill(Sink):
         with self.phase("verifying"):
             position = 0
             for piece in extent.pieces:
-                if piece.leaf >= 0:
-                    if through:
-                        view, offset = landing.views[0], position
-                    else:
-                        view, offset = self._segments[piece.segment].view, piece.offset
-                    leaves = self.account.leaves[piece.segment][piece.entry]
-                    self._hash(leaves, piece.leaf, view, offset, piece.nbytes)
-                    self.account.compare_entry(piece.segment, piece.entry, piece.leaf, leaf_count(piece.nbytes))
+                if not piece.shared:
+                    self._hash_piece(piece, landing.views[0][position:] if through else None)
                 position += piece.nbytes
         if through:
             with self.phase("copying"):
@@ -323,15 +319,21 @@ class Fill(Sink):
                     self._segments[run.segment].write(run.offset, landing.views[0][position : position + run.nbytes])
                     position += run.nbytes
         with self.phase("verifying"):
-            complete = self.account.count(extent)
-            late = self.account.late(extent, complete)
-            for segment, index in late:
-                entry = self._recipes[segment].entries[index]
-                leaves = self.account.leaves[segment][index]
-                self._hash(leaves, 0, self._segments[segment].view, entry.offset, entry.nbytes)
-        self.account.mark(extent, late)
+            completed = self.account.completed(extent)
+            for piece in completed:
+                self._hash_piece(piece)
+        complete = self.account.count(extent)
+        self.account.mark(extent, completed)
         self._let_go(landing)
         self.account.announce(complete)
+
+    def _hash_piece(self, piece: Piece, data: memoryview | None = None) -> None:
+        """Hash whole leaves, where they lie or of ``data`` that they are to become. Raises DigestMismatch."""
+        view, offset = self._segments[piece.segment].view, piece.offset
+        if data is not None:
+            view, offset = data, 0
+        self._hash(self.account.leaves[piece.segment][piece.entry], piece.leaf, view, offset, piece.nbytes)
+        self.account.compare_entry(piece.segment, piece.entry, piece.leaf, leaf_count(piece.nbytes))
 
     # ------------------------------------------------------------------ device memory
 
@@ -387,30 +389,21 @@ class Fill(Sink):
         assert self._arrivals is not None
         complete: dict[int, list[int]] = {}
         with self.phase("verifying"):
-            whole = [
-                (piece.segment, piece.entry, piece.leaf, piece.offset, piece.nbytes)
-                for extent in extents
-                for piece in extent.pieces
-                if piece.leaf >= 0
-            ]
+            whole = [piece for extent in extents for piece in extent.pieces if not piece.shared]
             self._hash_on_device(whole)
-            for segment, index, leaf, _, nbytes in whole:
-                self.account.compare_entry(segment, index, leaf, leaf_count(nbytes))
-            late = []
-            late_of: dict[int, list[tuple[int, int]]] = {}
+            for piece in whole:
+                self.account.compare_entry(piece.segment, piece.entry, piece.leaf, leaf_count(piece.nbytes))
+            completed = [self.account.completed(extent) for extent in extents]
+            late = list(itertools.chain.from_iterable(completed))
+            self._hash_on_device(late)
+            for piece in (*whole, *late):
+                self._compare_sent(piece.segment, piece.entry, piece.leaf, leaf_count(piece.nbytes))
             for extent in extents:
                 done = self.account.count(extent, from_peer=extent.index in self._by_peers)
-                late_of[extent.index] = self.account.late(extent, done)
-                for segment, index in late_of[extent.index]:
-                    entry = self._recipes[segment].entries[index]
-                    late.append((segment, index, 0, entry.offset, entry.nbytes))
                 for segment, entries in done.items():
                     complete.setdefault(segment, []).extend(entries)
-            self._hash_on_device(late)
-            for segment, index, leaf, _, nbytes in (*whole, *late):
-                self._compare_sent(segment, index, leaf, leaf_count(nbytes))
-        for extent in extents:
-            self.account.mark(extent, late_of[extent.index], from_peer=extent.index in self._by_peers)
+        for extent, leaves in zip(extents, completed, strict=True):
+            self.account.mark(extent, leaves, from_peer=extent.index in self._by_peers)
         self._by_peers.difference_update(extent.index for extent in extents)
         self.account.announce(complete)
 
@@ -425,18 +418,18 @@ class Fill(Sink):
                     f"tensor {name!r}, leaf {leaf}: bytes changed between the host and {device}", tensor=name, leaf=leaf
                 )
 
-    def _hash_on_device(self, places: Sequence[tuple[int, int, int, int, int]]) -> None:
-        """Hash whole leaves from (segment, entry, first leaf, offset, bytes)."""
+    def _hash_on_device(self, pieces: Sequence[Piece]) -> None:
+        """Hash whole leaves."""
         assert self._arrivals is not None
         ranges = [
-            (segment, start, min(LEAF, offset + nbytes - start))
-            for segment, _, _, offset, nbytes in places
-            for start in range(offset, offset + nbytes, LEAF)
+            (piece.segment, start, min(LEAF, piece.offset + piece.nbytes - start))
+            for piece in pieces
+            for start in range(piece.offset, piece.offset + piece.nbytes, LEAF)
         ]
         found = iter(self._arrivals.leaves(ranges) if ranges else ())
-        for segment, entry, first, _, nbytes in places:
-            leaves = self.account.leaves[segment][entry]
-            for leaf in range(first, first + leaf_count(nbytes)):
+        for piece in pieces:
+            leaves = self.account.leaves[piece.segment][piece.entry]
+            for leaf in range(piece.leaf, piece.leaf + leaf_count(piece.nbytes)):
                 leaves[leaf] = next(found)
 
     # ------------------------------------------------------------------ what peers bring to devices
@@ -518,7 +511,25 @@ class Fill(Sink):
         block, data = scatter.block, landing.views[0]
         if scatter.cast is not None:
             block, data = convert_block(block, scatter.cast, data)
-        if block.rows == 1:
-            segment.write(block.target, data[block.source : block.source + block.run])
+        if block.rows == 1 or block.source_stride == block.target_stride == block.run:
+            segment.write(block.target, data[block.source : block.source + block.rows * block.run])
+        elif segment.buffered and block.target_stride == block.run:
+            self._write_gathered(segment, block, data)
         else:
             copy_block(block, data, segment.view)
+
+    def _write_gathered(self, segment: Segment, block: Block, data: memoryview) -> None:
+        """Rows that become neighbours, by way of memory that stays in the processor's cache, and is there already."""
+        if not hasattr(self._own, "gathered"):
+            self._own.gathered = memoryview(mmap.mmap(-1, LEAF, mmap.MAP_PRIVATE))
+        step = max(1, LEAF // block.run)
+        for row in range(0, block.rows, step):
+            part = block._replace(
+                source=block.source + row * block.source_stride,
+                target=block.target + row * block.run,
+                rows=min(step, block.rows - row),
+            )
+            gathered = data
+            if part.rows > 1:
+                part, gathered = gather_block(part, data, self._own.gathered)
+            segment.write(part.target, gathered[part.source : part.source + part.rows * part.run])

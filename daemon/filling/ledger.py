@@ -23,6 +23,9 @@ from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.layouts.recipe import Recipe
 
 _HEAD = struct.Struct("=IIdI16s")
+_MARKS = b"2"
+"""Changes with what a mark stands for: a ledger of a version before is another plan's. Since 2, a leaf is hashed with
+the last extent that brings of it; before, with the entry's last one."""
 
 
 class Ledger:
@@ -117,7 +120,7 @@ def _leaves_at(extents: int) -> int:
 
 def fingerprint(recipes: Sequence[Recipe], extents: Sequence[Extent]) -> bytes:
     """Tells one plan from another: which extents there are, where the segments' entries lie, by which layout."""
-    state = xxhash.xxh3_128()
+    state = xxhash.xxh3_128(_MARKS)
     for extent in extents:
         state.update(struct.pack("=QQQ", extent.file, extent.offset, extent.nbytes))
     for recipe in recipes:

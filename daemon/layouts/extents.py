@@ -7,14 +7,14 @@ wanted by several segments, or too scattered for the source to place by itself.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
 from weightd.daemon.layouts.casts import Cast
-from weightd.daemon.layouts.digests import LEAF
-from weightd.daemon.layouts.recipe import Block, Copy, Recipe, blocks, uses
+from weightd.daemon.layouts.digests import LEAF, leaf_count
+from weightd.daemon.layouts.recipe import Block, Copy, Entry, Recipe, blocks, uses
 from weightd.daemon.tensors import TensorInfo
 
 _SPREAD = 8 << 20
@@ -29,17 +29,19 @@ class Run(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Bytes of one entry that an extent brings.
+    """Bytes of one entry that an extent brings, from its leaf ``leaf`` on.
 
-    ``leaf`` is the first leaf of the entry that they are, where they are whole leaves at ``offset`` in the segment
-    and can be hashed as they land; -1 where the entry's leaves are hashed once all of it has landed.
+    Either whole leaves, at ``offset`` in the segment, which can be hashed as they land; or, where ``shared`` is not 0,
+    parts of so many leaves, each of which is hashed once all extents that bring of it have landed.
     """
 
     segment: int
     entry: int
     offset: int
+    """-1 where they are not all that lies between the first and the last of them."""
     nbytes: int
     leaf: int
+    shared: int = 0
 
 
 class Scatter(NamedTuple):
@@ -88,20 +90,21 @@ def plan_extents(tensors: Sequence[TensorInfo], recipes: Sequence[Recipe], deman
 
     ``tensors`` is in the order of the bytes (file by file), as a Checkpoint has it.
     """
-    wanted = uses(recipes)
+    wanted, targets = uses(recipes), _Targets(recipes)
     plan: list[Extent] = []
     current: Extent | None = None
     extent_bytes, small = demands.extent_bytes, demands.extent_bytes // 2
+    all_known = True
     for index, tensor in enumerate(tensors):
         if not tensor.nbytes:
             continue
         takers = wanted.get(index, ())
         if len(takers) == 1 and takers[0][1].source is None and takers[0][1].target is None:
             segment, copy = takers[0]
-            offset = recipes[segment].entries[copy.entry].offset
+            offset = targets.entry(segment, copy.entry).offset
             if tensor.nbytes > small:
                 current = None
-                plan.extend(_chunks(tensor, 0, tensor.nbytes, segment, copy.entry, offset, extent_bytes))
+                plan.extend(_direct(tensor, [(0, segment, copy.entry, 0, tensor.nbytes)], targets, extent_bytes))
                 continue
             if (
                 current is None
@@ -120,63 +123,110 @@ def plan_extents(tensors: Sequence[TensorInfo], recipes: Sequence[Recipe], deman
             current.pieces.append(Piece(segment, copy.entry, offset, tensor.nbytes, 0))
             continue
         current = None
-        plan.extend(_general(index, tensor, takers, recipes, demands))
+        parts = list(_general(index, tensor, takers, targets, demands))
+        all_known = all_known and bool(parts) and parts[0].tensor is not None
+        plan.extend(parts)
     for extent in plan:
+        if not all_known and not demands.whole_tensors and extent.file not in demands.whole_files:
+            extent.tensor = None  # without those of all others, there is no use for its digest
         if len(extent.runs) > demands.max_runs:
             _bounce(extent)
     return plan
 
 
-def _chunks(
-    tensor: TensorInfo, source: int, nbytes: int, segment: int, entry: int, offset: int, extent_bytes: int
-) -> Iterator[Extent]:
-    """Read ``nbytes`` at ``source`` of the tensor to ``offset`` of the segment: all of one entry, from its start."""
-    for done in range(0, nbytes, extent_bytes):
-        size = min(extent_bytes, nbytes - done)
-        extent = Extent(tensor.file, tensor.start + source + done, size)
-        extent.runs.append(Run(segment, offset + done, size))
-        extent.pieces.append(Piece(segment, entry, offset + done, size, done // LEAF))
-        yield extent
+class _Targets:
+    """Where bytes go: entries of recipes, and what of an entry is a piece."""
+
+    def __init__(self, recipes: Sequence[Recipe]) -> None:
+        self._recipes = recipes
+        self._mixed = [{constant.entry for constant in recipe.constants} for recipe in recipes]
+        """Entries that hold constants as well, which no extent brings: all of their leaves are hashed together."""
+
+    def entry(self, segment: int, number: int) -> Entry:
+        return self._recipes[segment].entries[number]
+
+    def pieces(self, segment: int, number: int, at: int, nbytes: int) -> Iterator[Piece]:
+        """``nbytes`` bytes of an entry from ``at`` on: whole leaves, and parts of those before and behind them."""
+        entry, end = self.entry(segment, number), at + nbytes
+        if number in self._mixed[segment]:
+            yield Piece(segment, number, entry.offset + at, nbytes, 0, leaf_count(entry.nbytes))
+            return
+        first = leaf_count(at)
+        last = leaf_count(end) if end == entry.nbytes else end // LEAF
+        if first >= last:
+            yield Piece(segment, number, entry.offset + at, nbytes, at // LEAF, leaf_count(end) - at // LEAF)
+            return
+        begin, stop = first * LEAF, min(last * LEAF, end)
+        if at < begin:
+            yield Piece(segment, number, entry.offset + at, begin - at, first - 1, 1)
+        yield Piece(segment, number, entry.offset + begin, stop - begin, first)
+        if stop < end:
+            yield Piece(segment, number, entry.offset + stop, end - stop, last, 1)
+
+    def apart(self, segment: int, number: int, first: int, stop: int, nbytes: int) -> Piece:
+        """``nbytes`` bytes of an entry that lie between ``first`` and ``stop``, but are not all that lies there."""
+        count = leaf_count(self.entry(segment, number).nbytes)
+        leaf, end = first // LEAF, leaf_count(stop)
+        if number in self._mixed[segment]:
+            leaf, end = 0, count
+        return Piece(segment, number, -1, nbytes, leaf, end - leaf)
+
+
+def _direct(
+    tensor: TensorInfo, runs: Iterable[tuple[int, int, int, int, int]], targets: _Targets, extent_bytes: int
+) -> list[Extent]:
+    """Read runs to where they belong: each (offset in the tensor, segment, entry, offset in the entry, bytes), in the
+    tensor's order, apart from each other. Short ones that follow one another are read together."""
+    plan: list[Extent] = []
+    current: Extent | None = None
+    small = extent_bytes // 2
+    for source, segment, number, target, run in runs:
+        entry = targets.entry(segment, number)
+        done = 0
+        while done < run:
+            # Up to where an extent of the whole entry would end: its leaves are whole, wherever the run begins.
+            size = min(run - done, extent_bytes - (target + done) % extent_bytes)
+            start = tensor.start + source + done
+            if (
+                current is None
+                or current.offset + current.nbytes != start
+                or max(size, current.runs[-1].nbytes) > small
+                or current.nbytes + size > extent_bytes
+            ):
+                current = Extent(tensor.file, start)
+                plan.append(current)
+            current.nbytes += size
+            current.runs.append(Run(segment, entry.offset + target + done, size))
+            current.pieces.extend(targets.pieces(segment, number, target + done, size))
+            done += size
+    return plan
 
 
 def _general(
     index: int,
     tensor: TensorInfo,
     takers: Sequence[tuple[int, Copy]],
-    recipes: Sequence[Recipe],
+    targets: _Targets,
     demands: Demands,
 ) -> Iterator[Extent]:
     wanted = [
-        (segment, copy.entry, recipes[segment].entries[copy.entry].offset, block, copy.cast)
+        (segment, copy.entry, block, copy.cast)
         for segment, copy in takers
-        for block in blocks(copy, tensor, recipes[segment].entries[copy.entry])
+        for block in blocks(copy, tensor, targets.entry(segment, copy.entry))
     ]
     whole = demands.whole_tensors or tensor.file in demands.whole_files
     if not whole and not wanted:
         return
-    one_run = len(wanted) == 1 and wanted[0][3].rows == 1
+    one_run = len(wanted) == 1 and wanted[0][2].rows == 1
     as_they_are = not any(cast for *_, cast in wanted)
     if not whole and as_they_are and (one_run or all(block.run >= demands.min_range for *_, block, _ in wanted)):
-        rows = sorted(
-            (
-                block.source + i * block.source_stride,
-                segment,
-                entry,
-                start,
-                block.target + i * block.target_stride,
-                block.run,
-            )
-            for segment, entry, start, block, _ in wanted
+        runs = sorted(
+            (block.source + i * block.source_stride, segment, entry, block.target + i * block.target_stride, block.run)
+            for segment, entry, block, _ in wanted
             for i in range(block.rows)
         )
-        if all(row[0] + row[5] <= following[0] for row, following in pairwise(rows)):
-            for source, segment, entry, start, target, run in rows:
-                if run == recipes[segment].entries[entry].nbytes:
-                    yield from _chunks(tensor, source, run, segment, entry, start, demands.extent_bytes)
-                    continue
-                for extent in _chunks(tensor, source, run, segment, entry, start + target, demands.extent_bytes):
-                    extent.pieces = [piece._replace(leaf=-1) for piece in extent.pieces]
-                    yield extent
+        if all(run[0] + run[-1] <= following[0] for run, following in pairwise(runs)):
+            yield from _direct(tensor, runs, targets, demands.extent_bytes)
             return
     low, high = 0, tensor.nbytes
     if not whole:
@@ -187,15 +237,21 @@ def _general(
         extent = Extent(tensor.file, tensor.start + begin, end - begin, scatters=[])
         if low == 0 and high == tensor.nbytes:
             extent.tensor = (index, begin // LEAF)
-        brought: dict[tuple[int, int], int] = {}
-        for segment, entry, start, block, cast in wanted:
+        brought: dict[tuple[int, int], tuple[int, int, int]] = {}
+        for segment, number, block, cast in wanted:
+            start = targets.entry(segment, number).offset
             for part in _clip(block, begin, end, cast):
                 assert extent.scatters is not None
                 extent.scatters.append(Scatter(segment, part._replace(target=start + part.target), cast))
-                key = (segment, entry)
-                nbytes = part.run * part.rows
-                brought[key] = brought.get(key, 0) + (cast.scaled(nbytes) if cast else nbytes)
-        extent.pieces = [Piece(segment, entry, -1, nbytes, -1) for (segment, entry), nbytes in brought.items()]
+                run = cast.scaled(part.run) if cast else part.run
+                stop = part.target + (part.rows - 1) * part.target_stride + run
+                before, first, last = brought.get((segment, number), (0, part.target, stop))
+                brought[segment, number] = (before + run * part.rows, min(first, part.target), max(last, stop))
+        for (segment, number), (nbytes, first, last) in brought.items():
+            if nbytes == last - first:
+                extent.pieces.extend(targets.pieces(segment, number, first, nbytes))
+            else:
+                extent.pieces.append(targets.apart(segment, number, first, last, nbytes))
         yield extent
 
 

@@ -87,9 +87,8 @@ class Block(NamedTuple):
 def _rows(view: memoryview, start: int, stride: int, block: Block) -> NDArray[numpy.uint8]:
     # Imported here: most stages never need it.
     import numpy
-    from numpy.lib.stride_tricks import as_strided
 
-    return as_strided(numpy.frombuffer(view, numpy.uint8)[start:], (block.rows, block.run), (stride, 1))
+    return numpy.ndarray((block.rows, block.run), numpy.uint8, view, start, (stride, 1))
 
 
 def copy_block(block: Block, source: memoryview, target: memoryview) -> None:
@@ -110,10 +109,11 @@ def convert_block(block: Block, cast: Cast, source: memoryview) -> tuple[Block, 
     return block._replace(source=0, source_stride=run, run=run), data.reshape(-1).data
 
 
-def gather_block(block: Block, source: memoryview) -> tuple[Block, memoryview]:
-    """A block as one whose rows lie one after another, in memory of its own."""
-    data = _rows(source, block.source, block.source_stride, block).copy()
-    return block._replace(source=0, source_stride=block.run), data.reshape(-1).data
+def gather_block(block: Block, source: memoryview, into: memoryview | None = None) -> tuple[Block, memoryview]:
+    """A block as one whose rows lie one after another, in ``into``, or in memory of its own. Drops the GIL."""
+    data = into or memoryview(bytearray(block.rows * block.run))
+    copy_block(block._replace(target=0, target_stride=block.run), source, data)
+    return block._replace(source=0, source_stride=block.run), data[: block.rows * block.run]
 
 
 def contiguous(shape: Sequence[int]) -> Box:

@@ -184,14 +184,11 @@ def assert_a_sound_plan(stored: Stored, recipes: Sequence[Recipe], extents: Sequ
             assert not extent.runs
             for scatter in extent.scatters:
                 block = scatter.block
+                run = scatter.cast.scaled(block.run) if scatter.cast else block.run
                 assert min(block) >= 0
                 assert block.source + (block.rows - 1) * block.source_stride + block.run <= extent.nbytes
-                assert (
-                    block.target + (block.rows - 1) * block.target_stride + block.run <= recipes[scatter.segment].nbytes
-                )
-                rows = as_strided(
-                    brought[scatter.segment][block.target :], (block.rows, block.run), (block.target_stride, 1)
-                )
+                assert block.target + (block.rows - 1) * block.target_stride + run <= recipes[scatter.segment].nbytes
+                rows = as_strided(brought[scatter.segment][block.target :], (block.rows, run), (block.target_stride, 1))
                 rows += 1
         for piece in extent.pieces:
             key = (piece.segment, piece.entry)
@@ -209,11 +206,15 @@ def assert_filled(
     expected: Callable[[Recipe, Entry], bytes],
     demands: Demands = DEFAULTS,
     limits: FillLimits = LIMITS,
+    device: CpuDevice | None = None,
 ) -> int:
     """Fill, and compare everything with the reference; returns the bytes that were read."""
     tensors = stored.checkpoint.tensors
     prefixes = {file: stored.checkpoint.prefixes[file] for file in demands.whole_files}
-    with prepared(stored, recipes, demands, limits, sha256_prefixes=prefixes) as filled:
+    through = device is not None and stored.source.buffered
+    with prepared(
+        stored, recipes, demands, limits, device=device, buffered=through, sha256_prefixes=prefixes
+    ) as filled:
         fill = filled.fill
         assert_a_sound_plan(stored, recipes, filled.extents, demands)
         bring(stored, fill)

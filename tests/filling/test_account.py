@@ -14,16 +14,18 @@ from weightd.daemon.filling.account import Account, ledger_for
 from weightd.daemon.filling.ledger import Ledger
 from weightd.daemon.layouts.checkpoint import checkpoint_layout
 from weightd.daemon.layouts.digests import LEAF, tensor_digest
-from weightd.daemon.layouts.extents import Demands, Extent, plan_extents
+from weightd.daemon.layouts.extents import Demands, Extent, Piece, plan_extents
+from weightd.daemon.layouts.recipe import Copy, Entry, Recipe
 from weightd.daemon.observing.metrics import Metrics
+from weightd.ipc.recipe import Box
 
-DEMANDS = Demands(extent_bytes=LEAF, max_runs=16, min_range=LEAF)
+DEMANDS = Demands(extent_bytes=LEAF, max_runs=16, min_range=LEAF // 2)
 TENSORS = infos(
-    ("none", "U8", (0,)), ("a", "U8", (2 * LEAF + 5,)), ("b", "U8", (100,)), ("c", "U8", (4, 2 * LEAF)),
+    ("none", "U8", (0,)), ("a", "U8", (2 * LEAF + 5,)), ("b", "U8", (100,)), ("c", "U8", (4, LEAF)),
     ("d", "U8", (2, 2)),
 )  # fmt: skip
 HALF = checkpoint_layout(TENSORS, tp_size=2, tp_ranks=[1], splits={"c": 1, "*": "replicate"})
-"""Of ``c`` four rows that are read one by one, and hashed once all of them are there."""
+"""Of ``c`` four rows that are read one by one, two to a leaf."""
 BOTH = checkpoint_layout(TENSORS, tp_size=2, tp_ranks=[0, 1], splits={"c": 1, "*": "replicate"})
 """All of it is bounced by ``TOGETHER``, and its tensors are hashed as such."""
 TOGETHER = DEMANDS._replace(min_range=1 << 40)
@@ -56,8 +58,9 @@ class Made(Account):
 
     def come(self, extents: Sequence[Extent], *, from_peer: bool = False) -> None:
         for extent in extents:
+            completed = self.completed(extent)
             complete = self.count(extent, from_peer=from_peer)
-            self.mark(extent, self.late(extent, complete), from_peer=from_peer)
+            self.mark(extent, completed, from_peer=from_peer)
             self.announce(complete)
 
     def leaf_marks(self, entry: int, segment: int = 0) -> bytes:
@@ -83,39 +86,50 @@ def test_an_entry_is_complete_with_its_last_extent_and_its_leaves_are_there_as_t
     landed: list[Extent] = []
     account.on_landed = landed.append
     assert account.verified == [(0, [0])], "what has no bytes is there from the start"
-    assert list(account.leaf_starts(0)) == [0, 0, 3, 4, 8, 9]
+    assert list(account.leaf_starts(0)) == [0, 0, 3, 4, 6, 7]
     first, second, third = account.of(A)
     account.come([second])
     assert account.leaf_marks(A) == b"\0\1\0"
     account.come([third, first])
     assert (account.leaf_marks(A), account.verified[1:]) == (b"\1\1\1", [(0, [A])])
     account.come(account.of(C)[1:])
-    assert account.leaf_marks(C) == bytes(4), "its leaves can be hashed only once all of it is there"
+    assert account.leaf_marks(C) == b"\0\1", "a leaf is there once all of it is"
     account.come(account.of(C)[:1])
-    assert (account.leaf_marks(C), account.verified[2:]) == (b"\1\1\1\1", [(0, [C])])
+    assert (account.leaf_marks(C), account.verified[2:]) == (b"\1\1", [(0, [C])])
     assert landed == [second, third, first, *account.of(C)[1:], account.of(C)[0]]
-    assert account.bytes_read == 2 * LEAF + 5 + 4 * LEAF
+    assert account.bytes_read == 2 * LEAF + 5 + 2 * LEAF
     assert [account.has(extent) for extent in account.extents] == [
         extent not in (*account.of(B), *account.of(D)) for extent in account.extents
     ]
 
 
-def test_what_is_late_is_what_was_not_hashed_as_it_came() -> None:
+def test_a_leaf_is_completed_by_the_last_of_the_extents_that_bring_parts_of_it() -> None:
     account = Made()
-    for extent in account.of(A)[:2] + account.of(C)[:3]:
-        assert account.count(extent) == {}
-    last_of_a, last_of_c = account.of(A)[2], account.of(C)[3]
-    assert account.late(last_of_a, account.count(last_of_a)) == []
-    assert account.late(last_of_c, account.count(last_of_c)) == [(0, C)]
-    assert account.late(last_of_c, {0: [A, C], 1: [C]}) == [(0, C)]
+    assert [account.completed(extent) for extent in account.of(A)] == [[], [], []], "they are whole"
+    first, second, third, fourth = account.of(C)
+    offset = HALF[0].entries[C].offset
+    assert [account.completed(extent) for extent in (second, third)] == [[], []]
+    assert account.completed(first) == [Piece(0, C, offset, LEAF, 0)]
+    assert account.completed(fourth) == [Piece(0, C, offset + LEAF, LEAF, 1)]
+
+
+def test_leaves_that_one_extent_completes_are_one_piece_as_far_as_they_follow_each_other() -> None:
+    tensors = infos(("t", "U8", (LEAF // 2 + 1, 5)))
+    target = Entry("t", "U8", (5, LEAF // 2 + 1), 0, tensors[0].nbytes)
+    turned = Recipe([target], [Copy(0, 0, Box(0, target.shape, (1, 5)))], target.nbytes, 0)
+    extents = plan_extents(tensors, [turned], DEMANDS)
+    account = Account(
+        tensors, [turned], extents, ledger=None, expected_leaves={}, on_verified=lambda segment, entries: None
+    )
+    assert [account.completed(extent) for extent in extents] == [[], [], [Piece(0, 0, 0, target.nbytes, 0)]]
 
 
 def test_what_is_being_read_is_marked_by_segment_entry_and_leaf() -> None:
     account = Made(BOTH)
     account.begun([(0, A, 1, 2), (1, C, 0, 1), (1, D, 0, 1)])
-    assert bytes(account.coming[0]) == b"\0\1\1" + bytes(6)
-    assert bytes(account.coming[1]) == bytes(4) + b"\1\0\0\0" + b"\1"
-    assert [bytes(marks) for marks in account.there] == [bytes(9), bytes(9)]
+    assert bytes(account.coming[0]) == b"\0\1\1" + bytes(4)
+    assert bytes(account.coming[1]) == bytes(4) + b"\1\0" + b"\1"
+    assert [bytes(marks) for marks in account.there] == [bytes(7), bytes(7)]
 
 
 def test_bytes_of_peers_are_counted_apart() -> None:
@@ -142,8 +156,10 @@ def test_what_a_peer_brings_is_compared_counted_and_told_together() -> None:
     assert account.verified == [(0, [0]), (0, [A, B, D])]
     assert [list(account.leaves[0][entry]) for entry in (A, B, D)] == [[1, 2, 3], [77], [5]]
     assert account.peer_bytes == account.bytes_read == 2 * LEAF + 5 + 104
-    account.arrived(account.of(C), [(0, C, leaf, leaf) for leaf in range(4)])
-    assert (account.leaf_marks(C), account.verified[2:]) == (b"\1\1\1\1", [(0, [C])])
+    account.arrived(account.of(C)[:2], [(0, C, 0, 6)])
+    assert (account.leaf_marks(C), account.verified[2:]) == (b"\1\0", []), "leaf by leaf"
+    account.arrived(account.of(C)[2:], [(0, C, 1, 7)])
+    assert (account.leaf_marks(C), account.verified[2:]) == (b"\1\1", [(0, [C])])
 
 
 def test_what_is_forgotten_is_to_come_again_and_who_uses_it_is_asked() -> None:
@@ -162,14 +178,16 @@ def test_what_is_forgotten_is_to_come_again_and_who_uses_it_is_asked() -> None:
     assert account.forget(gone) is True
     assert asked == [{(0, A), (0, C)}]
     assert account.forget(account.of(A)[:1]) is False
-    assert (account.leaf_marks(A), account.leaf_marks(C), account.leaf_marks(D)) == (b"\0\0\1", bytes(4), b"\1")
-    assert (account.bytes_read, account.peer_bytes) == (3 * LEAF + 5 + 4, 3 * LEAF + 5)
+    assert (account.leaf_marks(A), account.leaf_marks(C), account.leaf_marks(D)) == (b"\0\0\1", b"\0\1", b"\1")
+    assert (account.bytes_read, account.peer_bytes) == (3 * LEAF // 2 + 5 + 4, 3 * LEAF // 2 + 5)
     assert [account.has(extent) for extent in account.of(A)] == [False, False, True]
     before = list(account.verified)
     account.announce({0: [A, C]})
     assert account.verified == before, "what was forgotten is not verified"
     account.come(account.of(A)[:2])
     assert account.verified == [*before, (0, [A])]
+    account.come(gone[1:])
+    assert (account.leaf_marks(C), account.verified[-1]) == (b"\1\1", (0, [C]))
 
 
 def test_a_reader_that_returns_too_soon_is_told_what_has_not_come() -> None:
@@ -182,7 +200,7 @@ def test_a_reader_that_returns_too_soon_is_told_what_has_not_come() -> None:
     with pytest.raises(SourceFailed, match="tensor 'b': 100 of 100 bytes have not come"):
         account.check_complete()
     account.come(account.of(B))
-    with pytest.raises(SourceFailed, match=f"tensor 'c': {4 * LEAF} of {4 * LEAF} bytes have not come"):
+    with pytest.raises(SourceFailed, match=f"tensor 'c': {2 * LEAF} of {2 * LEAF} bytes have not come"):
         account.check_complete()
     account.come(account.of(C))
     with pytest.raises(SourceFailed, match="tensor 'd': 4 of 4 bytes"):
@@ -197,19 +215,19 @@ def test_leaves_are_found_by_their_number_over_all_entries() -> None:
         entry, at = account.leaf_at(0, number)
         assert at == leaf
         account.leaves[0][entry][at] = 100 + number
-    assert [account.leaf_at(0, number) for number in (0, 2, 3, 4, 7, 8)] == [
+    assert [account.leaf_at(0, number) for number in (0, 2, 3, 4, 5, 6)] == [
         (A, 0),
         (A, 2),
         (B, 0),
         (C, 0),
-        (C, 3),
+        (C, 1),
         (D, 0),
     ]
-    assert list(account.leaves_at(0, 0, 9)) == list(range(100, 109))
+    assert list(account.leaves_at(0, 0, 7)) == list(range(100, 107))
     assert list(account.leaves_at(0, 2, 3)) == [102, 103, 104]
     assert list(account.leaves_at(0, 5, 0)) == []
     with pytest.raises(IndexError):
-        account.leaves_at(0, 7, 3)
+        account.leaves_at(0, 5, 3)
     assert account.digests(0) == [
         tensor_digest(entry.dtype, entry.shape, entry.nbytes, leaves)
         for entry, leaves in zip(HALF[0].entries, account.leaves[0], strict=True)
@@ -236,19 +254,17 @@ def test_the_next_process_goes_on_where_the_ledger_says_that_this_one_was() -> N
     ledger = ledger_for(TENSORS, BOTH, plan_extents(TENSORS, BOTH, TOGETHER))
     account = Made(BOTH, TOGETHER, ledger)
     assert sorted(account.tensor_leaves) == [A, B, C, D]
-    account.tensor_leaves[C][6] = 66
+    account.tensor_leaves[C][3] = 66
     account.come(account.of(C))
     account.come(account.of(A)[:2], from_peer=True)
     account.come(account.of(D), from_peer=True)
     again = Made(BOTH, TOGETHER, ledger)
     assert (
-        (again.bytes_read, again.peer_bytes)
-        == (account.bytes_read, account.peer_bytes)
-        == (10 * LEAF + 4, 2 * LEAF + 4)
+        (again.bytes_read, again.peer_bytes) == (account.bytes_read, account.peer_bytes) == (6 * LEAF + 4, 2 * LEAF + 4)
     )
     assert again.drain() == again.of(A)[2:] + again.of(B)
     assert sorted(again.tensor_leaves) == [B, C], "what a peer has brought is not hashed as the checkpoint has it"
-    assert again.tensor_leaves[C][6] == 66
+    assert again.tensor_leaves[C][3] == 66
     assert again.there == account.there
     assert again.verified == [(0, [0, C, D]), (1, [0, C, D])]
     assert again.from_peers(again.extents) == again.of(A)[:2] + again.of(D)
@@ -261,7 +277,7 @@ def test_a_ledger_holds_just_what_a_plan_needs() -> None:
     extents = plan_extents(TENSORS, BOTH, TOGETHER)
     ledger = ledger_for(TENSORS, BOTH, extents)
     assert (ledger.extents, len(ledger.fingerprint)) == (len(extents), 16)
-    ledger.leaves([9, 9, 3, 1, 8, 1])
-    with pytest.raises(ValueError, match="with 31 leaf digests, expected are 32"):
-        ledger.leaves([32])
+    ledger.leaves([7, 7, 3, 1, 4, 1])
+    with pytest.raises(ValueError, match="with 23 leaf digests, expected are 24"):
+        ledger.leaves([24])
     ledger.close()

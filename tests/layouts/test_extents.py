@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from tests.layouts.recipes import entry, filled, infos, random_bytes, recipe_of
 from weightd.daemon.layouts.checkpoint import checkpoint_layout
-from weightd.daemon.layouts.digests import LEAF
+from weightd.daemon.layouts.digests import LEAF, leaf_count
 from weightd.daemon.layouts.extents import Demands, Extent, Piece, Run, Scatter, plan_extents
 from weightd.daemon.layouts.recipe import Block, Copy, Entry, Recipe, arrange, contiguous, validate
 from weightd.daemon.tensors import TensorInfo
-from weightd.ipc.recipe import Box
+from weightd.ipc.recipe import Box, Constant
 
 DEMANDS = Demands(extent_bytes=4 * LEAF, max_runs=8, min_range=100)
 
@@ -105,10 +105,11 @@ def test_extents_bring_what_recipes_say_in_the_files_order_and_each_byte_of_it_o
         for piece in extent.pieces:
             key = (piece.segment, piece.entry)
             brought[key] = brought.get(key, 0) + piece.nbytes
-            if piece.leaf >= 0:
-                target = recipes[piece.segment].entries[piece.entry]
-                assert target.offset <= piece.offset
-                assert piece.offset + piece.nbytes <= target.offset + target.nbytes
+            target = recipes[piece.segment].entries[piece.entry]
+            if piece.shared:
+                assert 0 <= piece.leaf < piece.leaf + piece.shared <= leaf_count(target.nbytes)
+            else:
+                assert (piece.offset, piece.nbytes) == (target.offset, target.nbytes), "none has more than a leaf"
     assert brought == {
         (segment, number): target.nbytes
         for segment, recipe in enumerate(recipes)
@@ -153,7 +154,7 @@ def test_a_large_tensor_is_read_extent_by_extent_of_whole_leaves() -> None:
     assert [extent.tensor for extent in extents] == [None] * 3
 
 
-def test_a_slice_that_is_one_run_is_read_as_a_tensor_and_rows_are_hashed_once_all_have_come() -> None:
+def test_slices_are_read_run_by_run_and_hashed_as_they_come_where_they_are_whole_leaves() -> None:
     tensors = infos(("t", "U8", (4, 3 * LEAF)))
     (rows,) = checkpoint_layout(tensors, tp_size=2, tp_ranks=[1], splits={"*": 0})
     (columns,) = checkpoint_layout(tensors, tp_size=3, tp_ranks=[1], splits={"*": 1})
@@ -166,7 +167,90 @@ def test_a_slice_that_is_one_run_is_read_as_a_tensor_and_rows_are_hashed_once_al
     assert [(e.offset - 8, e.nbytes, e.runs) for e in extents] == [
         (row * 3 * LEAF + LEAF, LEAF, [Run(0, row * LEAF, LEAF)]) for row in range(4)
     ]
-    assert [e.pieces for e in extents] == [[Piece(0, 0, row * LEAF, LEAF, -1)] for row in range(4)]
+    assert [e.pieces for e in extents] == [[Piece(0, 0, row * LEAF, LEAF, row)] for row in range(4)]
+
+
+def test_what_is_fused_is_cut_where_its_entry_has_its_leaves_and_short_runs_side_by_side_are_read_together() -> None:
+    q, k = 3 * LEAF // 2, LEAF // 4
+    tensors = infos(("q", "U8", (2 * q,)), ("k", "U8", (2 * k,)), ("v", "U8", (2 * 5 * LEAF,)))
+    fused = entry(shape=(q + k + 5 * LEAF,))
+    recipes = [
+        recipe_of(
+            [fused],
+            [
+                Copy(0, 0, Box(rank * q, (q,), (1,)), Box(0, (q,), (1,))),
+                Copy(1, 0, Box(rank * k, (k,), (1,)), Box(q, (k,), (1,))),
+                Copy(2, 0, Box(rank * 5 * LEAF, (5 * LEAF,), (1,)), Box(q + k, (5 * LEAF,), (1,))),
+            ],
+            fused.nbytes,
+        )
+        for rank in range(2)
+    ]
+    extents = plan_extents(tensors, recipes, DEMANDS)
+    assert [(e.offset - 8, e.runs, e.pieces) for e in extents[:2]] == [
+        (
+            0,
+            [Run(rank, 0, q) for rank in range(2)],
+            [
+                piece
+                for rank in range(2)
+                for piece in (Piece(rank, 0, 0, LEAF, 0), Piece(rank, 0, LEAF, LEAF // 2, 1, 1))
+            ],
+        ),
+        (2 * q, [Run(rank, q, k) for rank in range(2)], [Piece(rank, 0, q, k, 1, 1) for rank in range(2)]),
+    ]
+    of_v = [extent for extent in extents[2:] if extent.runs[0].segment == 1]
+    start = 8 + 2 * q + 2 * k + 5 * LEAF
+    quarter = LEAF // 4
+    assert [(e.offset - start, e.nbytes, e.pieces) for e in of_v] == [
+        (
+            0,
+            2 * LEAF + quarter,
+            [Piece(1, 0, q + k, quarter, 1, 1), Piece(1, 0, 2 * LEAF, 2 * LEAF, 2)],
+        ),
+        (2 * LEAF + quarter, 2 * LEAF + 3 * quarter, [Piece(1, 0, 4 * LEAF, 2 * LEAF + 3 * quarter, 4)]),
+    ]
+
+
+def test_columns_that_all_ranks_want_come_to_the_leaves_of_each() -> None:
+    tensors = infos(("t", "U8", (LEAF // 16, 64)))
+    recipes = checkpoint_layout(tensors, tp_size=2, tp_ranks=(0, 1), splits={"*": 1})
+    (extent,) = plan_extents(tensors, recipes, DEMANDS)
+    assert extent.pieces == [Piece(rank, 0, 0, 2 * LEAF, 0) for rank in range(2)]
+    extents = plan_extents(tensors, recipes, DEMANDS._replace(extent_bytes=LEAF))
+    half = LEAF // 2
+    assert [e.pieces for e in extents] == [
+        [Piece(rank, 0, part * half, half, part // 2, 1) for rank in range(2)] for part in range(4)
+    ]
+
+
+def test_what_is_not_side_by_side_in_its_entry_belongs_to_all_leaves_that_it_may_be_in() -> None:
+    side = 1 << 11
+    tensors = infos(("t", "U8", (side, side)))
+    turned = entry(shape=(side, side))
+    recipe = recipe_of([turned], [Copy(0, 0, Box(0, (side, side), (1, side)))], turned.nbytes)
+    extents = plan_extents(tensors, [recipe], DEMANDS._replace(extent_bytes=LEAF))
+    assert [e.pieces for e in extents] == [[Piece(0, 0, -1, LEAF, 0, 4)]] * 4
+
+
+def test_leaves_of_an_entry_with_constants_are_hashed_together() -> None:
+    tensors = infos(("t", "U8", (2 * LEAF,)), ("u", "U8", (4, 8)))
+    padded, wide = entry(shape=(4 * LEAF,)), entry("wide", "U8", (4, 6), 4 * LEAF)
+    recipe = recipe_of(
+        [padded, wide],
+        [
+            Copy(0, 0, Box(0, (2 * LEAF,), (1,)), Box(0, (2 * LEAF,), (1,))),
+            Copy(1, 1, Box(0, (4, 4), (8, 1)), Box(0, (4, 4), (6, 1))),
+        ],
+        wide.offset + wide.nbytes,
+    )._replace(constants=[Constant(0, b"\0", Box(0, (4 * LEAF,), (1,))), Constant(1, b"\0", Box(0, (24,), (1,)))])
+    validate(recipe, tensors)
+    extents = plan_extents(tensors, [recipe], DEMANDS._replace(extent_bytes=LEAF))
+    assert [e.pieces for e in extents] == [
+        [Piece(0, 0, 0, LEAF, 0, 4)],
+        [Piece(0, 0, LEAF, LEAF, 0, 4)],
+        [Piece(0, 1, -1, 16, 0, 1)],
+    ]
 
 
 @pytest.mark.parametrize(("run", "together"), [(99, True), (100, False), (101, False)])
@@ -180,7 +264,7 @@ def test_short_runs_are_read_with_what_lies_between_from_the_first_to_the_last(r
     (extent,) = extents
     assert (extent.offset - 8, extent.nbytes) == (run, 12 * run + run)
     assert extent.scatters == [Scatter(0, Block(0, 3 * run, 0, run, run, 5))]
-    assert extent.pieces == [Piece(0, 0, -1, 5 * run, -1)]
+    assert extent.pieces == [Piece(0, 0, 0, 5 * run, 0)], "it is all of the entry"
     assert extent.tensor is None, "it is not all of the tensor"
 
 
@@ -195,7 +279,8 @@ def test_rows_that_overlap_are_read_once_however_long_they_are() -> None:
     apart = recipe_of([entry(shape=(2, 400))], [Copy(0, 0, Box(0, (2, 400), (600, 1)))], 800)
     assert [e.nbytes for e in plan_extents(tensors, [apart], DEMANDS)] == [400, 400]
     touching = recipe_of([entry(shape=(2, 2, 200))], [Copy(0, 0, Box(0, (2, 2, 200), (200, 400, 1)))], 800)
-    assert [e.nbytes for e in plan_extents(tensors, [touching], DEMANDS)] == [200] * 4
+    (extent,) = plan_extents(tensors, [touching], DEMANDS)
+    assert extent.runs == [Run(0, target, 200) for target in (0, 400, 200, 600)], "they are no neighbours any more"
 
 
 def test_what_is_hashed_as_the_checkpoint_has_it_is_read_whole_and_says_which_leaves_it_is() -> None:
@@ -207,7 +292,11 @@ def test_what_is_hashed_as_the_checkpoint_has_it_is_read_whole_and_says_which_le
         (4 * LEAF, 2 * LEAF, (0, 4)),
         (6 * LEAF, 5, (1, 0)),
     ]
-    assert [e.pieces for e in extents[1:]] == [[Piece(0, 0, -1, LEAF // 2, -1)], []]
+    assert [e.pieces for e in extents] == [
+        [Piece(0, 0, 0, 2 * LEAF, 0), Piece(0, 0, 2 * LEAF, LEAF // 2, 2, 1)],
+        [Piece(0, 0, 5 * LEAF // 2, LEAF // 2, 2, 1)],
+        [],
+    ]
     by_file = plan_extents(tensors, recipes, DEMANDS._replace(whole_files=[0]))
     assert [(e.offset, e.tensor) for e in by_file] == [(e.offset, e.tensor) for e in extents]
     others = plan_extents(tensors, recipes, DEMANDS._replace(whole_files=[1]))
@@ -232,7 +321,7 @@ def test_what_several_segments_want_is_read_once_and_scattered() -> None:
     (extent,) = plan_extents(tensors, recipes, DEMANDS)
     assert extent.scatters == [Scatter(segment, Block(0, 0, 0, 0, 300, 1)) for segment in (0, 1)]
     assert (extent.tensor, contiguous((300,))) == ((0, 0), Box(0, (300,), (1,)))
-    assert extent.pieces == [Piece(segment, 0, -1, 300, -1) for segment in (0, 1)]
+    assert extent.pieces == [Piece(segment, 0, 0, 300, 0) for segment in (0, 1)]
 
 
 @pytest.mark.parametrize(("run", "stride"), [(1, 0), (3, 0), (4, 1), (4, 3)])

@@ -1,8 +1,8 @@
 """Groups: a plan's extents, put together so that peers can give the same bytes as the origin.
 
 The origin is read by ranges of files, a peer by ranges of its segments, which are laid out as ours. A group is the
-smallest set of extents whose bytes are both: one extent, where it brings whole leaves of entries; all extents of an
-entry together, where its bytes are gathered from strides.
+smallest set of extents whose bytes are both: one extent, where it brings whole leaves of entries; all extents that
+bring parts of the same leaves together, where those are cut otherwise than the files' bytes.
 """
 
 from __future__ import annotations
@@ -142,28 +142,43 @@ def plan_groups(extents: Sequence[Extent], recipes: Sequence[Recipe]) -> list[Gr
     """Every extent is in exactly one group, in the order of the plan."""
     found: dict[int, list[Extent]] = {}
     leader = _Joined(len(extents))
-    by_entry: dict[tuple[int, int], int] = {}
+    shared: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for number, extent in enumerate(extents):
         for piece in extent.pieces:
-            if piece.leaf < 0:
-                first = by_entry.setdefault((piece.segment, piece.entry), number)
-                leader.join(first, number)
+            if piece.shared:
+                place = (piece.leaf, piece.leaf + piece.shared, number)
+                shared.setdefault((piece.segment, piece.entry), []).append(place)
+    for places in shared.values():
+        places.sort()
+        end, last = 0, 0
+        for first, stop, number in places:
+            if first < end:
+                leader.join(last, number)
+            end, last = max(end, stop), number
     for number, extent in enumerate(extents):
         found.setdefault(leader.of(number), []).append(extent)
     return [Group(index, members, _spans(members, recipes)) for index, members in enumerate(found.values())]
 
 
 def _spans(extents: Sequence[Extent], recipes: Sequence[Recipe]) -> list[Span]:
-    spans: dict[tuple[int, int, int], Span] = {}
-    for extent in extents:
-        for piece in extent.pieces:
-            if piece.leaf >= 0:
-                span = Span(piece.segment, piece.entry, piece.offset, piece.nbytes, piece.leaf)
-            else:
-                entry = recipes[piece.segment].entries[piece.entry]
-                span = Span(piece.segment, piece.entry, entry.offset, entry.nbytes, 0)
-            spans[span.segment, span.entry, span.leaf] = span
-    return sorted(spans.values())
+    places = sorted(
+        {
+            (piece.segment, piece.entry, piece.leaf, piece.leaf + (piece.shared or leaf_count(piece.nbytes)))
+            for extent in extents
+            for piece in extent.pieces
+        }
+    )
+    spans: list[Span] = []
+    for segment, number, first, stop in places:
+        entry = recipes[segment].entries[number]
+        begin, end = first * LEAF, min(stop * LEAF, entry.nbytes)
+        if spans and (spans[-1].segment, spans[-1].entry) == (segment, number):
+            before = spans[-1].leaf * LEAF + spans[-1].nbytes
+            if begin < before:  # they bring parts of the same leaves
+                spans[-1] = spans[-1]._replace(nbytes=max(before, end) - spans[-1].leaf * LEAF)
+                continue
+        spans.append(Span(segment, number, entry.offset + begin, end - begin, first))
+    return sorted(spans)
 
 
 class _Joined:

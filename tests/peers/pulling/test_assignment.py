@@ -56,12 +56,12 @@ def test_groups_bring_every_leaf_once_from_the_origin_and_once_from_a_peer(
             assert [offset for _, offset, _ in ranges] == [entry.offset + i * LEAF for i in range(len(ranges))]
             assert sum(nbytes for _, _, nbytes in ranges) == entry.nbytes
     of = {id(extent): group.index for group in groups for extent in group.extents}
-    partial: dict[tuple[int, int], set[int]] = {}
+    partial: dict[tuple[int, int, int], set[int]] = {}
     for extent in extents:
         for piece in extent.pieces:
-            if piece.leaf < 0:
-                partial.setdefault((piece.segment, piece.entry), set()).add(of[id(extent)])
-    assert all(len(found) == 1 for found in partial.values()), "what is gathered from strides comes as one"
+            for leaf in range(piece.leaf, piece.leaf + piece.shared):
+                partial.setdefault((piece.segment, piece.entry, leaf), set()).add(of[id(extent)])
+    assert all(len(found) == 1 for found in partial.values()), "a leaf comes as one"
 
 
 def test_groups_that_are_there_in_part_begin_anew(tmp_path: Path) -> None:
@@ -91,10 +91,10 @@ def test_groups_that_are_there_in_part_begin_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("landed", [1, 2])
 def test_a_group_of_which_anything_is_missing_begins_anew(landed: int, tmp_path: Path) -> None:
-    stored = store(tmp_path, {"a": tensor("U8", (3, 2 * LEAF)), "b": tensor("U8", (LEAF,), 2)})
+    stored = store(tmp_path, {"a": tensor("U8", (3, LEAF // 2)), "b": tensor("U8", (LEAF,), 2)})
     tensors = stored.checkpoint.tensors
     recipes = checkpoint_layout(tensors, tp_size=2, tp_ranks=[0], splits={"a": 1, "*": "replicate"})
-    demands = Demands(LEAF, 1, LEAF)
+    demands = Demands(LEAF, 1, LEAF // 4)
     ledger = ledger_for(tensors, recipes, plan_extents(tensors, recipes, demands))
     content = stored.files()[0].read_bytes()
     with prepared(stored, recipes, demands, ledger=ledger) as filled:

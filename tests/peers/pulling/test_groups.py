@@ -71,17 +71,36 @@ def test_a_group_is_a_peers_once_all_parts_have_come_and_here_once_all_extents_h
     assert [group.landed(), group.landed()] == [False, True]
 
 
-def test_what_comes_in_whole_leaves_lies_where_these_do_and_what_is_gathered_in_all_of_its_entry() -> None:
-    tensors = infos(("a", "U8", (5 * LEAF,)), ("b", "U8", (4, LEAF)))
+def test_extents_that_bring_parts_of_the_same_leaves_are_one_group_and_all_others_are_by_themselves() -> None:
+    tensors = infos(("a", "U8", (5 * LEAF,)), ("b", "U8", (6, LEAF)))
     recipes = checkpoint_layout(tensors, tp_size=2, tp_ranks=[0], splits={"b": 1, "*": "replicate"})
-    groups = plan_groups(plan_extents(tensors, recipes, Demands(2 * LEAF, 1, LEAF)), recipes)
+    groups = plan_groups(plan_extents(tensors, recipes, Demands(2 * LEAF, 1, LEAF // 2)), recipes)
     assert [[tuple(span) for span in group.spans] for group in groups] == [
         [(0, 0, 0, 2 * LEAF, 0)],
         [(0, 0, 2 * LEAF, 2 * LEAF, 2)],
         [(0, 0, 4 * LEAF, LEAF, 4)],
-        [(0, 1, 5 * LEAF, 2 * LEAF, 0)],
+        [(0, 1, 5 * LEAF, LEAF, 0)],
+        [(0, 1, 6 * LEAF, LEAF, 1)],
+        [(0, 1, 7 * LEAF, LEAF, 2)],
     ]
-    assert len(groups[3].extents) > 1
+    assert [len(group.extents) for group in groups] == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_group_reaches_as_far_as_its_extents_cut_through_leaves() -> None:
+    half = LEAF // 2
+    tensors = infos(("a", "U8", (4, 2 * (LEAF + half))), ("b", "U8", (2, LEAF // 4)))
+    recipes = checkpoint_layout(tensors, tp_size=2, tp_ranks=[1], splits={"a": 1, "b": 0})
+    groups = plan_groups(plan_extents(tensors, recipes, Demands(2 * LEAF, 1, 0)), recipes)
+    assert [[tuple(span) for span in group.spans] for group in groups] == [
+        [(0, 0, 0, LEAF, 0), (0, 0, LEAF, LEAF, 1), (0, 0, 2 * LEAF, LEAF, 2)],
+        [(0, 0, 3 * LEAF, LEAF, 3), (0, 0, 4 * LEAF, LEAF, 4), (0, 0, 5 * LEAF, LEAF, 5)],
+        [(0, 1, 6 * LEAF, LEAF // 4, 0)],
+    ]
+    assert [len(group.extents) for group in groups] == [2, 2, 1]
+    turned = checkpoint_layout(infos(("t", "U8", (3 * LEAF, 2))), tp_size=2, tp_ranks=[0], splits={"*": 1})
+    extents = plan_extents(infos(("t", "U8", (3 * LEAF, 2))), turned, Demands(LEAF + LEAF // 2, 1, 1 << 30))
+    (group,) = plan_groups(extents, turned)
+    assert [tuple(span) for span in group.spans] == [(0, 0, 0, 3 * LEAF, 0)]
 
 
 def test_leaves_tell_their_groups() -> None:
