@@ -11,7 +11,6 @@ import gc
 import importlib.util
 import logging
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -34,11 +33,12 @@ from sglang.srt.runtime_context import get_exec, get_model, get_parallel
 
 from weightd.ipc.client import Client
 from weightd.ipc.cuda import gpu_by_name
+from weightd.ipc.engines import checkpoint
 from weightd.ipc.engines.attributes import Attributes
 from weightd.ipc.engines.binding import Binding, Load, NoRoom, Options, Untraceable, fall, report, weights_of
 from weightd.ipc.errors import ModelMismatch, WeightdError
 from weightd.ipc.lease import socket_path
-from weightd.ipc.recipe import Key, digest_of
+from weightd.ipc.recipe import Key
 from weightd.ipc.trace import meta_parameters
 
 log = logging.getLogger(__name__)
@@ -101,23 +101,11 @@ def _choose(choose: Callable[..., Any], load_config: LoadConfig, model_config: M
 
 
 def _configure(download: Callable[..., str], cls: Any, model_path: str) -> str:
-    """Configuration and tokenizer as the daemon has them, which looks whether they are still what is at the origin:
-    SGLang keeps what it has once downloaded for good."""
+    """Configuration and tokenizer as the daemon has them."""
     try:
-        with Client() as client:
-            found = client.checkpoint(model_path)["metadata"]
-        if found is None or not Path(found).is_dir():
-            raise ModelMismatch(f"the daemon's copies of its files, in {found}, cannot be read from here")
-        folder = Path(cls.get_path(model_path))
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in Path(found).rglob("*"):
-            target = folder / file.relative_to(found)
-            if file.is_file() and not (target.is_file() and target.read_bytes() == file.read_bytes()):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                # Other engines may be reading it.
-                shutil.copyfile(file, beside := target.with_name(f".{target.name}.{os.getpid()}"))
-                beside.replace(target)
-        return str(folder)
+        folder: str = cls.get_path(model_path)
+        checkpoint.configure(model_path, folder)
+        return folder
     except (WeightdError, OSError) as error:
         log.warning("weightd: SGLang downloads the configuration of %s itself: %s", model_path, error)
         return download(cls, model_path)
@@ -337,10 +325,8 @@ def _make_room(binding: Binding, *, last: bool) -> None:
 
 def uri_of(model_config: ModelConfig) -> str:
     """As the daemon names it: ``model_weights`` is what an object URI becomes, ``model_path`` is a folder then."""
-    name = str(getattr(model_config, "model_weights", None) or model_config.model_path)
-    if "://" in name or os.path.exists(name):
-        return name if "://" in name else os.path.abspath(name)
-    return f"hf://{name}" + (f"@{model_config.revision}" if model_config.revision else "")
+    name = getattr(model_config, "model_weights", None) or model_config.model_path
+    return checkpoint.uri(str(name), model_config.revision)
 
 
 def _not_taken(model_config: ModelConfig, device: torch.device) -> str:
@@ -389,7 +375,7 @@ def key_of(headers: str, model_config: ModelConfig, load_config: LoadConfig, pro
         engine="sglang",
         version=f"{sglang.__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
         dtype=str(model_config.dtype),
-        config=digest_of(_plain(config)),
+        config=checkpoint.configuration_digest(config),
         rank=sizes["pp_rank"] * sizes["tp_size"] + sizes["tp_rank"],
         parallel=sizes,
         backends=[processor, f"experts {experts.moe_runner_backend}", f"exchange {experts.moe_a2a_backend}"],
@@ -406,15 +392,6 @@ def _number(parallel: Any, name: str) -> int:
 def processor_of(device: torch.device) -> str:
     """What a layout may hang on of a device."""
     return "cuda " + ".".join(map(str, torch.cuda.get_device_capability())) if device.type == "cuda" else device.type
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it; what is not JSON's is its name. Names of files tell nothing of a layout."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items() if key not in ("_name_or_path", "name_or_path")}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
 # ---------------------------------------------------------------------- building and loading as SGLang does

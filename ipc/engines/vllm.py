@@ -7,11 +7,12 @@ What is not taken, or goes wrong, is loaded by the loader that vLLM would have u
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import socket as sockets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -25,12 +26,14 @@ from vllm.model_executor import model_loader as loaders
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
+from vllm.transformers_utils.runai_utils import ObjectStorageModel
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from weightd.ipc import trust
+from weightd.ipc.engines import checkpoint
 from weightd.ipc.engines.binding import Binding, Options, Untraceable, fall, report, weights_of
 from weightd.ipc.errors import ModelMismatch, WeightdError
-from weightd.ipc.recipe import Key, digest_of
+from weightd.ipc.recipe import Key
 from weightd.ipc.runtime_dir import API_SOCKET, runtime_dir
 from weightd.ipc.trace import meta_parameters
 
@@ -57,7 +60,22 @@ def register() -> None:
     if _listens():
         # Not by register_model_loader, which warns of what is meant.
         known[_OBJECTS] = type("WeightdObjectLoader", (WeightdLoader,), {"before": before})
+        ObjectStorageModel.pull_files = _configured(ObjectStorageModel.pull_files)
         log.info("weightd: object URIs are asked of the daemon in %s first", runtime_dir())
+
+
+def _configured(pull: Callable[..., None]) -> Callable[..., None]:
+    """Configuration and tokenizer as the daemon has them; of what it does not serve, as ``pull`` does."""
+
+    @functools.wraps(pull)
+    def pulled(self: ObjectStorageModel, model_path: str = "", *patterns: Any, **named: Any) -> None:
+        try:
+            checkpoint.configure(model_path, self.dir)
+        except (WeightdError, OSError) as error:
+            log.warning("weightd: vLLM downloads the configuration of %s itself: %s", model_path, error)
+            pull(self, model_path, *patterns, **named)
+
+    return pulled
 
 
 def _listens() -> bool:
@@ -91,8 +109,10 @@ class WeightdLoader(BaseModelLoader):
         if self.before is not None:
             return self.before(replace(self.load_config, model_loader_extra_config=self._theirs))
         load_format = _OBJECTS if model_config.model_weights else "auto"
-        config = replace(self.load_config, load_format=load_format, model_loader_extra_config={})
-        return loaders.get_model_loader(config)
+        found = loaders.get_model_loader(
+            replace(self.load_config, load_format=load_format, model_loader_extra_config={})
+        )
+        return found._own(model_config) if isinstance(found, WeightdLoader) else found  # the daemon has been asked
 
     # ------------------------------------------------------------------ what vLLM calls
 
@@ -141,7 +161,7 @@ class WeightdLoader(BaseModelLoader):
     def get_all_weights(self, model_config: ModelConfig, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """The checkpoint's tensors, to load again from. Raises ModelMismatch where that would write to lent memory."""
         weights = weights_of(model)
-        if weights is not None and weights.device != "cpu":
+        if weights is not None and weights.device != "cpu" and weights.report and weights.report.lent_nbytes:
             raise ModelMismatch(
                 f"the weights of {_uri(model_config)} are lent, and cannot be written to on a GPU: start the engine "
                 "with mode 'clone' to load them again"
@@ -245,10 +265,7 @@ def _registrations(vllm_config: VllmConfig) -> Iterator[None]:
 
 def _uri(model_config: ModelConfig) -> str:
     """As the daemon names it: ``model_weights`` is what an object URI becomes, ``model`` is a folder then."""
-    name = str(model_config.model_weights or model_config.model)
-    if "://" in name or os.path.exists(name):
-        return name if "://" in name else os.path.abspath(name)
-    return f"hf://{name}" + (f"@{model_config.revision}" if model_config.revision else "")
+    return checkpoint.uri(str(model_config.model_weights or model_config.model), model_config.revision)
 
 
 def _device(vllm_config: VllmConfig, load_config: LoadConfig) -> torch.device:
@@ -319,20 +336,11 @@ def _key(headers: str, vllm_config: VllmConfig, model_config: ModelConfig, prefi
         engine="vllm",
         version=f"{vllm.__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
         dtype=str(model_config.dtype),
-        config=digest_of(_plain(config)),
+        config=checkpoint.configuration_digest(config),
         rank=rank,
         parallel=sizes,
         backends=[_processor(vllm_config), f"linear {kernels.linear_backend}", f"experts {kernels.moe_backend}"],
     )
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it; what is not JSON's is its name. Names of files tell nothing of a layout."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items() if key not in ("_name_or_path", "name_or_path")}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
 def _processor(vllm_config: VllmConfig) -> str:
