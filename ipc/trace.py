@@ -14,24 +14,28 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from weightd.ipc.boxes import apart, blocks, covered, longest_rows, parted, through
 from weightd.ipc.dtypes import DTYPES
 from weightd.ipc.recipe import Box, Constant, Move, Parameter
 
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
           _aten.new_empty_strided.default}  # fmt: skip
+_JOINS = {_aten.cat.default, _aten.stack.default}
+_FILLS = {_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default}
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 _CAST_TO = {torch.float32, torch.float16, torch.bfloat16}
 """Casts that a recipe can say: from any of ``_FLOATS`` to one of these."""
-_RUNS = 1 << 16
-"""Runs of one parameter that are compared with one another to tell whether writes overlap."""
+MAX_BLOCKS = 1 << 20
+"""Pieces that the copies of one layout may fall into. Transposed, a weight falls into one for each of its rows or
+columns, and hundreds of experts come to more than a daemon plans with."""
 
 
 def _key(tensor: torch.Tensor) -> int:
@@ -56,7 +60,13 @@ class _Unwritten(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is _aten._to_copy.default and not args[0].is_meta and _key(args[0]) not in self.storages:
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "meta":
+                # It goes to where a parameter seems to be, and would be lost there.
+                kwargs = {**kwargs, "device": args[0].device}
+        out = func(*args, **kwargs)
         if func in _EMPTY:
             self.storages.add(_key(out))
             return out
@@ -66,7 +76,7 @@ class _Unwritten(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in _tensors(out):
             if _key(tensor) not in given:  # a number that an earlier storage had
                 self.storages.discard(_key(tensor))
-        for tensor in _written(func, args, kwargs or {}):
+        for tensor in _written(func, args, kwargs):
             self.storages.discard(_key(tensor))
         return out
 
@@ -119,6 +129,15 @@ class _Origin(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
 
 
+class _Joined(NamedTuple):
+    """What a storage is put together of, row-major: ``parts`` side by side in dimension ``dim``."""
+
+    shape: tuple[int, ...]
+    dim: int
+    parts: list[torch.Tensor]
+    """Each of a storage of its own, whose origin is known."""
+
+
 @dataclass
 class Opaque:
     """A parameter that no recipe can describe: ``why``, and which tensors its loader wants."""
@@ -164,6 +183,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.origins = dict(sources)
         self.mixed: dict[int, set[str]] = {}
         """Storages that are functions of weights → of which."""
+        self.joined: dict[int, _Joined] = {}
+        """Of these, those that are weights side by side."""
+        self.filled: dict[int, Any] = {}
+        """Weights that the loader itself has overwritten with one value."""
         self.writes: dict[str, _Writes] = {}
         self.opaque: dict[str, Opaque] = {}
         self.kept: list[torch.UntypedStorage] = []
@@ -179,7 +202,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs |= {"device": torch.device("meta"), "pin_memory": None}  # weights on their way to the device
         if func is _aten.copy_.default and self._copy(args[0], args[1]):
             return args[0]
-        if func in (_aten.fill_.Scalar, _aten.zero_.default, _aten.fill_.Tensor) and _key(args[0]) in self.targets:
+        if func in _FILLS and self._overwritten(*args):
+            return args[0]
+        if func in _FILLS and _key(args[0]) in self.targets:
             value = args[1] if len(args) > 1 else 0
             if isinstance(value, torch.Tensor):
                 if value.is_meta:
@@ -192,6 +217,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = self._duplicate(func, args, kwargs)
             if found is not None:
                 return found
+        joined = self._joined(func, args, kwargs) if func in _JOINS else None
         written = list(_written(func, args, kwargs))
         for tensor in written:
             self._change(tensor, self._named((args, kwargs)), func)
@@ -207,6 +233,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if _key(tensor) not in given:
                     self.mixed[_key(tensor)] = names
                     self.kept.append(tensor.untyped_storage())
+        if joined is not None:
+            self.joined[_key(out)] = joined
         return out
 
     def giving(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -239,8 +267,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._give_up(tensor, names, f"{func.name()} computes it", covers=False)
         elif names:
             self.origins.pop(key, None)
+            self.joined.pop(key, None)
+            self.filled.pop(key, None)
             self.mixed[key] = self.mixed.get(key, set()) | names
             self.kept.append(tensor.untyped_storage())
+
+    def _overwritten(self, tensor: torch.Tensor, value: Any = 0) -> bool:
+        """Whether all of a weight is one value from now on."""
+        key = _key(tensor)
+        if key not in self.origins or tensor.numel() != _elements(tensor) or isinstance(value, torch.Tensor):
+            return False
+        del self.origins[key]
+        self.filled[key] = value
+        return True
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> bool:
         """Record a copy into a parameter; whether it was one."""
@@ -250,8 +289,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not target.numel():
             return True
         name, from_key = self.targets[key], _key(source)
+        if from_key in self.joined and (pieces := _pieces(self.joined[from_key], target, source)) is not None:
+            return all(self._copy(*piece) for piece in pieces)
         if from_key not in self.origins:
-            if from_key in self.mixed:
+            if from_key in self.filled:
+                self._fill(target, self.filled[from_key])
+            elif from_key in self.mixed:
                 self._give_up(target, self.mixed[from_key], "it is computed from weights")
             elif not source.is_meta and source.numel() and (source == source.flatten()[0]).all():
                 self._fill(target, source.flatten()[0].item())
@@ -269,14 +312,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         origin = self.origins[_key(source)]
         if source.shape != target.shape:
             source = source.broadcast_to(target.shape)
-        through = _through(origin.box, _box(source))
-        if through is None:
+        found = through(origin.box, _box(source))
+        if found is None:
             return "its elements are in an order that no view of the tensor has"
-        box, parts = through
+        box, parts = found
         cast = _cast([*origin.dtypes, source.dtype], target.dtype)
         if cast is None:
             return f"it is converted, {' to '.join(map(str, (*origin.dtypes, target.dtype)))}"
-        return origin.tensor, box, _parted(_box(target), parts), cast
+        return origin.tensor, *longest_rows(box, parted(_box(target), parts)), cast
 
     def _fill(self, target: torch.Tensor, value: Any) -> None:
         if not target.numel():
@@ -284,7 +327,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         writes = self.writes.setdefault(self.targets[_key(target)], _Writes())
         element = torch.full((1,), value, dtype=target.dtype, device="cpu").view(torch.uint8).numpy().tobytes()
         box = _box(target)
-        if writes.moves and not _apart([box, *(move[2] for move in writes.moves)]):
+        if writes.moves and not apart([box, *(move[2] for move in writes.moves)]):
             self._give_up(target, set(), "a value is written over weights")
             return
         writes.fills.append((element, box))
@@ -301,13 +344,72 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         order = sorted(range(new.dim()), key=new.stride().__getitem__, reverse=True)
         view = _box(tensor)
         view = Box(view.offset, tuple(view.shape[dim] for dim in order), tuple(view.strides[dim] for dim in order))
-        through = _through(origin.box, view) if _dense(new) else None
-        if through is None:
+        found = through(origin.box, view) if _dense(new) else None
+        if found is None:
             self.mixed[_key(new)] = {origin.tensor}
             return new
-        box, _ = through
+        box, _ = found
         self.origins[_key(new)] = _Origin(origin.tensor, box, (*origin.dtypes, tensor.dtype, new.dtype))
         return new
+
+    def _joined(self, func: Any, args: Any, kwargs: Any) -> _Joined | None:
+        """What a new tensor is put together of; None where that is more than weights of one dtype."""
+        tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
+        if func is _aten.stack.default:
+            dim %= tensors[0].dim() + 1
+            tensors = [tensor.unsqueeze(dim) for tensor in tensors]
+        dim %= tensors[0].dim()
+        parts = []
+        for tensor in tensors:
+            part = self._duplicate(_aten.clone.default, (tensor,), {"memory_format": torch.contiguous_format})
+            if part is None or _key(part) not in self.origins or part.dtype != tensors[0].dtype:
+                return None
+            parts.append(part)
+        shape = list(parts[0].shape)
+        shape[dim] = sum(part.shape[dim] for part in parts)
+        return _Joined(tuple(shape), dim, parts)
+
+
+def _pieces(
+    joined: _Joined, target: torch.Tensor, source: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+    """A copy from a view of what was put together, part by part; None where its dimensions are no more what they were
+    there."""
+    source = source.broadcast_to(target.shape)
+    steps = [prod(joined.shape[dim + 1 :]) for dim in range(len(joined.shape))]
+    first, rest = [], int(source.storage_offset())
+    for step in steps:
+        first.append(rest // step)
+        rest %= step
+    size = [1] * len(steps)
+    dims: list[int] = []
+    """Of the view's dimensions, those that are longer than 1: which each is there."""
+    free = [dim for dim, there in enumerate(joined.shape) if there > 1]
+    for count, step in zip(source.shape, source.stride(), strict=True):
+        if count == 1:
+            continue
+        here = next((dim for dim in free if steps[dim] == step and first[dim] + count <= joined.shape[dim]), None)
+        if here is None:
+            return None
+        free.remove(here)
+        dims.append(here)
+        size[here] = count
+    target = target.squeeze()
+    found, end = [], 0
+    for part in joined.parts:
+        begin, end = end, end + part.shape[joined.dim]
+        low, high = max(begin, first[joined.dim]), min(end, first[joined.dim] + size[joined.dim])
+        if low >= high:
+            continue
+        rows = target
+        if joined.dim in dims:
+            rows = target.narrow(dims.index(joined.dim), low - first[joined.dim], high - low)
+        for dim in range(part.dim()):
+            at, count = (low - begin, high - low) if dim == joined.dim else (first[dim], size[dim])
+            part = part.narrow(dim, at, count)
+        others = [dim for dim in range(part.dim()) if dim not in dims]
+        found.append((rows, part.permute(*dims, *others).reshape(rows.shape)))
+    return found
 
 
 def _dense(tensor: torch.Tensor) -> bool:
@@ -335,88 +437,6 @@ def _cast(dtypes: Sequence[torch.dtype], to: torch.dtype) -> bool | None:
     if converted == [(dtypes[0], to)] and dtypes[0] in _FLOATS and to in _CAST_TO and all(a == b for a, b in taken):
         return True
     return None
-
-
-def _through(origin: Box, view: Box) -> tuple[Box, list[tuple[int, ...]]] | None:
-    """A view of a storage that holds ``origin``'s elements row by row, as a box of what these are of, and the sizes
-    that each of its dimensions is in parts there, outermost first; None where it is no box there."""
-    whole: list[tuple[int, ...]] = [(size,) for size in view.shape]
-    if 0 in view.shape:
-        return Box(0, view.shape, view.strides), whole
-    rows = []
-    step = 1
-    for size in reversed(origin.shape):
-        rows.append(step)
-        step *= size
-    rows.reverse()
-    # Neighbouring dimensions that are one in the tensor as well are one here.
-    dims: list[tuple[int, int, int]] = []  # size, stride in the storage, stride in the tensor
-    for size, row, stride in zip(origin.shape, rows, origin.strides, strict=True):
-        if size == 1:
-            continue
-        if dims and dims[-1][2] == size * stride:
-            dims[-1] = (dims[-1][0] * size, row, stride)
-        else:
-            dims.append((size, row, stride))
-    if len(dims) <= 1:
-        stride = dims[0][2] if dims else 1
-        strides = tuple(step * stride for step in view.strides)
-        return Box(origin.offset + view.offset * stride, view.shape, strides), whole
-    at, rest = [], view.offset
-    for _, row, _ in dims:
-        at.append(rest // row)
-        rest %= row
-    reach = list(at)
-    parts: list[tuple[int, ...]] = []
-    strides_there: list[int] = []
-    for count, step in zip(view.shape, view.strides, strict=True):
-        split = _split(dims, at, reach, count, step)
-        if split is None:
-            return None
-        parts.append(tuple(size for size, _ in split))
-        strides_there += [stride for _, stride in split]
-    if any(last >= size for last, (size, _, _) in zip(reach, dims, strict=True)):
-        return None
-    offset = origin.offset + sum(index * stride for index, (_, _, stride) in zip(at, dims, strict=True))
-    return Box(offset, tuple(size for part in parts for size in part), tuple(strides_there)), parts
-
-
-def _split(
-    dims: Sequence[tuple[int, int, int]], at: Sequence[int], reach: list[int], count: int, step: int
-) -> list[tuple[int, int]] | None:
-    """One dimension of a view as (size, stride) in the tensor, several where it goes on from one of ``dims`` (size,
-    stride in the storage, stride in the tensor) to the one outside of it. ``at`` is where the view begins; ``reach``,
-    how far it goes in each, is brought up to date."""
-    inner: list[tuple[int, int]] = []
-    for dim in range(len(dims) - 1, -1, -1):
-        size, row, stride = dims[dim]
-        if count == 1 or step == 0:
-            break
-        if step % row or step // row >= size:
-            continue
-        every = step // row
-        here = count
-        if at[dim] + (count - 1) * every >= size:
-            here = size // every
-            if size % every or at[dim] >= every or count % here:
-                return None
-        reach[dim] += (here - 1) * every
-        inner.insert(0, (here, every * stride))
-        count, step = count // here, row * size
-    if count > 1 and step:
-        return None
-    return inner if inner and count == 1 else [(count, 0), *inner]
-
-
-def _parted(box: Box, parts: Sequence[tuple[int, ...]]) -> Box:
-    """The same box with each dimension in parts, outermost first."""
-    shape: list[int] = []
-    strides: list[int] = []
-    for part, stride in zip(parts, box.strides, strict=True):
-        for position, size in enumerate(part):
-            shape.append(size)
-            strides.append(stride * prod(part[position + 1 :]))
-    return Box(box.offset, tuple(shape), tuple(strides))
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
@@ -503,9 +523,11 @@ def _traced(
     owners: dict[str, str],
 ) -> Trace:
     found = Trace([], [], [], {}, [], [], owners)
+    last = {name: _last(writes[name].moves) for name in held if name in writes}
+    scattered = _scattered({name: moves for name, moves in last.items() if name not in opaque})
     for name, tensor in held.items():
         done = writes.get(name, _Writes())
-        moves = _last(done.moves)
+        moves = last.get(name, [])
         names = {move[0] for move in done.moves}
         boxes = [*(move[2] for move in moves), *(box for _, box in done.fills), *done.unsaid]
         if name in opaque:
@@ -513,15 +535,27 @@ def _traced(
         elif not moves and not done.fills:
             if tensor.is_meta and tensor.numel():
                 found.untouched.append(name)
-        elif why := _unsaid(tensor, moves, done.fills):
+        elif why := scattered.get(name) or _unsaid(tensor, moves, done.fills):
             found.opaque[name] = Opaque(why, names)
         else:
             entry = len(found.entries)
             found.entries.append(Parameter(name, dtype_name(tensor.dtype), _laid_out(tensor)))
             found.moves += [Move(of, entry, source, target, cast) for of, source, target, cast in moves]
             found.constants += [Constant(entry, value, box) for value, box in done.fills]
-        if name in found.opaque and tensor.is_meta and _covered(boxes) != _elements(tensor):
+        if name in found.opaque and tensor.is_meta and covered(boxes) != _elements(tensor):
             found.uncovered.append(name)
+    return found
+
+
+def _scattered(moves: Mapping[str, Sequence[tuple[str, Box, Box, bool]]]) -> dict[str, str]:
+    """Why parameters are left out of a recipe that would fall into too many pieces, those with most of them first."""
+    counts = {name: sum(blocks(source, target) for _, source, target, _ in each) for name, each in moves.items()}
+    total, found = sum(counts.values()), {}
+    for name in sorted(counts, key=counts.__getitem__, reverse=True):
+        if total <= MAX_BLOCKS:
+            break
+        total -= counts[name]
+        found[name] = f"it is copied in {counts[name]} pieces, and all together in more than {MAX_BLOCKS}"
     return found
 
 
@@ -545,90 +579,19 @@ def _unsaid(
     """Why these writes are no recipe; empty where they are one."""
     targets = [move[2] for move in moves]
     count = _elements(tensor)
-    if not _apart(targets):
+    if not apart(targets):
         return "weights are written over weights"
-    if len(fills) > 1 and not _apart([box for _, box in fills]):
+    if len(fills) > 1 and not apart([box for _, box in fills]):
         return "values are written over values"
     written = sum(prod(box.shape) for box in targets)
     if written == count:
         return ""
-    left = _covered([*targets, *(box for _, box in fills)])
+    left = covered([*targets, *(box for _, box in fills)])
     if left is None:
         return "its writes are too many to tell what they cover"
     if left != count:
         return f"{left} of {count} elements are written"
     return ""
-
-
-def _runs(box: Box) -> Iterator[tuple[int, int]] | None:
-    """(first element, length) of each contiguous run; None where there are too many."""
-    dims = [(size, stride) for size, stride in zip(box.shape, box.strides, strict=True) if size != 1]
-    dims.sort(key=lambda dim: dim[1])
-    run = 1
-    while dims and dims[0][1] == run:
-        run *= dims.pop(0)[0]
-    if prod(size for size, _ in dims) > _RUNS:
-        return None
-    starts = (
-        box.offset + sum(index * stride for index, (_, stride) in zip(at, dims, strict=True))
-        for at in product(*(range(size) for size, _ in dims))
-    )
-    return ((start, run) for start in starts)
-
-
-def _listed(boxes: Sequence[Box]) -> list[tuple[int, int]] | None:
-    runs: list[tuple[int, int]] = []
-    for box in boxes:
-        found = _runs(box)
-        if found is None:
-            return None
-        runs.extend(found)
-        if len(runs) > 4 * _RUNS:
-            return None
-    return sorted(runs)
-
-
-def _span(box: Box) -> tuple[int, int]:
-    return box.offset, box.offset + 1 + sum((n - 1) * s for n, s in zip(box.shape, box.strides, strict=True))
-
-
-def _apart(boxes: Sequence[Box]) -> bool:
-    """Whether no element is in two of the boxes, or twice in one."""
-    if any(stride == 0 and size > 1 for box in boxes for size, stride in zip(box.shape, box.strides, strict=True)):
-        return False
-    spans = sorted(_span(box) for box in boxes)
-    if all(a[1] <= b[0] for a, b in pairwise(spans)):
-        return True
-    runs = _listed(boxes)
-    if runs is None:
-        # Boxes that are alike, one beside the other in a row: as columns of a fused weight are.
-        return _columns(boxes)
-    return all(start + run <= following for (start, run), (following, _) in pairwise(runs))
-
-
-def _columns(boxes: Sequence[Box]) -> bool:
-    strides = {box.strides for box in boxes}
-    if len(strides) != 1:
-        return False
-    outer = max(strides.pop(), default=0)
-    rows = sorted((box.offset, box.offset + _width(box, outer)) for box in boxes)
-    return all(a[1] <= b[0] for a, b in pairwise(rows)) and rows[-1][1] - rows[0][0] <= outer
-
-
-def _width(box: Box, outer: int) -> int:
-    return 1 + sum((n - 1) * s for n, s in zip(box.shape, box.strides, strict=True) if s != outer)
-
-
-def _covered(boxes: Sequence[Box]) -> int | None:
-    """Elements that are in any of the boxes; None where that is too much to tell."""
-    runs = _listed(boxes)
-    if runs is None:
-        return None
-    count, end = 0, 0
-    for start, run in runs:
-        count += max(0, start + run - max(start, end))
-        end = max(end, start + run)
-    return count
 
 
 def _laid_out(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -341,8 +341,10 @@ class Binding:
             len(traced.opaque),
             "; ".join(f"{name}: {opaque.why}" for name, opaque in list(traced.opaque.items())[:_SHOWN]),
         )
+        lent = weights.device != "cpu"  # where a loader that writes to what it is given would end the process
+        given = ((name, weights[_RAW + name]) for name in self.tensors if name in traced.tensors)
         with torch.no_grad():
-            load((name, weights[_RAW + name]) for name in self.tensors if name in traced.tensors)
+            load((name, tensor.clone() if lent else tensor) for name, tensor in given)
 
     def _cloned(self, model: torch.nn.Module, traced: Trace, weights: Weights, writes: Modules) -> set[str]:
         """Owners of what is to be a private copy."""
@@ -415,7 +417,9 @@ def _meta(name: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _held(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Parameters and buffers, those first that are views: what has views cannot be given other memory."""
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return dict(sorted(held.items(), key=lambda item: not item[1]._is_view()))
 
 
 def _named(names: Sequence[str]) -> str:

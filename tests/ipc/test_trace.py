@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from weightd.ipc.boxes import blocks
 from weightd.ipc.recipe import Box
-from weightd.ipc.trace import Trace, meta_parameters, placed, rebind, trace
+from weightd.ipc.trace import MAX_BLOCKS, Trace, meta_parameters, placed, rebind, trace
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 Writes = Callable[[nn.Module, torch.Tensor], None]
@@ -60,7 +61,7 @@ def assert_same(
     """That the recipe of a loader, carried out, is what the loader does; returns the trace."""
     expected = build()
     with torch.no_grad():
-        load(expected, tensors.items())
+        load(expected, {name: tensor.clone() for name, tensor in tensors.items()}.items())
     with meta_parameters():
         model = build()
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -129,6 +130,35 @@ def broadcast(model: Any, weight: torch.Tensor) -> None:
     model.weight.data.copy_(weight[0])
 
 
+def joined(model: Any, weight: torch.Tensor) -> None:
+    model.weight.data.copy_(torch.cat([weight[4:], weight[:4]]))
+
+
+def joined_and_cut(model: Any, weight: torch.Tensor) -> None:
+    both = torch.cat([weight[:, 3:], weight[:, :2], weight[:, 2:3]], dim=1)
+    model.weight.data[:3].copy_(both.narrow(0, 2, 3))
+    model.weight.data[3:].copy_(both[:5])
+
+
+def joined_and_transposed(model: Any, weight: torch.Tensor) -> None:
+    tall = torch.cat([weight[:, :2].t(), weight[:, 2:].t()])
+    model.weight.data[:, 1:5].copy_(tall[1:5].t())
+    model.weight.data[:, 0].copy_(tall[0])
+    model.weight.data[:, 5].copy_(tall[5])
+
+
+def stacked(model: Any, weight: torch.Tensor) -> None:
+    rows = torch.stack([weight[4:], weight[:4]])
+    model.weight.data[:4].copy_(rows[1])
+    model.weight.data.view(2, 4, COLUMNS)[1].copy_(rows[0])
+
+
+def overwritten(model: Any, weight: torch.Tensor) -> None:
+    model.weight.data[:3].copy_(weight.clone()[:3])
+    weight.zero_()
+    model.weight.data[3:].copy_(weight[3:])
+
+
 def through_float32(model: Any, weight: torch.Tensor) -> None:
     model.weight.data.copy_(weight.float())
 
@@ -140,10 +170,12 @@ def through_float32(model: Any, weight: torch.Tensor) -> None:
         lambda model, weight: model.weight.data.copy_(weight.t().contiguous().t()),
         lambda model, weight: model.weight.data.copy_(weight.clone()),
         lambda model, weight: model.weight.data.copy_(weight.to("cpu")),
-        fused, columns, padded, interleaved, twice, zeroed_first, reshaped, broadcast,
+        fused, columns, padded, interleaved, twice, zeroed_first, reshaped, broadcast, joined, joined_and_cut,
+        joined_and_transposed, stacked, overwritten,
     ],
     ids=["whole", "transposed twice", "cloned", "moved", "fused", "columns", "padded", "interleaved", "twice",
-         "zeroed first", "reshaped", "broadcast"],
+         "zeroed first", "reshaped", "broadcast", "joined", "joined and cut", "joined and transposed", "stacked",
+         "overwritten"],
 )  # fmt: skip
 def test_what_a_loader_copies_is_a_recipe(write: Writes) -> None:
     found = assert_same(lambda: Model(weight=(ROWS, COLUMNS)), each(write), {"w": random(ROWS, COLUMNS)})
@@ -225,6 +257,34 @@ def test_a_parameter_that_is_replaced_is_what_took_its_place() -> None:
     assert found.entries[0].shape == (4, COLUMNS)
 
 
+def test_a_weight_that_is_transposed_is_copied_along_its_longer_side() -> None:
+    for shape in ((ROWS, COLUMNS), (COLUMNS, ROWS)):
+        found = assert_same(
+            lambda shape=shape: Model(weight=shape),
+            each(lambda model, weight: model.weight.data.copy_(weight.t())),
+            {"w": random(*reversed(shape))},
+        )
+        assert [blocks(move.source, move.target) for move in found.moves] == [COLUMNS]
+
+
+def test_weights_in_more_pieces_than_a_daemon_plans_with_are_left_to_the_loader_the_largest_first() -> None:
+    rows = 1 << 18
+
+    def load(model: Any, weights: Weights) -> None:
+        for number, (_, tensor) in enumerate(weights):
+            model.get_parameter(f"w{number}").data.copy_(tensor.t())
+
+    with torch.device("meta"):
+        model = Model(**{f"w{number}": (rows, rows + number) for number in range(6)})
+    shells = {f"{number}": torch.empty(rows + number, rows, device="meta").bfloat16() for number in range(6)}
+    found = trace(model, shells, lambda weights: load(model, weights))
+    # Of six, four come to just as many as may be.
+    assert {name: opaque.tensors for name, opaque in found.opaque.items()} == {"w0": {"0"}, "w1": {"1"}}
+    assert "copied in 262144 pieces" in found.opaque["w0"].why
+    assert sum(blocks(move.source, move.target) for move in found.moves) == MAX_BLOCKS
+    assert not found.uncovered
+
+
 def overlapping(model: Any, weight: torch.Tensor) -> None:
     model.weight.data[:5].copy_(weight[:5])
     model.weight.data[3:].copy_(weight[:5])
@@ -241,12 +301,26 @@ def filled_over(model: Any, weight: torch.Tensor) -> None:
         (lambda model, weight: model.weight.data.copy_(-torch.exp(weight.float())), "computed from weights"),
         (lambda model, weight: model.weight.data.copy_(weight[torch.tensor([3, 1, 2, 0, 7, 5, 6, 4])]), "computed"),
         (lambda model, weight: model.weight.data.copy_(weight.double().float()), "converted"),
+        (lambda model, weight: model.weight.data.copy_(torch.cat([weight[4:], weight[:4] * 2])), "computed"),
+        (lambda model, weight: model.weight.data.copy_(torch.cat([weight[4:], weight[:4]]).mul_(2)), "computed"),
+        (lambda model, weight: model.weight.data.view(-1).copy_(torch.cat([weight, weight])[1:9].view(-1)), "computed"),
         (lambda model, weight: torch.add(weight, 1, out=model.weight.data), "computes it"),
         (overlapping, "weights are written over weights"),
         (filled_over, "a value is written over weights"),
         (lambda model, weight: model.weight.data.copy_(torch.arange(COLUMNS)), "no weight"),
     ],
-    ids=["computed", "permuted", "rounded twice", "in place", "overlapping", "filled over", "of no weight"],
+    ids=[
+        "computed",
+        "permuted",
+        "rounded twice",
+        "joined with what is computed",
+        "joined and computed",
+        "joined and flattened",
+        "in place",
+        "overlapping",
+        "filled over",
+        "of no weight",
+    ],
 )
 def test_what_is_no_recipe_is_opaque_and_says_why(write: Writes, why: str) -> None:
     with meta_parameters():
@@ -289,6 +363,18 @@ def test_what_a_constructor_has_written_stays_as_it_was() -> None:
     assert not found.uncovered
 
 
+def test_what_a_constructor_computes_and_moves_to_its_parameters_is_not_lost() -> None:
+    class Rotary(Model):
+        def __init__(self) -> None:
+            super().__init__(weight=(ROWS, COLUMNS))
+            self.register_buffer("table", torch.arange(5).to(self.weight.device))
+
+    with meta_parameters():
+        model = Rotary()
+    assert model.weight.is_meta
+    assert torch.equal(model.table, torch.arange(5))
+
+
 def test_a_loader_that_looks_at_values_is_told_so() -> None:
     with meta_parameters():
         model = Model()
@@ -297,7 +383,7 @@ def test_a_loader_that_looks_at_values_is_told_so() -> None:
 
 
 _STEPS = st.lists(
-    st.tuples(st.sampled_from(["narrow", "swap", "select", "clone", "double", "flat"]), st.integers(0, 99))
+    st.tuples(st.sampled_from(["narrow", "swap", "select", "clone", "double", "flat", "join"]), st.integers(0, 99))
 )
 
 
@@ -308,6 +394,9 @@ def stepped(tensor: torch.Tensor, steps: list[tuple[str, int]]) -> torch.Tensor:
             tensor = tensor.contiguous().clone()
         elif kind == "flat":
             tensor = tensor.reshape(-1)
+        elif kind == "join" and tensor.dim():
+            dim = number % tensor.dim()
+            tensor = torch.cat(tensor.tensor_split([number % tensor.shape[dim]], dim)[::-1], dim)
         elif kind == "double" and tensor.dim() and tensor.shape[0] % 2 == 0:
             tensor = tensor.unflatten(0, (2, tensor.shape[0] // 2))
         elif kind == "narrow" and tensor.dim():
@@ -341,5 +430,5 @@ def test_whatever_views_a_loader_takes_the_recipe_is_right_or_there_is_none(
                 model.weight.data.copy_(source)
 
     found = assert_same(lambda: Model(weight=tuple(wanted.shape)), load, {"w": weight})
-    if not any(kind in ("clone", "flat") for kind, _ in steps):
+    if not any(kind in ("clone", "flat", "join") for kind, _ in steps):
         assert not found.opaque  # views are boxes
