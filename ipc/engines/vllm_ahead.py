@@ -20,7 +20,6 @@ if not vllm.platforms.current_platform.is_cpu():
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
-from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -36,8 +35,7 @@ def processes(asked: Asked) -> Iterator[Callable[[], dict[str, Any]]]:
     """As ``ahead.Processes``."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # it wants a part of the machine's memory otherwise
     sizes = ["--tensor-parallel-size", str(asked.tp_size), "--pipeline-parallel-size", str(asked.pp_size)]
-    # What vLLM's server is started with may be said as it is: its port, say, is known, and no matter.
-    parser = make_arg_parser(FlexibleArgumentParser())
+    parser = EngineArgs.add_cli_args(_EngineParser())
     arguments = EngineArgs.from_cli_args(
         parser.parse_args(["--model", asked.model, *sizes, "--skip-tokenizer-init", *asked.options])
     )
@@ -49,6 +47,14 @@ def processes(asked: Asked) -> Iterator[Callable[[], dict[str, Any]]]:
         )
     for rank in range(asked.tp_size * asked.pp_size):
         yield functools.partial(_trace, asked, config, rank)
+
+
+class _EngineParser(FlexibleArgumentParser):
+    """What vLLM's server is started with may be said as it is: options that are none of the engine's are left out."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        known, _ = super().parse_known_args(*args, **kwargs)
+        return known, []
 
 
 def _trace(asked: Asked, config: VllmConfig, rank: int) -> dict[str, Any]:
