@@ -41,6 +41,7 @@ class KeptSource:
         self.max_extent = origin.max_extent
         self.max_runs = origin.max_runs
         self.min_range = origin.min_range
+        self.min_gap = origin.min_gap
         self.single = origin.single
         self.partial = origin.partial
         self._origin = origin

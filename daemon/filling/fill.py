@@ -468,7 +468,7 @@ class Fill(Sink):
         spent = now - extent.first_failure
         if spent >= self._limits.retry_deadline:
             raise SourceFailed(
-                f"{where}: bytes {extent.offset} to {extent.offset + extent.nbytes}: {why}; "
+                f"{where}: bytes {extent.offset} to {extent.end}: {why}; "
                 f"given up after {extent.attempts} tries in {spent:.1f} s (WEIGHTD_RETRY_DEADLINE)",
                 attempts=extent.attempts,
             )

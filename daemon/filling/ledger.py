@@ -122,7 +122,7 @@ def fingerprint(recipes: Sequence[Recipe], extents: Sequence[Extent]) -> bytes:
     """Tells one plan from another: which extents there are, where the segments' entries lie, by which layout."""
     state = xxhash.xxh3_128(_MARKS)
     for extent in extents:
-        state.update(struct.pack("=QQQ", extent.file, extent.offset, extent.nbytes))
+        state.update(struct.pack("=5Q", extent.file, extent.offset, extent.nbytes, extent.rows, extent.stride))
     for recipe in recipes:
         state.update(recipe.layout.encode())
         for entry in recipe.entries:

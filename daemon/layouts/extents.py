@@ -1,8 +1,9 @@
 """Extents: recipes turned into as few and as large contiguous reads as they allow.
 
-An extent is one contiguous range of one file together with where its bytes go. A *direct* extent lands at its final
-address; a *bounced* one goes through a bounded buffer and is scattered from there, because its bytes are strided, or
-wanted by several segments, or too scattered for the source to place by itself.
+An extent is one contiguous range of one file together with where its bytes go; of sources that can skip what lies
+between, so many rows of it. A *direct* extent lands at its final address; a *bounced* one goes through a bounded buffer
+and is scattered from there, because its bytes are strided, or wanted by several segments, or too scattered for the
+source to place by itself.
 """
 
 from __future__ import annotations
@@ -54,11 +55,16 @@ class Scatter(NamedTuple):
 
 @dataclass(slots=True)
 class Extent:
-    """One contiguous range of one file (its index), ``offset`` and ``nbytes`` in bytes, and what becomes of it."""
+    """One contiguous range of one file (its index), ``offset`` and ``nbytes`` in bytes, and what becomes of it.
+
+    With more than one of ``rows`` it is so many equal runs, ``stride`` bytes apart, ``nbytes`` together, to one place.
+    """
 
     file: int
     offset: int
     nbytes: int = 0
+    rows: int = 1
+    stride: int = 0
     runs: list[Run] = field(default_factory=list)
     scatters: list[Scatter] | None = None
     pieces: list[Piece] = field(default_factory=list)
@@ -68,6 +74,11 @@ class Extent:
     """Its place in the plan."""
     attempts: int = 0
     first_failure: float = 0.0
+
+    @property
+    def end(self) -> int:
+        """Where in the file the last of it ends."""
+        return self.offset + (self.rows - 1) * self.stride + self.nbytes // self.rows
 
 
 class Demands(NamedTuple):
@@ -79,6 +90,8 @@ class Demands(NamedTuple):
     """Destinations that the source can scatter one contiguous read over by itself."""
     min_range: int
     """Runs of at least so many bytes are read one by one; shorter ones together with what lies between them."""
+    min_gap: int = 0
+    """Bytes between equal runs that are worth leaving out of a read; 0: the source reads but contiguous ranges."""
     whole_tensors: bool = False
     """Every byte of every tensor is read and hashed as the checkpoint has it, wanted by a segment or not."""
     whole_files: Collection[int] = ()
@@ -86,7 +99,7 @@ class Demands(NamedTuple):
 
 
 def plan_extents(tensors: Sequence[TensorInfo], recipes: Sequence[Recipe], demands: Demands) -> list[Extent]:
-    """All reads of one stage. Together they bring every byte of every entry exactly once, in file order.
+    """All reads of one stage. Together they bring every byte of every entry exactly once, in the order of tensors.
 
     ``tensors`` is in the order of the bytes (file by file), as a Checkpoint has it.
     """
@@ -202,6 +215,36 @@ def _direct(
     return plan
 
 
+def _lie_apart(blocks: Sequence[Block], demands: Demands) -> bool:
+    """Whether what is wanted is less than half of what it lies in, with gaps that are worth leaving out, in rows that
+    become neighbours."""
+    first, *_ = ordered = sorted(blocks)
+    wanted = sum(block.run for block in ordered)
+    return (
+        all(block.source_stride == first.source_stride and block.rows > 1 for block in ordered)
+        and all(block.target_stride == block.run <= demands.extent_bytes for block in ordered)
+        and all(block.source + block.run <= following.source for block, following in pairwise(ordered))
+        and ordered[-1].source + ordered[-1].run <= first.source + first.source_stride
+        and first.source_stride - wanted >= max(wanted, demands.min_gap)
+    )
+
+
+def _in_rows(
+    tensor: TensorInfo, wanted: Sequence[tuple[int, int, Block]], targets: _Targets, extent_bytes: int
+) -> Iterator[Extent]:
+    """Read the rows of blocks, each (segment, entry, block), without what lies between."""
+    for segment, number, block in wanted:
+        step = extent_bytes // block.run
+        for row in range(0, block.rows, step):
+            rows = min(step, block.rows - row)
+            start = tensor.start + block.source + row * block.source_stride
+            extent = Extent(tensor.file, start, rows * block.run, rows, block.source_stride)
+            target = block.target + row * block.run
+            extent.runs.append(Run(segment, targets.entry(segment, number).offset + target, extent.nbytes))
+            extent.pieces.extend(targets.pieces(segment, number, target, extent.nbytes))
+            yield extent
+
+
 def _general(
     index: int,
     tensor: TensorInfo,
@@ -228,6 +271,9 @@ def _general(
         if all(run[0] + run[-1] <= following[0] for run, following in pairwise(runs)):
             yield from _direct(tensor, runs, targets, demands.extent_bytes)
             return
+    if not whole and as_they_are and demands.min_gap and _lie_apart([block for *_, block, _ in wanted], demands):
+        yield from _in_rows(tensor, [(*place, block) for *place, block, _ in wanted], targets, demands.extent_bytes)
+        return
     low, high = 0, tensor.nbytes
     if not whole:
         low = min(block.source for *_, block, _ in wanted)

@@ -109,6 +109,8 @@ class Source(Protocol):
     """Destinations that its reader scatters one contiguous read over."""
     min_range: int
     """Shortest read, in bytes, that is worth making on its own."""
+    min_gap: int
+    """Bytes between rows that are worth leaving out of a read; 0 where it reads but contiguous ranges."""
     single: str | None
     """The file that the URI names, where it names one: an index is listed with its folder, weights alone."""
     partial: str

@@ -33,6 +33,7 @@ _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.
 """Gone, a link to itself, a folder that may not be entered: nothing that can be read. All else is no answer."""
 MAX_DEPTH = 4
 """Folders below the checkpoint's own that are looked into."""
+_READ_AHEAD = 128 << 10  # what Linux brings at once, as it comes
 _IOV_MAX = 1024  # linux/uio.h: more views than these in one call are EINVAL
 
 
@@ -53,6 +54,7 @@ class FileSource:
     max_extent = 2 << 20  # what was read is still in the processor's cache when it is hashed
     max_runs = 1 << 20
     min_range = 64 << 10
+    min_gap = 8 << 10  # about what is copied from the page cache in the time that another call takes
     partial = ""
 
     def __init__(self, root: Path, allow: Allow) -> None:
@@ -262,16 +264,29 @@ class FileReader:
         sink.landed(extent, landing)
 
     def _read(self, fd: int, extent: Extent, landing: Landing) -> None:
-        views, first = landing.views, 0
-        position, end = extent.offset, extent.offset + extent.nbytes
+        if extent.rows == 1:
+            self._read_range(fd, extent.file, extent.offset, extent.nbytes, landing.views)
+            return
+        (view,), run = landing.views, extent.nbytes // extent.rows
+        asked = extent.offset
+        for row in range(extent.rows):
+            position = extent.offset + row * extent.stride
+            if position >= asked:
+                # Else of what is on disk each row would be waited for by itself.
+                os.posix_fadvise(fd, position, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+                asked = position + _READ_AHEAD
+            self._read_range(fd, extent.file, position, run, [view[row * run : (row + 1) * run]])
+
+    def _read_range(self, fd: int, file: int, position: int, nbytes: int, views: list[memoryview]) -> None:
+        first, end = 0, position + nbytes
         while True:
             count = os.preadv(fd, views[first : first + _IOV_MAX], position)
             position += count
             if position == end:
                 return
             if count == 0:
-                name = self._files[extent.file].name
-                raise CheckpointChanged(f"{name}: ends at byte {position}, had {self._files[extent.file].size} bytes")
+                planned = self._files[file]
+                raise CheckpointChanged(f"{planned.name}: ends at byte {position}, had {planned.size} bytes")
             while count >= len(views[first]):  # go on where it stopped
                 count -= len(views[first])
                 first += 1

@@ -49,6 +49,7 @@ class HubSource:
     max_extent = FileSource.max_extent
     max_runs = FileSource.max_runs
     min_range = FileSource.min_range
+    min_gap = FileSource.min_gap
 
     def __init__(self, uri: str) -> None:
         from huggingface_hub.errors import HFValidationError

@@ -93,6 +93,7 @@ class ObjectStoreSource:
     # One request brings one contiguous range; scattering it is the bounce buffer's work.
     max_runs = 1
     min_range = 1 << 20
+    min_gap = 0
     partial = ""
 
     def __init__(self, uri: str) -> None:

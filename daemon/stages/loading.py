@@ -108,6 +108,7 @@ class Loading:
             min(self.limits.extent_bytes, self.source.max_extent) if in_cache else self.limits.extent_bytes,
             1 if self._native else self.source.max_runs,
             self.source.min_range,
+            0 if self._native else self.source.min_gap,
             whole_tensors=self._digest is not None,
             whole_files=frozenset(self._sha256),
         )

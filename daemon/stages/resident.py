@@ -36,6 +36,7 @@ class ResidentSource:
     max_extent = 8 << 20
     max_runs = 64
     min_range = 16 << 10
+    min_gap = 0
 
     def __init__(self, origin: Source, stage: Stage, held: Mapping[int, Sequence[Whole]]) -> None:
         """``held`` has what is wanted of each file, in its order. On the event loop, while the stage is ready."""

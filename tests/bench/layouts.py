@@ -57,7 +57,7 @@ def run(session: Session) -> Section:
     one = Row("one rank: what it holds, per second", "GB/s", [s["segment_bytes"] / s["seconds"] / 1e9 for s in alone])
     one.at_least(0.7, whole)
     read = Row("one rank: bytes read of those that it holds", "×", [s["nbytes"] / s["segment_bytes"] for s in alone])
-    read.note = "rows are read by themselves, columns with what lies between them"
+    read.note = "columns are read with what lies between them, where that is narrower than 8 KiB"
     once = Row(
         "all ranks: bytes read of the checkpoint's", "×",
         [s["nbytes"] / w["nbytes"] for s, w in zip(samples["all ranks"], samples["whole"], strict=True)],

@@ -116,8 +116,8 @@ def test_closing_twice_closes_one_descriptor_whatever_its_number(
 
 def test_a_fingerprint_is_of_each_extents_place_and_of_each_entry() -> None:
     entries = [entry("a", "F32", (2, 3)), entry("b", "U8", (4,), 256)]
-    extents = [Extent(0, 100, 24), Extent(1, 8, 4)]
-    text = b"2" + struct.pack("=6Q", 0, 100, 24, 1, 8, 4) + b"a\0F32(2, 3)0\nb\0U8(4,)256\n"
+    extents = [Extent(0, 100, 24, 3, 50), Extent(1, 8, 4)]
+    text = b"2" + struct.pack("=10Q", 0, 100, 24, 3, 50, 1, 8, 4, 1, 0) + b"a\0F32(2, 3)0\nb\0U8(4,)256\n"
     assert fingerprint([recipe_of(entries, [])], extents) == xxhash.xxh3_128(text).digest()
     assert (
         fingerprint([recipe_of(entries[:1], []), recipe_of(entries[1:], [])], extents) == xxhash.xxh3_128(text).digest()

@@ -46,10 +46,18 @@ def test_columns_land_byte_for_byte(
     recipes = checkpoint_layout(
         stored.checkpoint.tensors, tp_size=size, tp_ranks=range(size) if ranks == "all" else [size - 1], splits=splits
     )
-    for demands in (TOGETHER, DEFAULTS, DEFAULTS._replace(extent_bytes=4 * MiB)):
+    for demands in (TOGETHER, TOGETHER._replace(min_gap=1), DEFAULTS, DEFAULTS._replace(extent_bytes=4 * MiB)):
         read = assert_filled(stored, recipes, sliced(stored, splits, size), demands, roomy(demands, 3), device)
         assert read <= stored.checkpoint.nbytes
         assert ranks == "one" or read == stored.checkpoint.nbytes
+
+
+def test_of_columns_that_are_less_than_half_nothing_else_is_read(device: CpuDevice, tmp_path: Path) -> None:
+    stored = store(tmp_path, {"t": tensor("BF16", (1000, 8 * 700), 3), "narrow": tensor("U8", (5000, 8), 4)})
+    recipes = checkpoint_layout(stored.checkpoint.tensors, tp_size=8, tp_ranks=[5], splits={"*": 1})
+    demands = DEFAULTS._replace(min_gap=7 * 1400)
+    read = assert_filled(stored, recipes, sliced(stored, {"t": 1, "narrow": 1}, 8), demands, roomy(demands, 3), device)
+    assert read == 1000 * 1400 + 4999 * 8 + 1, "the narrow ones are read with their gaps"
 
 
 def test_columns_of_fused_tensors_land_beside_and_within_each_other(device: CpuDevice, tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ demands = st.builds(
     extent_bytes=st.sampled_from([8, 24, 64, MiB]),
     max_runs=st.integers(1, 4),
     min_range=st.sampled_from([0, 2, 8, 1000]),
+    min_gap=st.sampled_from([0, 1, 100]),
     whole_tensors=st.booleans(),
     whole_files=st.sampled_from([(), (0,)]),
 )

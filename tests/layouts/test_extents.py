@@ -33,7 +33,8 @@ def carried(extents: Sequence[Extent], recipes: Sequence[Recipe], file: bytes) -
         written[segment][offset : offset + len(data)] = b"\1" * len(data)
 
     for extent in extents:
-        data = file[extent.offset : extent.offset + extent.nbytes]
+        data = b"".join(file[start:stop] for start, stop in rows_of(extent))
+        assert len(data) == extent.nbytes
         position = 0
         for run in extent.runs:
             put(run.segment, run.offset, data[position : position + run.nbytes])
@@ -44,6 +45,14 @@ def carried(extents: Sequence[Extent], recipes: Sequence[Recipe], file: bytes) -
                 assert 0 <= start <= start + block.run <= extent.nbytes
                 put(segment, target, data[start : start + block.run])
     return [bytes(segment) for segment in segments]
+
+
+def rows_of(extent: Extent) -> list[tuple[int, int]]:
+    """Where in its file an extent's rows begin and end."""
+    run = extent.nbytes // extent.rows
+    starts = [extent.offset + row * extent.stride for row in range(extent.rows)]
+    assert starts[-1] + run == extent.end
+    return [(start, start + run) for start in starts]
 
 
 def file_of(tensors: Sequence[TensorInfo], data: Sequence[bytes]) -> bytes:
@@ -77,6 +86,7 @@ demands = st.builds(
     extent_bytes=st.sampled_from([4, 7, 16, 1000]),
     max_runs=st.integers(1, 4),
     min_range=st.sampled_from([0, 2, 5, 1000]),
+    min_gap=st.sampled_from([0, 1, 4]),
     whole_tensors=st.booleans(),
     whole_files=st.sampled_from([(), (0,)]),
 )
@@ -94,8 +104,10 @@ def test_extents_bring_what_recipes_say_in_the_files_order_and_each_byte_of_it_o
     extents = plan_extents(tensors, recipes, wanted)
     expected = [filled(recipe, tensors, data) for recipe in recipes]
     assert carried(extents, recipes, file_of(tensors, data)) == expected
-    for extent, following in pairwise(extents):
-        assert extent.offset + extent.nbytes <= following.offset, "no byte of the file is read twice"
+    ranges = sorted(place for extent in extents for place in rows_of(extent))
+    assert all(place[1] <= following[0] for place, following in pairwise(ranges)), "no byte is read twice"
+    if all(extent.rows == 1 for extent in extents):
+        assert ranges == [place for extent in extents for place in rows_of(extent)], "they are in the file's order"
     for extent in extents:
         assert 0 < extent.nbytes <= wanted.extent_bytes
         assert len(extent.runs) <= wanted.max_runs
@@ -222,6 +234,31 @@ def test_columns_that_all_ranks_want_come_to_the_leaves_of_each() -> None:
     assert [e.pieces for e in extents] == [
         [Piece(rank, 0, part * half, half, part // 2, 1) for rank in range(2)] for part in range(4)
     ]
+
+
+def test_rows_with_wide_gaps_are_read_without_them_where_the_source_can() -> None:
+    rows, run = 3 * LEAF // 64, 64
+    tensors = infos(("t", "U8", (rows, 8 * run)))
+
+    def read_by(*ranks: int, gap: int = 4 * run) -> list[Extent]:
+        recipes = checkpoint_layout(tensors, tp_size=8, tp_ranks=ranks, splits={"*": 1})
+        return plan_extents(tensors, recipes, Demands(2 * LEAF, 8, 100, gap))
+
+    step = 2 * LEAF // run
+    assert [(e.offset - 8, e.nbytes, e.rows, e.stride, e.end - 8) for e in read_by(5)] == [
+        (5 * run, 2 * LEAF, step, 8 * run, (step - 1) * 8 * run + 6 * run),
+        (5 * run + step * 8 * run, LEAF, step // 2, 8 * run, (rows - 1) * 8 * run + 6 * run),
+    ]
+    assert [e.runs + e.pieces for e in read_by(5)] == [
+        [Run(0, 0, 2 * LEAF), Piece(0, 0, 0, 2 * LEAF, 0)],
+        [Run(0, 2 * LEAF, LEAF), Piece(0, 0, 2 * LEAF, LEAF, 2)],
+    ]
+    assert [(e.offset - 8, e.runs[0].segment) for e in read_by(5, 1)[::2]] == [(5 * run, 0), (run, 1)]
+    assert all(e.rows > 1 for e in read_by(0, 3, 4, 7)), "half of it is left out"
+    assert all(e.rows == 1 for e in read_by(0, 1, 2, 3, 4)), "most of it is wanted"
+    assert all(e.rows == 1 for e in read_by(5, gap=7 * run + 1)), "the gaps are too narrow"
+    assert all(e.rows == 1 for e in read_by(5, gap=0)), "the source cannot"
+    assert all(e.rows == 1 for e in read_by(5, 5)), "no byte is read twice"
 
 
 def test_what_is_not_side_by_side_in_its_entry_belongs_to_all_leaves_that_it_may_be_in() -> None:

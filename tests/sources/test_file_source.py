@@ -146,6 +146,18 @@ def test_a_file_cut_short_while_it_is_read_is_noticed(tmp_path: Path) -> None:
         assert filled.fill.account.bytes_read == 2 * MiB
 
 
+def test_a_file_cut_short_in_the_middle_of_rows_is_noticed(tmp_path: Path) -> None:
+    stored = store(tmp_path, {"t": tensor("U8", (1000, 800), 1)})
+    recipes = checkpoint_layout(stored.checkpoint.tensors, tp_size=8, tp_ranks=[3], splits={"*": 1})
+    path = stored.files()[0]
+    whole = path.stat().st_size
+    with prepared(stored, recipes, Demands(16 * KiB, 8, MiB, 1), FillLimits(1, MiB, MiB, 2, 60.0)) as filled:
+        assert {extent.rows for extent in filled.extents} == {163, 1000 % 163}
+        filled.fill.account.on_landed = lambda extent: os.truncate(path, whole - 800 * 500 - 450)
+        with pytest.raises(CheckpointChanged, match=rf"0\.safetensors: ends at byte \d+, had {whole} bytes"):
+            bring(stored, filled.fill)
+
+
 # ---------------------------------------------------------------------------- more than one call, one process takes
 
 

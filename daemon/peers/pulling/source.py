@@ -41,6 +41,7 @@ class PeerSource:
     max_extent = 1 << 30
     max_runs = 1
     min_range = 1 << 18
+    min_gap = 0
     partial = ""
 
     def __init__(self, uri: str, weights: Sequence[str], fleet: Fleet, peer: str) -> None:
