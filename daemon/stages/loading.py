@@ -178,8 +178,8 @@ class Loading:
         elif "origin" not in self.request.sources and self.source.kind != "peer":
             raise SourceFailed(
                 f"{self.plan.checkpoint.listing.uri}: its bytes may come from peers alone, and none can give them: "
-                "this daemon knows no others (WEIGHTD_PEERS), or what is expected is told by the origin's bytes alone, as a "
-                'SHA-256 is; let sources have "origin" as well'
+                "this daemon knows no others (WEIGHTD_PEERS), or what is expected is told by the origin's bytes alone, "
+                'as a SHA-256 is; let sources have "origin" as well'
             )
         else:
             self._reader = self.source.reader(files, native=self._native)
