@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from weightd.daemon.errors import (
@@ -23,6 +24,7 @@ from weightd.daemon.errors import (
 from weightd.daemon.filling.sink import Landing, Sink
 from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.sources.base import Reader, SourceFile, changed, is_index
+from weightd.daemon.sources.reading import read_in_threads
 from weightd.daemon.sources.uris import Allow, file_path, file_uri
 
 MAX_FILES = 100_000
@@ -230,23 +232,7 @@ class FileReader:
         self._fds = _Descriptors(self._open)
 
     def run(self, sink: Sink) -> None:
-        errors: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                while (extent := sink.next()) is not None:
-                    self._bring(sink, extent)
-            except BaseException as error:
-                errors.append(error)
-                sink.stop()
-
-        threads = [threading.Thread(target=work, name=f"read-{i}") for i in range(sink.threads)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
+        read_in_threads(sink, "read", partial(self._bring, sink))
 
     def _bring(self, sink: Sink, extent: Extent) -> None:
         landing = sink.landing(extent)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import bisect
 import contextlib
 import os
-import threading
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from weightd.daemon.errors import UnknownStage
 from weightd.daemon.filling.sink import Landing, Sink
 from weightd.daemon.layouts.extents import Extent
 from weightd.daemon.sources.base import Reader, Source, SourceFile
+from weightd.daemon.sources.reading import read_in_threads
 from weightd.daemon.stages.planning import Plan
 from weightd.daemon.stages.stage import Stage
 
@@ -126,28 +127,15 @@ class _ResidentReader:
         self._starts = {file: [whole.start for whole in of] for file, of in held.items()}
 
     def run(self, sink: Sink) -> None:
-        errors: list[BaseException] = []
+        read_in_threads(sink, "resident", partial(self._bring, sink))
 
-        def work() -> None:
-            try:
-                while (extent := sink.next()) is not None:
-                    landing = sink.landing(extent)
-                    if landing is None:
-                        return
-                    with sink.phase("source"):
-                        self._copy(extent, landing)
-                    sink.landed(extent, landing)
-            except BaseException as error:
-                errors.append(error)
-                sink.stop()
-
-        threads = [threading.Thread(target=work, name=f"resident-{i}") for i in range(sink.threads)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
+    def _bring(self, sink: Sink, extent: Extent) -> None:
+        landing = sink.landing(extent)
+        if landing is None:
+            return
+        with sink.phase("source"):
+            self._copy(extent, landing)
+        sink.landed(extent, landing)
 
     def _copy(self, extent: Extent, landing: Landing) -> None:
         position = extent.offset
