@@ -48,7 +48,8 @@ def test_vllm_asks_for_the_layout_that_was_made_ahead(
     (told,) = ahead("vllm", path, daemon, tmp_path / "home", "--model", model, *plan)
     home = tmp_path / "engine"
     variables = environment("vllm", home, [path]) | {"WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}
-    settings = {"model": model, "prompts": [[1, 5, 9]], "arguments": {"load_format": "weightd"}}
+    arguments = {"load_format": "weightd", "worker_extension_cls": "probe_vllm.Probe"}
+    settings = {"model": model, "prompts": [[1, 5, 9]], "arguments": arguments}
     with Driven("vllm", "drive_vllm.py", settings, variables, home) as engine:
         assert len(engine.answer()) == 1
         assert [layout["key"] for layout in daemon.client.layouts()] == [told["key"]]
