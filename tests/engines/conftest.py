@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.engines.environment import beside
+from tests.engines.models import make
 from tests.servers import SeaweedFS
 
 ENVIRONMENTS = Path(sys.executable).parents[1]
@@ -38,6 +40,25 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(s3: SeaweedFS, llama: Path) -> str:
     """Its URI."""
     return s3.upload(llama, "engines")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The folder of one of ``MODELS``, by its name; each is made once."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def path(name: str) -> str:
+        if not (folder / name).exists():
+            make(name, folder / name)
+        return str(folder / name)
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for an engine's ``PYTHONPATH``, with weightd as its wheel would put it there."""
+    return beside(tmp_path_factory.mktemp("shim"))
 
 
 def environment(name: str) -> Path:

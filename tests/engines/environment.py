@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,14 +21,19 @@ import weightd.ipc
 ENVIRONMENTS = Path(sys.executable).parents[1]
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+DEADLINE = 600.0
+
+
+def installed(name: str) -> Path:
+    """A folder of what ``make test-engines`` installs; else the test is skipped."""
+    if not (ENVIRONMENTS / f"{name}.stamp").exists():
+        pytest.skip(f"{name} is not here: make test-engines")
+    return ENVIRONMENTS / name
 
 
 def python(engine: str) -> Path:
-    """The interpreter of an engine's environment; else the test is skipped."""
-    found = ENVIRONMENTS / engine / "bin" / "python"
-    if not found.exists():
-        pytest.skip(f"{engine} is not here: make test-engines")
-    return found
+    """The interpreter of an engine's environment."""
+    return installed(engine) / "bin" / "python"
 
 
 def beside(folder: Path) -> Path:
@@ -46,36 +53,54 @@ def beside(folder: Path) -> Path:
 def environment(engine: str, home: Path, paths: Iterable[Path]) -> dict[str, str]:
     """The variables that an engine's process starts with."""
     home.mkdir(parents=True, exist_ok=True)
+    # What vLLM has found out of its own classes, each in ten seconds, is as good for the next process.
+    cache = installed(engine) / "cache"
     return {
         "PATH": f"{python(engine).parent}:{os.environ['PATH']}", "HOME": str(home), "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": ":".join(map(str, paths)), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONPATH": ":".join(map(str, paths)), "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(cache),
     }  # fmt: skip
 
 
 class Driven:
-    """An engine in a process of its own, which a script there drives: a line of JSON asks, a line of JSON answers."""
+    """An engine in a process of its own, which a script there drives: a line of JSON asks, a line of JSON answers.
+
+    ``variables`` are all that it has, ``folder`` is where it works, and where ``log`` is what it has said. Used in a
+    ``with`` block.
+    """
 
     def __init__(
-        self, engine: str, script: str, settings: Mapping[str, Any], variables: Mapping[str, str], folder: Path
+        self,
+        engine: str,
+        script: str,
+        arguments: Mapping[str, Any] | Sequence[str],
+        variables: Mapping[str, str],
+        folder: Path,
     ) -> None:
-        self._errors = folder / "stderr"
-        with self._errors.open("wb") as errors:
+        self.log = folder / "log"
+        given = [json.dumps(arguments)] if isinstance(arguments, Mapping) else arguments
+        with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [python(engine), HERE / script, json.dumps(settings)],
-                env=dict(variables), cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                [python(engine), HERE / script, *given],
+                env=dict(variables), cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 text=True, start_new_session=True,
             )  # fmt: skip
-        self.log = ""
-        """What it has said on its standard output so far."""
+        self._printed = ""
 
     def answer(self) -> Any:
-        """What it says next. Raises RuntimeError with the end of its log where it ends instead."""
+        """What it says next; an engine that has been started, what it has generated. Raises RuntimeError with the end
+        of its log where it ends instead, or is not done within ``DEADLINE`` seconds."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("ANSWER "):
-                return json.loads(line.removeprefix("ANSWER "))
-            self.log += line
-        raise RuntimeError(f"the engine has ended:\n{self.log[-4000:]}\n{self._errors.read_text()[-4000:]}")
+        alarm = threading.Timer(DEADLINE, self.kill)
+        alarm.start()
+        try:
+            for line in self.process.stdout:
+                kind, _, answer = line.partition(" ")
+                if kind in ("ANSWER", "TOKENS"):
+                    return json.loads(answer)
+                self._printed += line
+        finally:
+            alarm.cancel()
+        raise RuntimeError(f"the engine has ended:\n{self.said[-8000:]}")
 
     def ask(self, what: str, **arguments: Any) -> Any:
         """Have it do something; returns what that gives."""
@@ -86,23 +111,26 @@ class Driven:
 
     @property
     def said(self) -> str:
-        """All of its log."""
-        return self.log + self._errors.read_text()
+        """What it has said so far."""
+        return self._printed + self.log.read_text(errors="replace")
+
+    def kill(self) -> None:
+        """kill -9 it, and all of its processes."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def __enter__(self) -> Driven:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None = None, value: object = None, trace: TracebackType | None = None
     ) -> None:
-        """End it as its user would, and read its log to the end."""
+        """End it as its user would."""
+        if self.process.poll() is not None:
+            return
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.close()
         try:
-            self.log += self.process.stdout.read()
             self.process.wait(60)
-        finally:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, 9)
-                self.process.wait()
+        except subprocess.TimeoutExpired:
+            self.kill()

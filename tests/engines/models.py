@@ -60,6 +60,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen2": _qwen2,
     "moe": _qwen3_moe,
     "mamba": _mamba,
+    "draft": lambda: _llama(num_hidden_layers=1),
     "vision": _paligemma,
 }
 

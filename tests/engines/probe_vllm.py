@@ -49,6 +49,10 @@ class Probe:
     def report(self) -> dict[str, Any] | None:
         return reported(self.get_model())
 
+    def drafted(self) -> dict[str, Any] | None:
+        """``report`` of the model that drafts."""
+        return reported(self.model_runner.drafter.model)
+
     def reload(self) -> None:
         self.reload_weights()
 

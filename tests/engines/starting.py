@@ -108,3 +108,11 @@ def ahead(engine: str, path: Path, daemon: Daemon, home: Path, *options: str) ->
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def another(about: dict[str, Any]) -> dict[str, Any]:
+    """A layout that goes by the key of one that is not it."""
+    return {
+        "key": about, "entries": [["model.norm.weight", "BF16", [256]]], "boxes": [[[256], [1], [1]]],
+        "copies": [[0, 0, 0, 0, 0]], "casts": [], "constants": [],
+    }  # fmt: skip

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.environment import HERE, Driven, beside, environment
+from tests.engines.environment import Driven, beside, environment
 from tests.engines.models import make
 from tests.engines.starting import ahead
 from tests.servers import Daemon
 
 pytestmark = pytest.mark.timeout(1200)
-VLLM = {"dtype": "bfloat16", "max_model_len": 128, "enforce_eager": True}
 
 
 @pytest.fixture
@@ -47,12 +46,12 @@ def test_vllm_asks_for_the_layout_that_was_made_ahead(
     model = str(make("llama", tmp_path / "llama"))
     plan = ["--dtype", "bfloat16", "--max-model-len", "128", "--enforce-eager"]
     (told,) = ahead("vllm", path, daemon, tmp_path / "home", "--model", model, *plan)
-    variables = environment("vllm", tmp_path / "engine", [path, HERE]) | {
-        "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)
-    }
-    settings = {"model": model, "load_format": "weightd", **VLLM}
-    with Driven("vllm", "drive_vllm.py", settings, variables, tmp_path / "engine") as engine:
-        assert engine.answer() == "started"
+    home = tmp_path / "engine"
+    variables = environment("vllm", home, [path]) | {"WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}
+    arguments = {"load_format": "weightd", "worker_extension_cls": "probe_vllm.Probe"}
+    settings = {"model": model, "prompts": [[1, 5, 9]], "arguments": arguments}
+    with Driven("vllm", "drive_vllm.py", settings, variables, home) as engine:
+        assert len(engine.answer()) == 1
         assert [layout["key"] for layout in daemon.client.layouts()] == [told["key"]]
         (stage,) = daemon.client.stages()
         assert stage["request"]["layout"] == {"key": [told["key"]]}

@@ -1,264 +1,216 @@
-"""vLLM with the daemon's memory as its parameters: real engines on a CPU, against the same engines by themselves."""
+"""vLLM's models as weightd loads them, against what vLLM's own loader makes of them: two releases, and no engine."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import time
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engines.environment import HERE, Driven, beside, environment, python
+from tests.engines.environment import Driven, environment, python
 from tests.engines.models import make
+from tests.engines.starting import another
+from tests.fault_proxy import FaultProxy, Kind, Request
 from tests.servers import Daemon, SeaweedFS
 
 pytestmark = pytest.mark.timeout(1200)
-PROMPTS = [[1, 5, 9, 100 + number] for number in range(3)]
+Ask = Callable[..., Any]
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    folder = tmp_path_factory.mktemp("models")
-
-    def path(name: str) -> str:
-        if not (folder / name).exists():
-            make(name, folder / name)
-        return str(folder / name)
-
-    return path
+@pytest.fixture(scope="module")
+def daemon(s3: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with Daemon(tmp_path_factory.mktemp("weightd"), "--capacity", "cpu=4GiB", env=s3.env) as server:
+        yield server
 
 
-@pytest.fixture(scope="session")
-def beside_vllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return beside(tmp_path_factory.mktemp("path"))
+def loading(daemon: Daemon, s3: SeaweedFS, home: Path, *paths: Path, **more: str) -> Iterator[Ask]:
+    """A process of vLLM that loads what it is asked to, as ``compare_vllm.py`` says."""
+    variables = environment("vllm", home, paths) | s3.env | {"WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)} | more
+    with Driven("vllm", "compare_vllm.py", {}, variables, home) as process:
+        yield process.ask
 
 
-@pytest.fixture
-def start(tmp_path: Path, beside_vllm: Path) -> Iterator[Callable[..., Driven]]:
-    """Start vLLM: ``start(model, daemon, load_format="weightd")``; it ends with the test, if not before."""
-    running: list[Driven] = []
-
-    def started(model: str, daemon: Daemon | None, env: dict[str, str] | None = None, **settings: Any) -> Driven:
-        folder = tmp_path / f"engine{len(running)}"
-        variables = environment("vllm", folder, [beside_vllm, HERE]) | (env or {})
-        if daemon is not None:
-            variables["WEIGHTD_RUNTIME_DIR"] = str(daemon.runtime_dir)
-        variables |= bound_to_cores(settings.get("tensor_parallel_size", 1))
-        engine = Driven("vllm", "drive_vllm.py", {"model": model, **settings}, variables, folder)
-        running.append(engine)
-        assert engine.answer() == "started"
-        return engine
-
-    yield started
-    for engine in running:
-        engine.__exit__(None, None, None)
+@pytest.fixture(scope="module")
+def vllm(daemon: Daemon, s3: SeaweedFS, shim: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    """The release that is built for CPUs."""
+    yield from loading(daemon, s3, tmp_path_factory.mktemp("vllm") / "home", shim)
 
 
-@pytest.fixture
-def compared(tmp_path: Path, beside_vllm: Path) -> Callable[..., list[Any]]:
-    """What vLLM's loader makes of cases (settings of both, what weightd's has besides), against what weightd does."""
-
-    def run(cases: list[tuple[dict[str, Any], dict[str, Any]]], daemon: Daemon, *paths: Path) -> list[Any]:
-        variables = environment("vllm", tmp_path / "home", [*paths, beside_vllm, HERE])
-        variables["WEIGHTD_RUNTIME_DIR"] = str(daemon.runtime_dir)
-        done = subprocess.run(
-            [python("vllm"), HERE / "compare_vllm.py", json.dumps(cases)],
-            env=variables, cwd=tmp_path / "home", capture_output=True, text=True, check=False, timeout=900,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-        lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-        answers = [json.loads(line.removeprefix("ANSWER ")) for line in lines]
-        assert len(answers) == len(cases)
-        return answers
-
-    return run
+@pytest.fixture(scope="module")
+def newest(daemon: Daemon, s3: SeaweedFS, shim: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    """The newest one, for GPUs: all but what computes. It is of SGLang's environment, which needs its code."""
+    (packages,) = (python("sglang").parents[1] / "lib").glob("python3.*/site-packages")
+    release = tmp_path_factory.mktemp("release")
+    for path in packages.glob("vllm*"):
+        (release / path.name).symlink_to(path)
+    cache = str(python("sglang").parents[1] / "cache")
+    yield from loading(daemon, s3, tmp_path_factory.mktemp("newest") / "home", release, shim, VLLM_CACHE_ROOT=cache)
 
 
 def extra(**options: Any) -> dict[str, Any]:
     return {"model_loader_extra_config": options}
 
 
+@pytest.mark.parametrize("release", ["vllm", "newest"])
 @pytest.mark.parametrize(
     ("implementation", "names"),
     [("vllm", ["llama", "tied", "qwen2", "moe", "vision", "mamba"]), ("transformers", ["llama", "tied", "moe"])],
 )
 def test_every_parameter_and_buffer_is_what_vllms_own_loader_makes_it(
-    implementation: str,
-    names: list[str],
-    models: Callable[[str], str],
-    daemon: Daemon,
-    compared: Callable[..., list[Any]],
+    implementation: str, names: list[str], release: str, models: Callable[[str], str], request: pytest.FixtureRequest
 ) -> None:
-    cases = [({"model": models(name), "model_impl": implementation}, extra(fallback=False)) for name in names]
-    for name, answer in zip(names, compared(cases, daemon), strict=True):
+    ask: Ask = request.getfixturevalue(release)
+    for name in names:
+        if (name, release) == ("mamba", "newest"):
+            continue  # it is packed by a kernel that this build is without
+        answer = ask("compare", own={"model": models(name), "model_impl": implementation}, ours=extra(fallback=False))
         assert answer.get("differ") == [], (name, answer)
         report = answer["report"]
         assert report["modes"]["clone"] == 0, name
         assert bool(report["modes"]["opaque"]) == (name == "mamba"), name  # it keeps a function of a weight
-        # What vLLM packs for a CPU is its own afterwards: experts, here.
-        assert report["share"] > {"moe": 0.4, "mamba": 0.9}.get(name, 0.9999), name
+        assert report["share"] > (0.9 if name == "mamba" else 0.9999), name
         assert report["lent_nbytes"] > 0.98 * report["segment_nbytes"], name
 
 
-def test_the_newest_release_for_gpus_is_bound_alike(
-    models: Callable[[str], str], daemon: Daemon, tmp_path: Path, compared: Callable[..., list[Any]]
-) -> None:
-    # Of SGLang's environment, which needs its code. It cannot compute on a CPU, nor pack experts: all but that.
-    (packages,) = (python("sglang").parents[1] / "lib").glob("python3.*/site-packages")
-    release = tmp_path / "release"
-    release.mkdir()
-    for path in packages.glob("vllm*"):
-        (release / path.name).symlink_to(path)
-    names = ["llama", "tied", "qwen2", "vision"]
-    answers = compared([({"model": models(name)}, extra(fallback=False)) for name in names], daemon, release)
-    for name, answer in zip(names, answers, strict=True):
-        assert answer.get("differ") == [], (name, answer)
-        assert answer["report"]["share"] == 1.0, name
-
-
 def test_what_goes_wrong_ends_in_vllms_own_loader_or_is_raised_as_was_asked(
-    models: Callable[[str], str], daemon: Daemon, tmp_path: Path, compared: Callable[..., list[Any]]
+    models: Callable[[str], str], vllm: Ask, tmp_path: Path
 ) -> None:
-    both = {"model": models("llama")}
+    llama, mamba = {"model": models("llama")}, {"model": models("mamba")}
     absent, late = {"socket": str(tmp_path / "nowhere")}, {"timeout": 1e-6}
-    cases = [
-        (both, extra(**absent)),
-        (both, extra(**absent, fallback=False)),
-        (both, extra(**late)),
-        (both, extra(**late, fallback=False)),
-        (both, extra(sockets="?")),
-        (both, extra(mode="quick")),
-        (both, extra(mode="stream", fallback=False)),
-        (both, extra(mode="clone", fallback=False)),
-        (both, extra(mode="zero-copy", fallback=False)),
-        ({"model": models("mamba")}, extra(mode="zero-copy", fallback=False)),
-        ({"model": models("mamba")}, extra(mode="zero-copy")),
-    ]
-    answers = compared(cases, daemon)
-    for number in (0, 2, 6, 10):
-        assert answers[number] == {"differ": [], "report": None}, number
-    assert answers[1]["raised"].startswith("DaemonUnavailable: no daemon answers at")
-    assert answers[3]["raised"].startswith("AttachTimeout: ")
-    assert answers[4]["raised"].startswith("ValueError: weightd knows no option 'sockets', but ")
-    assert answers[5]["raised"].startswith("ValueError: mode is 'quick', and can be ")
-    assert answers[7]["differ"] == []
-    assert (answers[7]["report"]["lent_nbytes"], answers[7]["report"]["share"]) == (0, 0.0)
-    assert answers[8]["differ"] == []
-    assert answers[8]["report"]["share"] == 1.0
-    assert answers[9]["raised"].startswith("ModelMismatch: ")
+    itself = {"differ": [], "report": None}
+    assert vllm("compare", own=llama, ours=extra(**absent)) == itself
+    assert vllm("compare", own=llama, ours=extra(**late)) == itself
+    assert vllm("compare", own=llama, ours=extra(mode="stream", fallback=False)) == itself
+    assert vllm("compare", own=mamba, ours=extra(mode="zero-copy")) == itself
+    for own, options, why in (
+        (llama, {**absent, "fallback": False}, "DaemonUnavailable: no daemon answers at"),
+        (llama, {**late, "fallback": False}, "AttachTimeout: "),
+        (llama, {"sockets": "?"}, "ValueError: weightd knows no option 'sockets', but "),
+        (llama, {"mode": "quick"}, "ValueError: mode is 'quick', and can be "),
+        (mamba, {"mode": "zero-copy", "fallback": False}, "ModelMismatch: "),
+    ):
+        assert vllm("compare", own=own, ours=extra(**options))["raised"].startswith(why), options
+    own_copy = vllm("compare", own=llama, ours=extra(mode="clone", fallback=False))
+    assert own_copy["differ"] == []
+    assert (own_copy["report"]["lent_nbytes"], own_copy["report"]["share"]) == (0, 0.0)
+    lent = vllm("compare", own=llama, ours=extra(mode="zero-copy", fallback=False))
+    assert (lent["differ"], lent["report"]["share"]) == ([], 1.0)
 
 
-@pytest.fixture(scope="session")
-def truth(models: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Any]:
-    """The tokens that vLLM generates by itself, with no weightd beside it."""
-    known: dict[tuple[str, int], Any] = {}
-
-    def tokens(name: str, ranks: int) -> Any:
-        if (name, ranks) not in known:
-            folder = tmp_path_factory.mktemp("truth")
-            variables = environment("vllm", folder, [HERE]) | bound_to_cores(ranks)
-            settings = {"model": models(name), "tensor_parallel_size": ranks}
-            with Driven("vllm", "drive_vllm.py", settings, variables, folder) as engine:
-                assert engine.answer() == "started"
-                known[name, ranks] = engine.ask("generate", prompts=PROMPTS)
-        return known[name, ranks]
-
-    return tokens
-
-
-def bound_to_cores(ranks: int) -> dict[str, str]:
-    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if ranks > 1 else {}
-
-
-WEIGHTD = {"load_format": "weightd", **extra(fallback=False)}
-
-
-@pytest.mark.parametrize(("name", "ranks"), [("tied", 1), ("moe", 1), ("llama", 2), ("moe", 2)])
-def test_an_engine_generates_what_it_generates_by_itself(
-    name: str,
-    ranks: int,
-    models: Callable[[str], str],
-    truth: Callable[[str, int], Any],
-    start: Callable[..., Driven],
-    start_daemon: Callable[..., Daemon],
+def test_a_layout_that_is_not_the_one_just_traced_is_refused_by_its_digest(
+    models: Callable[[str], str], vllm: Ask, start_daemon: Callable[..., Daemon]
 ) -> None:
-    daemon = start_daemon()
-    engine = start(models(name), daemon, tensor_parallel_size=ranks, **WEIGHTD)
-    assert engine.ask("generate", prompts=PROMPTS) == truth(name, ranks)
-    reports = engine.ask("report")
-    assert len(reports) == ranks
-    assert all(report["share"] > (0.4 if name == "moe" else 0.9999) for report in reports)
-    # Each process has a segment and a lease of its own, all of one stage, which has read nothing twice.
-    (stage,) = daemon.client.stages()
-    assert {report["stage"] for report in reports} == {stage["id"]}
-    assert {report["lease"] for report in reports} == {lease["id"] for lease in daemon.client.leases()}
-    stored = sum(path.stat().st_size for path in Path(models(name)).glob("*.safetensors"))
-    assert stage["bytes_done"] <= stored
-    engine.__exit__(None, None, None)
-    assert daemon.client.leases() == []
+    llama = {"model": models("llama")}
+    right, wrong = start_daemon(), start_daemon()
+    assert vllm("compare", own=llama, ours=extra(socket=str(right.runtime_dir), fallback=False))["differ"] == []
+    (layout,) = right.client.layouts()
+    wrong.client.put_layout(layout["key"], another(layout["about"]))
+    # Resident in it already: it is leased before the trace tells what it should have been.
+    assert wrong.stage(llama["model"], layout={"key": [layout["key"]]})["state"] == "ready"
+    socket = {"socket": str(wrong.runtime_dir)}
+    assert vllm("compare", own=llama, ours=extra(**socket)) == {"differ": [], "report": None}
+    raised = vllm("compare", own=llama, ours=extra(**socket, fallback=False))["raised"]
+    assert raised.startswith("RequestRefused: ")
+    assert "another one is there" in raised
+    assert wrong.client.leases() == []
 
 
-def test_an_engine_outlives_the_daemon_and_loads_again_from_the_next(
-    models: Callable[[str], str],
-    truth: Callable[[str, int], Any],
-    start: Callable[..., Driven],
-    start_daemon: Callable[..., Daemon],
+def of_weights(request: Request) -> bool:
+    """Whether it is read from behind a shard's header."""
+    return request.method == "GET" and ".safetensors" in request.path and bool(request.first)
+
+
+def test_a_stage_that_fails_leaves_all_of_it_to_vllms_own_loader(
+    models: Callable[[str], str], s3: SeaweedFS, vllm: Ask, start_daemon: Callable[..., Daemon]
 ) -> None:
-    daemon, tokens = start_daemon(), truth("llama", 1)
-    first, second = (start(models("llama"), daemon, **WEIGHTD) for _ in range(2))
-    digests = first.ask("digests")
-    assert first.ask("generate", prompts=PROMPTS) == second.ask("generate", prompts=PROMPTS) == tokens
-    leases = {lease["id"] for lease in daemon.client.leases()}
-    assert len(leases) == 2
-    assert len(daemon.client.stages()) == 1
-    os.kill(daemon.pid, signal.SIGKILL)
-    assert first.ask("generate", prompts=PROMPTS) == tokens
-    deadline = time.monotonic() + 30
-    while {lease["id"] for lease in daemon.client.leases()} != leases:
-        assert time.monotonic() < deadline, daemon.client.leases()
-        time.sleep(0.2)
-    # What one engine does to its weights is its own: the memory is copied as it is written to.
-    first.ask("scribble")
-    assert first.ask("generate", prompts=PROMPTS) != tokens
-    assert second.ask("generate", prompts=PROMPTS) == tokens
-    assert second.ask("digests") == digests
-    first.ask("reload")
-    assert first.ask("generate", prompts=PROMPTS) == tokens
-    assert first.ask("digests") == digests
-    os.killpg(second.process.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while len(daemon.client.leases()) > 1:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    assert first.ask("generate", prompts=PROMPTS) == tokens
+    broken = threading.Event()
+    uri = s3.upload(Path(models("llama")), "vllm/failing")
+
+    def fault(request: Request) -> Kind | None:
+        return "truncate" if broken.is_set() and of_weights(request) else None
+
+    with FaultProxy(s3.url, fault) as origin:
+        daemon = start_daemon(env={**s3.env, "AWS_ENDPOINT_URL": origin.url, "WEIGHTD_RETRY_DEADLINE": "0.5"})
+        daemon.client.checkpoint(uri)  # its headers are known, and can be traced
+        broken.set()
+        own, ours, socket = {"model": models("llama")}, {"model": uri, "load_format": "auto"}, str(daemon.runtime_dir)
+        sure = ours | extra(socket=socket, fallback=False)
+        assert vllm("compare", own=own, ours=ours | extra(socket=socket)) == {"differ": [], "report": None}
+        assert {stage["state"] for stage in daemon.client.stages()} == {"failed"}
+        raised = vllm("compare", own=own, ours=sure)["raised"]
+        assert raised.startswith("StageFailed: "), raised
+        assert daemon.client.leases() == []
+        broken.clear()
+        answer = vllm("compare", own=own, ours=sure)
+        assert (answer["differ"], answer["report"]["share"]) == ([], 1.0)
 
 
-def test_an_object_uri_needs_nothing_but_a_daemon(
-    models: Callable[[str], str],
-    s3: SeaweedFS,
-    truth: Callable[[str, int], Any],
-    start: Callable[..., Driven],
-    start_daemon: Callable[..., Daemon],
+def test_weights_that_change_at_the_origin_as_they_are_staged_are_never_mixed(
+    models: Callable[[str], str], s3: SeaweedFS, vllm: Ask, start_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:
-    tokens = truth("llama", 1)
-    uri = s3.upload(Path(models("llama")), "vllm/llama")
-    daemon = start_daemon(env=s3.env)
-    env = {**s3.env, "RUNAI_STREAMER_S3_ENDPOINT": s3.url}
-    engine = start(uri, daemon, env)
-    assert engine.ask("generate", prompts=PROMPTS) == tokens
-    (report,) = engine.ask("report")
-    assert report["share"] == 1.0
-    (stage,) = daemon.client.stages()
-    assert (stage["id"], stage["model"], stage["state"]) == (report["stage"], uri, "ready")
-    engine.__exit__(None, None, None)
-    # The daemon has gone before the engine looks: vLLM does what it would have done.
-    daemon.stop()
-    alone = start(uri, daemon, env)
-    assert alone.ask("report") == [None]
-    assert alone.ask("generate", prompts=PROMPTS) == tokens
-    assert "vLLM loads by itself" in alone.said
+    uri = s3.upload(Path(models("llama")), "vllm/changing")
+    changed = make("llama", tmp_path / "changed", seed=61)
+    lock, staging, done = threading.Lock(), threading.Event(), threading.Event()
+
+    def fault(request: Request) -> Kind | None:
+        with lock:
+            if staging.is_set() and of_weights(request) and not done.is_set():
+                s3.upload(changed, "vllm/changing")
+                done.set()
+        return None
+
+    with FaultProxy(s3.url, fault) as origin:
+        daemon = start_daemon(env={**s3.env, "AWS_ENDPOINT_URL": origin.url})
+        daemon.client.checkpoint(uri)
+        staging.set()
+        ours = {"model": uri, "load_format": "auto", **extra(socket=str(daemon.runtime_dir))}
+        assert vllm("compare", own={"model": str(changed)}, ours=ours) == {"differ": [], "report": None}
+        assert done.is_set()
+        assert {stage["state"] for stage in daemon.client.stages()} == {"failed"}
+        assert daemon.client.leases() == []
+
+
+@pytest.mark.parametrize("release", ["vllm", "newest"])
+def test_the_configuration_of_an_object_uri_is_what_is_at_the_origin_now(
+    release: str, models: Callable[[str], str], s3: SeaweedFS, request: pytest.FixtureRequest
+) -> None:
+    import obstore
+
+    ask: Ask = request.getfixturevalue(release)
+    uri, folder = f"s3://models/configured/{release}", Path(models("llama"))
+    s3.upload(folder, f"configured/{release}")
+    before = ask("configure", settings={"model": uri})
+    assert before["config"]["rope_parameters"]["rope_theta"] == 10000.0
+    assert before["files"] == sorted(path.name for path in folder.iterdir() if path.suffix != ".safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 20000.0, "rope_type": "default"}
+    obstore.put(s3.store(), f"configured/{release}/config.json", json.dumps(config).encode())
+    obstore.delete(s3.store(), f"configured/{release}/generation_config.json")
+    after = ask("configure", settings={"model": uri})
+    assert after["config"]["rope_parameters"]["rope_theta"] == 20000.0
+    assert after["files"] == [name for name in before["files"] if name != "generation_config.json"]
+
+
+def test_what_is_written_to_later_is_a_copy_of_the_engines_own_on_a_gpu(
+    models: Callable[[str], str], vllm: Ask
+) -> None:
+    llama, moe, sure = {"model": models("llama")}, {"model": models("moe")}, extra(fallback=False)
+    plain = vllm("compare", own=llama, ours=sure, gpu=[])
+    assert (plain["differ"], plain["report"]["share"], plain["report"]["modes"]["clone"]) == ([], 1.0, 0)
+    assert plain["again"] is not None
+    assert "start the engine with mode 'clone'" in plain["again"]
+    for switch in ("model_config.enable_sleep_mode", "parallel_config.enable_eplb", "weight_transfer_config"):
+        copied = vllm("compare", own=llama, ours=sure, gpu=[switch])
+        assert (copied["differ"], copied["report"]["lent_nbytes"]) == ([], 0), switch
+        assert copied["report"]["modes"]["zero-copy"] == 0, switch
+        assert copied["again"] is None, switch
+    # What packs these experts is not known to leave them alone.
+    experts = vllm("compare", own=moe, ours=sure, gpu=[])
+    assert experts["differ"] == []
+    assert experts["report"]["modes"]["clone"] == 4
+    assert 0 < experts["report"]["share"] < 1
+    raised = vllm("compare", own=moe, ours=extra(mode="zero-copy", fallback=False), gpu=[])["raised"]
+    assert "post-processing may write to 'model.layers.0.mlp.experts" in raised
