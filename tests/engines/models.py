@@ -90,7 +90,7 @@ def make(name: str, folder: Path, *, seed: int = 16) -> Path:
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) / 4)
     model.save_pretrained(folder, max_shard_size="2MB")
-    if name == "vision":
+    if name in ("vision", "gemma3"):
         _rename(folder, "vision_tower.", "vision_tower.vision_model.")
     return folder
 
