@@ -2,6 +2,7 @@
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -37,4 +38,7 @@ def listen(where: str) -> None:
         os.environ.update(variables)
         sys.argv[1:] = arguments
         sys.path[:0] = [path for path in variables.get("PYTHONPATH", "").split(":") if path not in ("", *sys.path)]
+        # Its own processes are forks as well: engines ask for fresh ones, which is for CUDA's sake.
+        multiprocessing.set_start_method = lambda *_, **__: None
+        print(os.getpid(), flush=True)
         return

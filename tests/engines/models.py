@@ -47,6 +47,20 @@ def _paligemma() -> Any:
     return PaliGemmaForConditionalGeneration(config)
 
 
+def _gemma3() -> Any:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "patch_size": 14, "image_size": 28,
+    }  # fmt: skip
+    tokens = {"boi_token_index": 1990, "eoi_token_index": 1991, "image_token_index": 1992}
+    text = {**SIZES, "sliding_window": 64, "bos_token_id": 1, "eos_token_id": 2}
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    )
+
+
 def _mamba() -> Any:
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -62,6 +76,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mamba": _mamba,
     "draft": lambda: _llama(num_hidden_layers=1),
     "vision": _paligemma,
+    "gemma3": _gemma3,
 }
 
 
@@ -76,7 +91,7 @@ def make(name: str, folder: Path, *, seed: int = 16) -> Path:
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) / 4)
     model.save_pretrained(folder, max_shard_size="2MB")
-    if name == "vision":
+    if name in ("vision", "gemma3"):
         _rename(folder, "vision_tower.", "vision_tower.vision_model.")
     return folder
 

@@ -1,9 +1,12 @@
 """In SGLang's environment: start an engine, unmodified, and print the tokens that it generates.
 
 ``run_sglang.py MODEL PROMPTS [ARGUMENTS]``: PROMPTS are lists of tokens, ARGUMENTS are the engine's, both as JSON. Each
-line of standard input is PROMPTS again, or a folder in quotes, whose weights it generates with from then on; the engine
-ends with it. ``run_sglang.py serve OPTION...`` is
-``python -m sglang.launch_server`` with these options, ``run_sglang.py trace OPTION...`` is ``weightd trace``.
+line of standard input is PROMPTS again, or a folder in quotes, whose weights it generates with from then on, or an
+object with PROMPTS and an ADAPTER; the engine ends with it. Besides:
+
+- ``run_sglang.py serve OPTION...`` is ``python -m sglang.launch_server`` with these options;
+- ``run_sglang.py trace OPTION...`` is ``weightd trace``;
+- ``run_sglang.py listen SOCKET`` is any of that in forks, as ``forks`` has it.
 
 With FOUND in the environment each of the engine's processes writes there what has become of its model.
 """
@@ -44,13 +47,18 @@ def found(loaded, **_):
                 "share": report.share, "modes": dict(report.modes), "stage": weights.manifest.stage,
                 "footprint": weights.footprint, "preloaded": loaded.loader.preloaded_weights_bytes,
             }  # fmt: skip
-    Path(os.environ["FOUND"], f"{get_parallel().tp_rank}.json").write_text(json.dumps(told))
+    rank = get_parallel().pp_rank * get_parallel().tp_size + get_parallel().tp_rank
+    Path(os.environ["FOUND"], f"{rank}.json").write_text(json.dumps(told))
 
 
-# This module runs in each of the engine's processes, which apply its hooks with those of plugins.
-if os.environ.get("FOUND"):
-    where = "sglang.srt.model_executor.model_runner_components.load_model_utils.load_model_with_memory_saver"
-    HookRegistry.register(where, found, HookType.AFTER)
+def watch():
+    """See what is loaded, where that is asked for."""
+    if os.environ.get("FOUND"):
+        where = "sglang.srt.model_executor.model_runner_components.load_model_utils.load_model_with_memory_saver"
+        HookRegistry.register(where, found, HookType.AFTER)
+
+
+watch()  # in each of the engine's processes, which run this module and apply its hooks with those of plugins
 # SGLang's layers of Transformers models ask for an accelerator, whatever the engine runs on.
 HookRegistry.register("sglang.srt.utils.common.get_device", lambda *_: "cpu", HookType.REPLACE)
 
@@ -62,13 +70,21 @@ ON_CPU = {
 }  # fmt: skip
 
 
-def generate(engine, prompts):
+def generate(engine, prompts, **options):
     sampling = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
-    answers = [engine.generate(input_ids=tokens, sampling_params=sampling) for tokens in json.loads(prompts)]
+    answers = [engine.generate(input_ids=tokens, sampling_params=sampling, **options) for tokens in prompts]
     print("TOKENS", json.dumps([answer["output_ids"] for answer in answers]), flush=True)
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "listen":
+        import sglang.srt.entrypoints.engine
+        import sglang.srt.managers.detokenizer_manager
+        import sglang.srt.managers.scheduler
+        from forks import listen
+
+        listen(sys.argv[2])
+        watch()
     if sys.argv[1] == "trace":
         from weightd.ipc.engines.ahead import main
 
@@ -82,12 +98,18 @@ if __name__ == "__main__":
         run_server(prepare_server_args(sys.argv[2:]))
         sys.exit()
     engine = sglang.Engine(model_path=sys.argv[1], **ON_CPU | json.loads(sys.argv[3] if len(sys.argv) > 3 else "{}"))
-    generate(engine, sys.argv[2])
+    prompts = json.loads(sys.argv[2])
+    generate(engine, prompts)
     for line in sys.stdin:
-        if line.startswith('"'):
-            done, why, *_ = engine.update_weights_from_disk(json.loads(line), load_format="auto")
+        asked = json.loads(line)
+        if isinstance(asked, str):
+            done, why, *_ = engine.update_weights_from_disk(asked, load_format="auto")
             assert done, why
-            generate(engine, sys.argv[2])
-        elif line.strip():
-            generate(engine, line)
+            generate(engine, prompts)
+        elif isinstance(asked, dict):
+            engine.load_lora_adapter("adapter", asked["adapter"])
+            generate(engine, asked["prompts"], lora_path="adapter")
+        else:
+            generate(engine, asked)
     engine.shutdown()
+    os._exit(0)  # to take down all that was imported takes seconds

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 import pytest
 
 from tests.engines.environment import HERE, beside, environment, python
+from tests.engines.hosts import Engine, Host
 from tests.engines.models import make
-from tests.engines.starting import Engine, ahead
-from tests.servers import Daemon, SeaweedFS, free_ports
+from tests.fault_proxy import FaultProxy
+from tests.servers import Daemon, SeaweedFS, free_ports, until
 
 PROMPTS = [[1, 5, 9, 100 + number] for number in range(3)]
 PRIVATE = {"load_format": "private", "log_level": "info"}
@@ -30,6 +30,12 @@ pytestmark = pytest.mark.timeout(1800)
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return beside(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    with Host("sglang", "run_sglang.py", tmp_path_factory.mktemp("host")) as host:
+        yield host
 
 
 @pytest.fixture(scope="module")
@@ -45,71 +51,80 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def truths(folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """(tokens, digests of each rank's parameters and buffers) as SGLang has them by itself."""
+def truths(folders: Callable[[str], Path], host: Host, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """(tokens, digests of each process's parameters and buffers) as SGLang has them by itself."""
     known: dict[str, Any] = {}
 
-    def truth(name: str, tp_size: int = 1, **arguments: Any) -> Any:
-        at = f"{name} {tp_size} {sorted(arguments.items())}"
+    def truth(name: str, **arguments: Any) -> Any:
+        at = f"{name} {sorted(arguments.items())}"
         if at not in known:
-            home = tmp_path_factory.mktemp("truth") / "home"
-            with Engine("sglang", str(folders(name)), home, PROMPTS, plan(tp_size) | arguments, env_of(tp_size)) as own:
+            home = tmp_path_factory.mktemp("truth")
+            with host.engine(str(folders(name)), home, PROMPTS, arguments, env_of(arguments)) as own:
                 tokens = own.tokens()
-                known[at] = tokens, [own.found(rank)["tensors"] for rank in range(tp_size)]
+                known[at] = tokens, [own.found(rank)["tensors"] for rank in range(processes(arguments))]
                 assert own.found()["loader"] == "DefaultModelLoader"
         return known[at]
 
     return truth
 
 
-def plan(tp_size: int) -> dict[str, Any]:
-    return {"tp_size": tp_size}
+def processes(arguments: dict[str, Any]) -> int:
+    return int(arguments.get("tp_size", 1) * arguments.get("pp_size", 1))
 
 
-def env_of(tp_size: int) -> dict[str, str]:
-    return {} if tp_size == 1 else {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tp_size)))}
+def env_of(arguments: dict[str, Any]) -> dict[str, str]:
+    count = processes(arguments)
+    return {} if count == 1 else {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(count)))}
 
 
-@pytest.fixture
-def environ(daemon_of: Daemon, path: Path) -> dict[str, str]:
-    return {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(daemon_of.runtime_dir)}
-
-
-@pytest.fixture
-def daemon_of(start_daemon: Callable[..., Daemon]) -> Iterator[Daemon]:
-    return start_daemon()
+def served_by(daemon: Daemon, path: Path) -> dict[str, str]:
+    return {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}
 
 
 @pytest.mark.parametrize(
-    ("name", "tp_size", "arguments"),
-    [("llama", 1, {}), ("llama", 2, {}), ("tied", 1, {}), ("tied", 2, {}), ("moe", 1, {}), ("moe", 2, {}),
-     ("even", 1, {"model_impl": "transformers"})],
-    ids=lambda value: str(value) if not isinstance(value, dict) else "-".join(value) or "own",
-)  # fmt: skip
+    ("name", "origin", "arguments"),
+    [
+        ("llama", "folder", {"tp_size": 2}),
+        ("tied", "folder", {}),
+        ("tied", "s3", {"tp_size": 2}),
+        ("moe", "folder", {}),
+        ("moe", "s3", {"tp_size": 2}),
+        ("llama", "folder", {"pp_size": 2}),
+        ("gemma3", "folder", {}),  # with what it sees by
+        ("even", "folder", {"model_impl": "transformers"}),
+    ],
+    ids=lambda value: "-".join(f"{name}={is_}" for name, is_ in value.items()) if isinstance(value, dict) else value,
+)
 def test_parameters_are_the_daemons_memory_and_tokens_are_those_of_its_own_loader(
     name: str,
-    tp_size: int,
+    origin: str,
     arguments: dict[str, Any],
     folders: Callable[[str], Path],
     truths: Callable[..., Any],
-    daemon_of: Daemon,
-    environ: dict[str, str],
+    host: Host,
+    path: Path,
+    s3: SeaweedFS,
+    start_daemon: Callable[..., Daemon],
     tmp_path: Path,
 ) -> None:
-    tokens, tensors = truths(name, tp_size, **arguments)
-    asked = plan(tp_size) | SURE | arguments
-    with Engine("sglang", str(folders(name)), tmp_path / "home", PROMPTS, asked, environ | env_of(tp_size)) as engine:
+    tokens, tensors = truths(name, **arguments)
+    daemon = start_daemon(env=s3.env)
+    model = str(folders(name)) if origin == "folder" else s3.upload(folders(name), f"sglang/{name}")
+    # SGLang makes its own load format of an object URI, whatever is asked for.
+    asked = SURE | arguments
+    with host.engine(model, tmp_path / "home", PROMPTS, asked, served_by(daemon, path) | env_of(arguments)) as engine:
         assert engine.tokens() == tokens
-        (stage,) = daemon_of.client.stages()
-        assert len(daemon_of.client.leases()) == tp_size
-        for rank in range(tp_size):
+        stages = {stage["id"] for stage in daemon.client.stages()}
+        assert len(stages) == arguments.get("pp_size", 1)  # the processes of a pipeline want nothing that is the same
+        assert len(daemon.client.leases()) == processes(arguments)
+        for rank in range(processes(arguments)):
             found = engine.found(rank)
             assert found["tensors"] == tensors[rank]
             assert found["weights"]["share"] == 1.0
-            assert found["weights"]["stage"] == stage["id"]
+            assert found["weights"]["stage"] in stages
             assert found["weights"]["preloaded"] == 0  # it came after SGLang had looked how much memory there is
         assert engine.said().count("weightd: the engine loads") == 0
-    assert daemon_of.client.leases() == []
+    assert daemon.client.leases() == []
 
 
 def another(about: dict[str, Any]) -> dict[str, Any]:
@@ -120,16 +135,10 @@ def another(about: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def test_an_object_uri_is_served_to_engines_that_cannot_read_it_and_outlives_the_daemon(
     folders: Callable[[str], Path],
     truths: Callable[..., Any],
+    host: Host,
     s3: SeaweedFS,
     path: Path,
     start_daemon: Callable[..., Daemon],
@@ -139,15 +148,15 @@ def test_an_object_uri_is_served_to_engines_that_cannot_read_it_and_outlives_the
     tokens, (tensors,) = truths("llama")
     uri = s3.upload(folders("llama"), "sglang")
     daemon = start_daemon(env=s3.env)
-    environ = {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}
-    (told,) = ahead("sglang", path, daemon, tmp_path / "ahead", "--model", uri, "--dtype", "bfloat16")
+    environ = served_by(daemon, path)
+    (told,) = host.ahead(tmp_path / "ahead", environ, "--model", uri, "--dtype", "bfloat16")
     assert told["opaque"] == []
     assert daemon.client.stages() == []
     with contextlib.ExitStack() as stack:
         engines = []
         for home in ("first", "second"):
-            engine = Engine("sglang", uri, tmp_path / home, PROMPTS, {"log_level": "info"}, environ)
-            engines.append(stack.enter_context(engine))
+            engine = stack.enter_context(host.engine(uri, tmp_path / home, PROMPTS, {"log_level": "info"}, environ))
+            engines.append(engine)
             assert engine.tokens() == tokens, engine.said()
             found = engine.found()
             assert found["tensors"] == tensors
@@ -160,7 +169,7 @@ def test_an_object_uri_is_served_to_engines_that_cannot_read_it_and_outlives_the
 
         os.kill(daemon.pid, signal.SIGKILL)
         assert engines[0].ask(PROMPTS) == tokens
-        wait_for(lambda: daemon.ready() and len(daemon.client.leases()) == 2)
+        until(lambda: daemon.ready() and len(daemon.client.leases()) == 2, "both leases are known again")
 
         # Another model's weights are written to memory that is lent: it becomes this process's own.
         other = make("llama", tmp_path / "other", seed=61)
@@ -169,68 +178,87 @@ def test_an_object_uri_is_served_to_engines_that_cannot_read_it_and_outlives_the
         assert engines[1].ask(str(folders("llama"))) == tokens
 
         engines[1].kill()
-        wait_for(lambda: len(daemon.client.leases()) == 1)
+        until(lambda: len(daemon.client.leases()) == 1, "its lease has ended")
         assert engines[0].ask(PROMPTS) == tokens
     assert daemon.client.leases() == []
     assert [one["state"] for one in daemon.client.stages()] == ["ready"]
     assert daemon.client.stages()[0]["id"] == stage["id"]
 
 
-@pytest.mark.parametrize("why", ["absent", "refused", "late", "another"])
+@pytest.mark.parametrize(
+    ("why", "kind"),
+    [("absent", "DaemonUnavailable"), ("refused", "RequestRefused"), ("late", "AttachTimeout")],
+)
 def test_sglang_loads_by_itself_where_the_daemon_cannot_serve_it(
     why: str,
+    kind: str,
     folders: Callable[[str], Path],
     truths: Callable[..., Any],
+    host: Host,
     path: Path,
     start_daemon: Callable[..., Daemon],
     tmp_path: Path,
 ) -> None:
-    tokens, (tensors,) = truths("llama")
-    model, options = str(folders("llama")), {}
-    environ = {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(tmp_path / "nobody")}
-    daemon = None
-    if why != "absent":
-        daemon = start_daemon(*(["--capacity", "cpu=1MiB"] if why == "refused" else []))
-        environ["WEIGHTD_RUNTIME_DIR"] = str(daemon.runtime_dir)
-    if why == "late":
-        options["timeout"] = 0.001
-    if why == "another":
-        assert daemon is not None
-        (told,) = ahead("sglang", path, start_daemon(), tmp_path / "ahead", "--model", model, "--dtype", "bfloat16")
-        daemon.client.put_layout(told["key"], another(told["about"]))
+    daemon = start_daemon("--capacity", f"cpu={'1MiB' if why == 'refused' else '1GiB'}")
+    environ = served_by(daemon, path)
+    if why == "absent":
+        environ["WEIGHTD_RUNTIME_DIR"] = str(tmp_path / "nobody")
+    options = {"timeout": 0.001} if why == "late" else {}
     asked = {**PRIVATE, "model_loader_extra_config": json.dumps(options)}
-    with Engine("sglang", model, tmp_path / "home", PROMPTS, asked, environ) as engine:
-        assert engine.tokens() == tokens
-        found = engine.found()
-        assert found["tensors"] == tensors
+    with host.engine(str(folders("llama")), tmp_path / "home", PROMPTS, asked, environ) as engine:
+        assert_its_own(engine, truths("llama"), kind)
+        assert daemon.client.leases() == []
+
+
+def test_a_stage_that_fails_ends_in_the_loader_that_sglang_would_have_used(
+    folders: Callable[[str], Path],
+    truths: Callable[..., Any],
+    host: Host,
+    s3: SeaweedFS,
+    path: Path,
+    start_daemon: Callable[..., Daemon],
+    tmp_path: Path,
+) -> None:
+    uri = s3.upload(folders("llama"), "sglang/failing")
+    with FaultProxy(s3.url) as proxy:
+        daemon = start_daemon("--retry-deadline", "1", env={**s3.env, "AWS_ENDPOINT_URL": proxy.url})
+        daemon.client.checkpoint(uri)  # headers are read, weights cannot be
+        proxy.fault = lambda asked: "503" if asked.method == "GET" and asked.path.endswith(".safetensors") else None
+        environ = served_by(daemon, path) | s3.env
+        with host.engine(uri, tmp_path / "home", PROMPTS, {"log_level": "info"}, environ) as engine:
+            assert_its_own(engine, truths("llama"), "StageFailed")
+            assert [stage["state"] for stage in daemon.client.stages()] == ["failed"]
+            assert daemon.client.leases() == []
+
+
+def assert_its_own(engine: Engine, truth: Any, *why: str) -> None:
+    """That it has loaded all of it by itself, in all of its processes, and says why."""
+    tokens, tensors = truth
+    assert engine.tokens() == tokens
+    for rank, own in enumerate(tensors):
+        found = engine.found(rank)
+        assert found["tensors"] == own
         assert found["weights"] is None
-        (line,) = (line for line in engine.said().splitlines() if "weightd: the engine loads" in line)
-        kind = {"absent": "DaemonUnavailable", "late": "AttachTimeout"}.get(why, "RequestRefused")
-        assert kind in line
-        assert daemon is None or daemon.client.leases() == []
+    lines = [line for line in engine.said().splitlines() if "weightd: the engine loads" in line]
+    assert len(lines) == len(tensors)
+    assert all(reason in line for reason in why for line in lines), lines
 
 
 def test_no_process_of_an_engine_is_lent_what_another_one_loads_itself(
     folders: Callable[[str], Path],
     truths: Callable[..., Any],
+    host: Host,
     path: Path,
     start_daemon: Callable[..., Daemon],
     tmp_path: Path,
 ) -> None:
-    tokens, tensors = truths("llama", 2)
-    model, daemon = str(folders("llama")), start_daemon()
+    model, daemon, plan = str(folders("llama")), start_daemon(), {"tp_size": 2}
     options = ["--model", model, "--dtype", "bfloat16", "--tp-size", "2"]
-    _, second = ahead("sglang", path, start_daemon(), tmp_path / "ahead", *options)
+    _, second = host.ahead(tmp_path / "ahead", served_by(start_daemon(), path), *options)
     daemon.client.put_layout(second["key"], another(second["about"]))
-    environ = {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)} | env_of(2)
-    with Engine("sglang", model, tmp_path / "home", PROMPTS, plan(2) | PRIVATE, environ) as engine:
-        assert engine.tokens() == tokens
-        for rank in range(2):
-            assert engine.found(rank)["tensors"] == tensors[rank]
-            assert engine.found(rank)["weights"] is None
-        lines = [line for line in engine.said().splitlines() if "weightd: the engine loads" in line]
-        assert len(lines) == 2
-        assert all("another one is there" in line for line in lines)
+    environ = served_by(daemon, path) | env_of(plan)
+    with host.engine(model, tmp_path / "home", PROMPTS, plan | PRIVATE, environ) as engine:
+        assert_its_own(engine, truths("llama", **plan), "another one is there")
         assert daemon.client.leases() == []
 
 
@@ -240,13 +268,13 @@ def test_no_process_of_an_engine_is_lent_what_another_one_loads_itself(
     ids=["alone", "unknown"],
 )
 def test_an_engine_that_may_not_load_by_itself_ends_with_the_reason(
-    options: dict[str, Any], said: str, folders: Callable[[str], Path], path: Path, tmp_path: Path
+    options: dict[str, Any], said: str, folders: Callable[[str], Path], host: Host, path: Path, tmp_path: Path
 ) -> None:
     environ = {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(tmp_path / "nobody")}
     asked = {**PRIVATE, "model_loader_extra_config": json.dumps(options)}
     with (
         pytest.raises(AssertionError, match="the engine has ended"),
-        Engine("sglang", str(folders("llama")), tmp_path / "home", PROMPTS, asked, environ) as engine,
+        host.engine(str(folders("llama")), tmp_path / "home", PROMPTS, asked, environ) as engine,
     ):
         engine.tokens()
     assert said in engine.said()
@@ -257,12 +285,14 @@ def test_weights_are_the_engines_own_where_that_is_asked_for(
     mode: str,
     folders: Callable[[str], Path],
     truths: Callable[..., Any],
-    environ: dict[str, str],
+    host: Host,
+    daemon: Daemon,
+    path: Path,
     tmp_path: Path,
 ) -> None:
     tokens, (tensors,) = truths("llama")
     asked = {**PRIVATE, "model_loader_extra_config": json.dumps({"fallback": False, "mode": mode})}
-    with Engine("sglang", str(folders("llama")), tmp_path / "home", PROMPTS, asked, environ) as engine:
+    with host.engine(str(folders("llama")), tmp_path / "home", PROMPTS, asked, served_by(daemon, path)) as engine:
         assert engine.tokens() == tokens
         found = engine.found()
         assert found["tensors"] == tensors
@@ -274,16 +304,84 @@ def test_weights_are_the_engines_own_where_that_is_asked_for(
             assert found["weights"]["modes"]["clone"] == len(tensors) - 1  # and a buffer that is computed
 
 
+def test_an_adapter_writes_to_no_memory_that_is_lent(
+    folders: Callable[[str], Path],
+    truths: Callable[..., Any],
+    host: Host,
+    path: Path,
+    start_daemon: Callable[..., Daemon],
+    tmp_path: Path,
+) -> None:
+    model, adapter = str(folders("llama")), make_adapter(tmp_path / "adapter")
+    tokens, (tensors,) = truths("llama")
+    adapts = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "down_proj"],
+              "lora_backend": "torch_native"}  # fmt: skip
+    with host.engine(model, tmp_path / "own", PROMPTS, adapts) as own:
+        assert own.tokens() == tokens
+        adapted = own.ask({"adapter": str(adapter), "prompts": PROMPTS})
+        assert adapted != tokens
+    environ = served_by(start_daemon(), path)
+    with host.engine(model, tmp_path / "home", PROMPTS, SURE | adapts, environ) as engine:
+        assert engine.tokens() == tokens
+        assert engine.ask({"adapter": str(adapter), "prompts": PROMPTS}) == adapted
+        assert engine.found()["weights"]["share"] == 1.0
+        with host.engine(model, tmp_path / "beside", PROMPTS, SURE, environ) as beside_it:
+            assert beside_it.tokens() == tokens
+            assert beside_it.found()["tensors"] == tensors
+            assert beside_it.found()["weights"]["stage"] == engine.found()["weights"]["stage"]
+        assert engine.ask(PROMPTS) == tokens
+
+
+def make_adapter(folder: Path) -> Path:
+    """A LoRA adapter of the tiny Llama, that changes what it says."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    shapes = {"self_attn.q_proj": (256, 256), "mlp.down_proj": (256, 512)}
+    generator = torch.Generator().manual_seed(61)
+    tensors = {
+        f"base_model.model.model.layers.{layer}.{module}.lora_{half}.weight":
+            torch.randn(*((8, columns) if half == "A" else (rows, 8)), generator=generator).to(torch.bfloat16)
+        for layer in range(2) for module, (rows, columns) in shapes.items() for half in "AB"
+    }  # fmt: skip
+    save_file(tensors, folder / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_a_draft_model_is_lent_as_well(
+    folders: Callable[[str], Path],
+    host: Host,
+    path: Path,
+    start_daemon: Callable[..., Daemon],
+    tmp_path: Path,
+) -> None:
+    model, draft = str(folders("llama")), str(make("llama", tmp_path / "draft", seed=61))
+    drafts = {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": draft,
+              "speculative_num_steps": 2, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 3}  # fmt: skip
+    with host.engine(model, tmp_path / "own", PROMPTS, drafts) as own:
+        tokens = own.tokens()
+    daemon = start_daemon()
+    with host.engine(model, tmp_path / "home", PROMPTS, SURE | drafts, served_by(daemon, path)) as engine:
+        assert engine.tokens() == tokens
+        assert {stage["model"] for stage in daemon.client.stages()} == {model, draft}
+        assert len(daemon.client.leases()) == 2
+
+
 def test_its_http_server_serves_from_the_daemons_memory(
     folders: Callable[[str], Path],
     truths: Callable[..., Any],
-    daemon_of: Daemon,
-    environ: dict[str, str],
+    path: Path,
+    start_daemon: Callable[..., Daemon],
     tmp_path: Path,
 ) -> None:
+    """As its users start it: nothing here is forked."""
     import httpx
 
     tokens, _ = truths("llama")
+    daemon = start_daemon()
     (port,) = free_ports(1)
     options = [
         "--model-path", str(folders("llama")), "--load-format", "private", "--host", "127.0.0.1", "--port", str(port),
@@ -294,23 +392,23 @@ def test_its_http_server_serves_from_the_daemons_memory(
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
             [python("sglang"), HERE / "run_sglang.py", "serve", *options],
-            env=environment("sglang", tmp_path, []) | environ, cwd=tmp_path, stdout=log, stderr=log,
+            env=environment("sglang", tmp_path, []) | served_by(daemon, path), cwd=tmp_path, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 600
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
-            while True:
-                with contextlib.suppress(httpx.TransportError):
-                    if client.get("/health").is_success:
-                        break
+
+            def serves() -> bool:
                 assert server.poll() is None, (tmp_path / "log").read_text()[-5000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.5)
+                with contextlib.suppress(httpx.TransportError):
+                    return client.get("/health").is_success
+                return False
+
+            until(serves, "it is healthy", 600)
             sampling = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
             said = client.post("/generate", json={"input_ids": PROMPTS[0], "sampling_params": sampling}).json()
             assert said["output_ids"] == tokens[0]
-        assert len(daemon_of.client.leases()) == 1
+        assert len(daemon.client.leases()) == 1
         assert "(100.0%) are the daemon's memory" in (tmp_path / "log").read_text()
     finally:
         with contextlib.suppress(ProcessLookupError):
