@@ -381,7 +381,9 @@ class Binding:
             wait=False,
             timeout=self._left(),
         ) as weights:
-            yield from weights.stream(self._left())
+            lent = weights.device != "cpu"  # read-only there, and loaders may write to what they are given
+            for name, tensor in weights.stream(self._left()):
+                yield name, tensor.clone() if lent else tensor
 
 
 _bound: weakref.WeakKeyDictionary[torch.nn.Module, Weights] = weakref.WeakKeyDictionary()

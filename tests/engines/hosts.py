@@ -126,7 +126,7 @@ class Engine:
                 return tokens
         raise AssertionError(f"the engine has ended:\n{self.said()[-5000:]}")
 
-    def ask(self, what: Prompts | str | Mapping[str, Any]) -> list[list[int]]:
+    def ask(self, what: Prompts | str) -> list[list[int]]:
         """Generate once more; with the weights of a folder, where one is named."""
         self._run.say(what)
         return self.tokens()

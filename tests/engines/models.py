@@ -52,7 +52,7 @@ def _gemma3() -> Any:
 
     vision = {
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "patch_size": 14, "image_size": 28,
+        "patch_size": 14, "image_size": 28, "vision_use_head": False,
     }  # fmt: skip
     tokens = {"boi_token_index": 1990, "eoi_token_index": 1991, "image_token_index": 1992}
     text = {**SIZES, "sliding_window": 64, "bos_token_id": 1, "eos_token_id": 2}

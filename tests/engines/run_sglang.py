@@ -1,8 +1,8 @@
 """In SGLang's environment: start an engine, unmodified, and print the tokens that it generates.
 
 ``run_sglang.py MODEL PROMPTS [ARGUMENTS]``: PROMPTS are lists of tokens, ARGUMENTS are the engine's, both as JSON. Each
-line of standard input is PROMPTS again, or a folder in quotes, whose weights it generates with from then on, or an
-object with PROMPTS and an ADAPTER; the engine ends with it. Besides:
+line of standard input is PROMPTS again, or a folder in quotes, whose weights it generates with from then on; the engine
+ends with it. Besides:
 
 - ``run_sglang.py serve OPTION...`` is ``python -m sglang.launch_server`` with these options;
 - ``run_sglang.py trace OPTION...`` is ``weightd trace``;
@@ -70,9 +70,9 @@ ON_CPU = {
 }  # fmt: skip
 
 
-def generate(engine, prompts, **options):
+def generate(engine, prompts):
     sampling = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
-    answers = [engine.generate(input_ids=tokens, sampling_params=sampling, **options) for tokens in prompts]
+    answers = [engine.generate(input_ids=tokens, sampling_params=sampling) for tokens in prompts]
     print("TOKENS", json.dumps([answer["output_ids"] for answer in answers]), flush=True)
 
 
@@ -106,9 +106,6 @@ if __name__ == "__main__":
             done, why, *_ = engine.update_weights_from_disk(asked, load_format="auto")
             assert done, why
             generate(engine, prompts)
-        elif isinstance(asked, dict):
-            engine.load_lora_adapter("adapter", asked["adapter"])
-            generate(engine, asked["prompts"], lora_path="adapter")
         else:
             generate(engine, asked)
     engine.shutdown()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.environment import Driven, beside, environment
+from tests.engines.environment import Driven, environment
 from tests.engines.models import make
 from tests.engines.starting import ahead
 from tests.servers import Daemon
@@ -15,22 +15,17 @@ from tests.servers import Daemon
 pytestmark = pytest.mark.timeout(1200)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return beside(tmp_path / "path")
-
-
 @pytest.mark.parametrize(
     ("engine", "options"),
     [("sglang", ["--ep-size", "2"]), ("vllm", ["--enable-expert-parallel", "--enforce-eager"])],
 )
 def test_each_process_of_a_plan_has_a_layout_of_its_own(
-    engine: str, options: list[str], path: Path, start_daemon: Callable[..., Daemon], tmp_path: Path
+    engine: str, options: list[str], shim: Path, start_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     daemon = start_daemon()
     model = make("moe", tmp_path / "moe")
     plan = ["--tp-size", "2", "--dtype", "bfloat16", *options]
-    told = ahead(engine, path, daemon, tmp_path / "home", "--model", str(model), *plan)
+    told = ahead(engine, shim, daemon, tmp_path / "home", "--model", str(model), *plan)
     assert [one["about"]["rank"] for one in told] == [0, 1]
     assert len({one["digest"] for one in told}) == 2
     # Experts that a process does not have are in no copy of its layout.
@@ -40,14 +35,14 @@ def test_each_process_of_a_plan_has_a_layout_of_its_own(
 
 
 def test_vllm_asks_for_the_layout_that_was_made_ahead(
-    path: Path, start_daemon: Callable[..., Daemon], tmp_path: Path
+    shim: Path, start_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     daemon = start_daemon()
     model = str(make("llama", tmp_path / "llama"))
     plan = ["--dtype", "bfloat16", "--max-model-len", "128", "--enforce-eager"]
-    (told,) = ahead("vllm", path, daemon, tmp_path / "home", "--model", model, *plan)
+    (told,) = ahead("vllm", shim, daemon, tmp_path / "home", "--model", model, *plan)
     home = tmp_path / "engine"
-    variables = environment("vllm", home, [path]) | {"WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}
+    variables = environment("vllm", home, [shim]) | {"WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}
     arguments = {"load_format": "weightd", "worker_extension_cls": "probe_vllm.Probe"}
     settings = {"model": model, "prompts": [[1, 5, 9]], "arguments": arguments}
     with Driven("vllm", "drive_vllm.py", settings, variables, home) as engine:

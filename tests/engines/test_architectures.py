@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.engines.architectures import ARCHITECTURES
-from tests.engines.environment import HERE, beside
+from tests.engines.environment import HERE
 from tests.engines.hosts import Host
 from tests.servers import Daemon
 
@@ -34,22 +34,17 @@ OPAQUE: dict[str, set[str]] = {
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return beside(tmp_path_factory.mktemp("path"))
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory, path: Path) -> Iterator[Host]:
+def host(tmp_path_factory: pytest.TempPathFactory, shim: Path) -> Iterator[Host]:
     # Which platform vLLM is on, weightd says before it is imported.
-    with Host("vllm", "trace_vllm.py", tmp_path_factory.mktemp("host"), path, HERE) as host:
+    with Host("vllm", "trace_vllm.py", tmp_path_factory.mktemp("host"), shim, HERE) as host:
         yield host
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_is_laid_out_as_its_own_loader_does_it(
-    name: str, host: Host, path: Path, daemon: Daemon, tmp_path: Path
+    name: str, host: Host, shim: Path, daemon: Daemon, tmp_path: Path
 ) -> None:
-    variables = {"WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{path}:{HERE}"}
+    variables = {"WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{shim}:{HERE}"}
     run = host.run([name], tmp_path, variables)
     answers = [json.loads(line.removeprefix("ANSWER ")) for line in run.lines if line.startswith("ANSWER ")]
     assert answers, run.said()[-5000:]

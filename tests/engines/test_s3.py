@@ -9,9 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.conftest import environment, pointed_at, started
+from tests.engines.environment import installed
+from tests.engines.starting import started
 from tests.fault_proxy import FaultProxy, Request
 from tests.servers import Daemon, SeaweedFS, free_ports
+
+
+def pointed_at(url: str) -> dict[str, str]:
+    """The one variable, and keys of any kind."""
+    keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
+    return {**keys, "AWS_ENDPOINT_URL": url}
 
 
 def weights(seen: list[Request]) -> list[Request]:
@@ -44,7 +51,7 @@ def test_an_engine_starts_from_resident_weights_by_one_variable(
 def test_model_express_brings_resident_weights_into_vllm_where_mx_model_uri_names_them(
     model: str, llama: Path, s3: SeaweedFS, start_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:
-    path = str(environment("modelexpress"))
+    path = str(installed("modelexpress"))
     truth = started("vllm", "run_vllm.py", model, pointed_at(s3.url), tmp_path / "origin")
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -53,8 +60,7 @@ def test_model_express_brings_resident_weights_into_vllm_where_mx_model_uri_name
         (port,) = free_ports(1)
         start_daemon("--s3-listen", f"127.0.0.1:{port}", env={**s3.env, "AWS_ENDPOINT_URL": origin.url})
         here = pointed_at(f"http://127.0.0.1:{port}")
-        # In one process: it would be another that stands in for an accelerator.
-        own = {**here, "MX_MODEL_URI": model, "PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        own = {**here, "MX_MODEL_URI": model, "PYTHONPATH": path}
         for home in ("first", "second"):
             before = len(origin.seen)
             assert started("vllm", "run_modelexpress.py", str(bare), own, tmp_path / home) == truth

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.engines.environment import HERE, beside, environment, python
+from tests.engines.environment import HERE, environment, python
 from tests.engines.hosts import Engine, Host
 from tests.engines.models import make
+from tests.engines.starting import another
 from tests.fault_proxy import FaultProxy
 from tests.servers import Daemon, SeaweedFS, free_ports, until
 
@@ -28,30 +29,13 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return beside(tmp_path_factory.mktemp("shim"))
-
-
-@pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     with Host("sglang", "run_sglang.py", tmp_path_factory.mktemp("host")) as host:
         yield host
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = make(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder
-
-
-@pytest.fixture(scope="module")
-def truths(folders: Callable[[str], Path], host: Host, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def truths(models: Callable[[str], str], host: Host, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """(tokens, digests of each process's parameters and buffers) as SGLang has them by itself."""
     known: dict[str, Any] = {}
 
@@ -59,7 +43,7 @@ def truths(folders: Callable[[str], Path], host: Host, tmp_path_factory: pytest.
         at = f"{name} {sorted(arguments.items())}"
         if at not in known:
             home = tmp_path_factory.mktemp("truth")
-            with host.engine(str(folders(name)), home, PROMPTS, arguments, env_of(arguments)) as own:
+            with host.engine(models(name), home, PROMPTS, arguments, env_of(arguments)) as own:
                 tokens = own.tokens()
                 known[at] = tokens, [own.found(rank)["tensors"] for rank in range(processes(arguments))]
                 assert own.found()["loader"] == "DefaultModelLoader"
@@ -77,8 +61,8 @@ def env_of(arguments: dict[str, Any]) -> dict[str, str]:
     return {} if count == 1 else {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(count)))}
 
 
-def served_by(daemon: Daemon, path: Path) -> dict[str, str]:
-    return {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}
+def served_by(daemon: Daemon, shim: Path) -> dict[str, str]:
+    return {"PYTHONPATH": str(shim), "WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}
 
 
 @pytest.mark.parametrize(
@@ -99,20 +83,20 @@ def test_parameters_are_the_daemons_memory_and_tokens_are_those_of_its_own_loade
     name: str,
     origin: str,
     arguments: dict[str, Any],
-    folders: Callable[[str], Path],
+    models: Callable[[str], str],
     truths: Callable[..., Any],
     host: Host,
-    path: Path,
+    shim: Path,
     s3: SeaweedFS,
     start_daemon: Callable[..., Daemon],
     tmp_path: Path,
 ) -> None:
     tokens, tensors = truths(name, **arguments)
     daemon = start_daemon(env=s3.env)
-    model = str(folders(name)) if origin == "folder" else s3.upload(folders(name), f"sglang/{name}")
+    model = models(name) if origin == "folder" else s3.upload(Path(models(name)), f"sglang/{name}")
     # SGLang makes its own load format of an object URI, whatever is asked for.
     asked = SURE | arguments
-    with host.engine(model, tmp_path / "home", PROMPTS, asked, served_by(daemon, path) | env_of(arguments)) as engine:
+    with host.engine(model, tmp_path / "home", PROMPTS, asked, served_by(daemon, shim) | env_of(arguments)) as engine:
         assert engine.tokens() == tokens
         stages = {stage["id"] for stage in daemon.client.stages()}
         assert len(stages) == arguments.get("pp_size", 1)  # the processes of a pipeline want nothing that is the same
@@ -127,28 +111,20 @@ def test_parameters_are_the_daemons_memory_and_tokens_are_those_of_its_own_loade
     assert daemon.client.leases() == []
 
 
-def another(about: dict[str, Any]) -> dict[str, Any]:
-    """A layout that goes by the key of one that is not it."""
-    return {
-        "key": about, "entries": [["model.norm.weight", "BF16", [256]]], "boxes": [[[256], [1], [1]]],
-        "copies": [[0, 0, 0, 0, 0]], "casts": [], "constants": [],
-    }  # fmt: skip
-
-
 def test_an_object_uri_is_served_to_engines_that_cannot_read_it_and_outlives_the_daemon(
-    folders: Callable[[str], Path],
+    models: Callable[[str], str],
     truths: Callable[..., Any],
     host: Host,
     s3: SeaweedFS,
-    path: Path,
+    shim: Path,
     start_daemon: Callable[..., Daemon],
     tmp_path: Path,
 ) -> None:
     """A bare ``s3://`` model: recipes made ahead, configuration and weights from the daemon, two engines on them."""
     tokens, (tensors,) = truths("llama")
-    uri = s3.upload(folders("llama"), "sglang")
+    uri = s3.upload(Path(models("llama")), "sglang")
     daemon = start_daemon(env=s3.env)
-    environ = served_by(daemon, path)
+    environ = served_by(daemon, shim)
     (told,) = host.ahead(tmp_path / "ahead", environ, "--model", uri, "--dtype", "bfloat16")
     assert told["opaque"] == []
     assert daemon.client.stages() == []
@@ -175,7 +151,7 @@ def test_an_object_uri_is_served_to_engines_that_cannot_read_it_and_outlives_the
         other = make("llama", tmp_path / "other", seed=61)
         assert engines[1].ask(str(other)) != tokens
         assert engines[0].ask(PROMPTS) == tokens
-        assert engines[1].ask(str(folders("llama"))) == tokens
+        assert engines[1].ask(models("llama")) == tokens
 
         engines[1].kill()
         until(lambda: len(daemon.client.leases()) == 1, "its lease has ended")
@@ -192,39 +168,39 @@ def test_an_object_uri_is_served_to_engines_that_cannot_read_it_and_outlives_the
 def test_sglang_loads_by_itself_where_the_daemon_cannot_serve_it(
     why: str,
     kind: str,
-    folders: Callable[[str], Path],
+    models: Callable[[str], str],
     truths: Callable[..., Any],
     host: Host,
-    path: Path,
+    shim: Path,
     start_daemon: Callable[..., Daemon],
     tmp_path: Path,
 ) -> None:
     daemon = start_daemon("--capacity", f"cpu={'1MiB' if why == 'refused' else '1GiB'}")
-    environ = served_by(daemon, path)
+    environ = served_by(daemon, shim)
     if why == "absent":
         environ["WEIGHTD_RUNTIME_DIR"] = str(tmp_path / "nobody")
     options = {"timeout": 0.001} if why == "late" else {}
     asked = {**PRIVATE, "model_loader_extra_config": json.dumps(options)}
-    with host.engine(str(folders("llama")), tmp_path / "home", PROMPTS, asked, environ) as engine:
+    with host.engine(models("llama"), tmp_path / "home", PROMPTS, asked, environ) as engine:
         assert_its_own(engine, truths("llama"), kind)
         assert daemon.client.leases() == []
 
 
 def test_a_stage_that_fails_ends_in_the_loader_that_sglang_would_have_used(
-    folders: Callable[[str], Path],
+    models: Callable[[str], str],
     truths: Callable[..., Any],
     host: Host,
     s3: SeaweedFS,
-    path: Path,
+    shim: Path,
     start_daemon: Callable[..., Daemon],
     tmp_path: Path,
 ) -> None:
-    uri = s3.upload(folders("llama"), "sglang/failing")
+    uri = s3.upload(Path(models("llama")), "sglang/failing")
     with FaultProxy(s3.url) as proxy:
         daemon = start_daemon("--retry-deadline", "1", env={**s3.env, "AWS_ENDPOINT_URL": proxy.url})
         daemon.client.checkpoint(uri)  # headers are read, weights cannot be
         proxy.fault = lambda asked: "503" if asked.method == "GET" and asked.path.endswith(".safetensors") else None
-        environ = served_by(daemon, path) | s3.env
+        environ = served_by(daemon, shim) | s3.env
         with host.engine(uri, tmp_path / "home", PROMPTS, {"log_level": "info"}, environ) as engine:
             assert_its_own(engine, truths("llama"), "StageFailed")
             assert [stage["state"] for stage in daemon.client.stages()] == ["failed"]
@@ -245,18 +221,18 @@ def assert_its_own(engine: Engine, truth: Any, *why: str) -> None:
 
 
 def test_no_process_of_an_engine_is_lent_what_another_one_loads_itself(
-    folders: Callable[[str], Path],
+    models: Callable[[str], str],
     truths: Callable[..., Any],
     host: Host,
-    path: Path,
+    shim: Path,
     start_daemon: Callable[..., Daemon],
     tmp_path: Path,
 ) -> None:
-    model, daemon, plan = str(folders("llama")), start_daemon(), {"tp_size": 2}
+    model, daemon, plan = models("llama"), start_daemon(), {"tp_size": 2}
     options = ["--model", model, "--dtype", "bfloat16", "--tp-size", "2"]
-    _, second = host.ahead(tmp_path / "ahead", served_by(start_daemon(), path), *options)
+    _, second = host.ahead(tmp_path / "ahead", served_by(start_daemon(), shim), *options)
     daemon.client.put_layout(second["key"], another(second["about"]))
-    environ = served_by(daemon, path) | env_of(plan)
+    environ = served_by(daemon, shim) | env_of(plan)
     with host.engine(model, tmp_path / "home", PROMPTS, plan | PRIVATE, environ) as engine:
         assert_its_own(engine, truths("llama", **plan), "another one is there")
         assert daemon.client.leases() == []
@@ -268,13 +244,13 @@ def test_no_process_of_an_engine_is_lent_what_another_one_loads_itself(
     ids=["alone", "unknown"],
 )
 def test_an_engine_that_may_not_load_by_itself_ends_with_the_reason(
-    options: dict[str, Any], said: str, folders: Callable[[str], Path], host: Host, path: Path, tmp_path: Path
+    options: dict[str, Any], said: str, models: Callable[[str], str], host: Host, shim: Path, tmp_path: Path
 ) -> None:
-    environ = {"PYTHONPATH": str(path), "WEIGHTD_RUNTIME_DIR": str(tmp_path / "nobody")}
+    environ = {"PYTHONPATH": str(shim), "WEIGHTD_RUNTIME_DIR": str(tmp_path / "nobody")}
     asked = {**PRIVATE, "model_loader_extra_config": json.dumps(options)}
     with (
         pytest.raises(AssertionError, match="the engine has ended"),
-        host.engine(str(folders("llama")), tmp_path / "home", PROMPTS, asked, environ) as engine,
+        host.engine(models("llama"), tmp_path / "home", PROMPTS, asked, environ) as engine,
     ):
         engine.tokens()
     assert said in engine.said()
@@ -283,16 +259,16 @@ def test_an_engine_that_may_not_load_by_itself_ends_with_the_reason(
 @pytest.mark.parametrize("mode", ["clone", "stream"])
 def test_weights_are_the_engines_own_where_that_is_asked_for(
     mode: str,
-    folders: Callable[[str], Path],
+    models: Callable[[str], str],
     truths: Callable[..., Any],
     host: Host,
     daemon: Daemon,
-    path: Path,
+    shim: Path,
     tmp_path: Path,
 ) -> None:
     tokens, (tensors,) = truths("llama")
     asked = {**PRIVATE, "model_loader_extra_config": json.dumps({"fallback": False, "mode": mode})}
-    with host.engine(str(folders("llama")), tmp_path / "home", PROMPTS, asked, served_by(daemon, path)) as engine:
+    with host.engine(models("llama"), tmp_path / "home", PROMPTS, asked, served_by(daemon, shim)) as engine:
         assert engine.tokens() == tokens
         found = engine.found()
         assert found["tensors"] == tensors
@@ -304,76 +280,10 @@ def test_weights_are_the_engines_own_where_that_is_asked_for(
             assert found["weights"]["modes"]["clone"] == len(tensors) - 1  # and a buffer that is computed
 
 
-def test_an_adapter_writes_to_no_memory_that_is_lent(
-    folders: Callable[[str], Path],
-    truths: Callable[..., Any],
-    host: Host,
-    path: Path,
-    start_daemon: Callable[..., Daemon],
-    tmp_path: Path,
-) -> None:
-    model, adapter = str(folders("llama")), make_adapter(tmp_path / "adapter")
-    tokens, (tensors,) = truths("llama")
-    adapts = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "down_proj"],
-              "lora_backend": "torch_native"}  # fmt: skip
-    with host.engine(model, tmp_path / "own", PROMPTS, adapts) as own:
-        assert own.tokens() == tokens
-        adapted = own.ask({"adapter": str(adapter), "prompts": PROMPTS})
-        assert adapted != tokens
-    environ = served_by(start_daemon(), path)
-    with host.engine(model, tmp_path / "home", PROMPTS, SURE | adapts, environ) as engine:
-        assert engine.tokens() == tokens
-        assert engine.ask({"adapter": str(adapter), "prompts": PROMPTS}) == adapted
-        assert engine.found()["weights"]["share"] == 1.0
-        with host.engine(model, tmp_path / "beside", PROMPTS, SURE, environ) as beside_it:
-            assert beside_it.tokens() == tokens
-            assert beside_it.found()["tensors"] == tensors
-            assert beside_it.found()["weights"]["stage"] == engine.found()["weights"]["stage"]
-        assert engine.ask(PROMPTS) == tokens
-
-
-def make_adapter(folder: Path) -> Path:
-    """A LoRA adapter of the tiny Llama, that changes what it says."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    shapes = {"self_attn.q_proj": (256, 256), "mlp.down_proj": (256, 512)}
-    generator = torch.Generator().manual_seed(61)
-    tensors = {
-        f"base_model.model.model.layers.{layer}.{module}.lora_{half}.weight":
-            torch.randn(*((8, columns) if half == "A" else (rows, 8)), generator=generator).to(torch.bfloat16)
-        for layer in range(2) for module, (rows, columns) in shapes.items() for half in "AB"
-    }  # fmt: skip
-    save_file(tensors, folder / "adapter_model.safetensors")
-    about = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(about))
-    return folder
-
-
-def test_a_draft_model_is_lent_as_well(
-    folders: Callable[[str], Path],
-    host: Host,
-    path: Path,
-    start_daemon: Callable[..., Daemon],
-    tmp_path: Path,
-) -> None:
-    model, draft = str(folders("llama")), str(make("llama", tmp_path / "draft", seed=61))
-    drafts = {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": draft,
-              "speculative_num_steps": 2, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 3}  # fmt: skip
-    with host.engine(model, tmp_path / "own", PROMPTS, drafts) as own:
-        tokens = own.tokens()
-    daemon = start_daemon()
-    with host.engine(model, tmp_path / "home", PROMPTS, SURE | drafts, served_by(daemon, path)) as engine:
-        assert engine.tokens() == tokens
-        assert {stage["model"] for stage in daemon.client.stages()} == {model, draft}
-        assert len(daemon.client.leases()) == 2
-
-
 def test_its_http_server_serves_from_the_daemons_memory(
-    folders: Callable[[str], Path],
+    models: Callable[[str], str],
     truths: Callable[..., Any],
-    path: Path,
+    shim: Path,
     start_daemon: Callable[..., Daemon],
     tmp_path: Path,
 ) -> None:
@@ -384,7 +294,7 @@ def test_its_http_server_serves_from_the_daemons_memory(
     daemon = start_daemon()
     (port,) = free_ports(1)
     options = [
-        "--model-path", str(folders("llama")), "--load-format", "private", "--host", "127.0.0.1", "--port", str(port),
+        "--model-path", models("llama"), "--load-format", "private", "--host", "127.0.0.1", "--port", str(port),
         "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend",
         "none", "--skip-tokenizer-init", "--disable-cuda-graph", "--disable-radix-cache", "--disable-overlap-schedule",
         "--mem-fraction-static", "0.3", "--max-total-tokens", "2048", "--dtype", "bfloat16", "--skip-server-warmup",
@@ -392,7 +302,7 @@ def test_its_http_server_serves_from_the_daemons_memory(
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
             [python("sglang"), HERE / "run_sglang.py", "serve", *options],
-            env=environment("sglang", tmp_path, []) | served_by(daemon, path), cwd=tmp_path, stdout=log, stderr=log,
+            env=environment("sglang", tmp_path, []) | served_by(daemon, shim), cwd=tmp_path, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
     try:
@@ -416,7 +326,7 @@ def test_its_http_server_serves_from_the_daemons_memory(
         server.wait()
 
 
-def test_an_update_of_weights_that_are_lent_on_a_gpu_is_refused_before_it_writes(path: Path, tmp_path: Path) -> None:
+def test_an_update_of_weights_that_are_lent_on_a_gpu_is_refused_before_it_writes(shim: Path, tmp_path: Path) -> None:
     program = """if True:
         import runpy, sys
         sys.argv = [sys.argv[1], "nothing"]
@@ -436,7 +346,7 @@ def test_an_update_of_weights_that_are_lent_on_a_gpu_is_refused_before_it_writes
     """
     done = subprocess.run(
         [python("sglang"), "-c", program, HERE / "run_sglang.py"],
-        env=environment("sglang", tmp_path, [path]),
+        env=environment("sglang", tmp_path, [shim]),
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
