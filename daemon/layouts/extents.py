@@ -272,7 +272,9 @@ def _general(
             yield from _direct(tensor, runs, targets, demands.extent_bytes)
             return
     if not whole and as_they_are and demands.min_gap and _lie_apart([block for *_, block, _ in wanted], demands):
-        yield from _in_rows(tensor, [(*place, block) for *place, block, _ in wanted], targets, demands.extent_bytes)
+        yield from _in_rows(
+            tensor, [(segment, number, block) for segment, number, block, _ in wanted], targets, demands.extent_bytes
+        )
         return
     low, high = 0, tensor.nbytes
     if not whole:
