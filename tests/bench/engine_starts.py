@@ -135,7 +135,7 @@ def _trace(session: Session, section: Section, shim: Path) -> None:
     """Of a large mixture of experts: no memory, no weights, and none of its kernels."""
     session.progress(f"tracing {_LAYERS} layers of {_EXPERTS} experts")
     settings = {"layers": _LAYERS, "experts": _EXPERTS, "repetitions": session.repetitions}
-    sample = engine.run("vllm", "trace_vllm.py", settings, session.folder / "trace", {"PYTHONPATH": str(shim)})
+    sample = engine.run("vllm", "trace_experts.py", settings, session.folder / "trace", {"PYTHONPATH": str(shim)})
     section.samples["trace"] = sample
     what = f"vLLM's layout of {_LAYERS} layers of {_EXPERTS} experts, {sample['tensors']} tensors"
     seconds = Row(f"{what}: to trace", "s", sample["traced"])

@@ -7,15 +7,17 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.engines.environment import Driven, environment
+from tests.engines.environment import HERE, Driven, environment, python
 from tests.engines.models import SIZES
-from tests.servers import Daemon, SeaweedFS, until
+from tests.servers import Daemon, SeaweedFS, free_ports, until
 
 pytestmark = pytest.mark.timeout(1800)
 PROMPTS = [[1, 5, 9, 100 + number] for number in range(3)]
@@ -236,6 +238,47 @@ def test_an_engine_outlives_the_daemon_and_loads_again_from_the_next(
         second.kill()
         until(lambda: len(daemon.client.leases()) == 1, "the lease of an engine that was killed ends")
         assert first.ask("generate", prompts=PROMPTS) == tokens
+
+
+def test_its_openai_server_serves_from_the_daemons_memory(
+    models: Callable[[str], str], truth: Callable[..., Tokens], daemon: Daemon, shim: Path, tmp_path: Path
+) -> None:
+    (port,) = free_ports(1)
+    variables = environment("vllm", tmp_path / "server", [shim, HERE])
+    options = [
+        "--model", models("llama"), "--load-format", "weightd", "--model-loader-extra-config", '{"fallback": false}',
+        "--worker-extension-cls", "probe_vllm.Probe", "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16",
+        "--max-model-len", "128", "--skip-tokenizer-init", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20),
+    ]  # fmt: skip
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [python("vllm"), "-m", "vllm.entrypoints.openai.api_server", *options],
+            env=variables | {"WEIGHTD_RUNTIME_DIR": str(daemon.runtime_dir)}, cwd=tmp_path, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    said = (tmp_path / "log").read_text
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+
+            def healthy() -> bool:
+                assert server.poll() is None, said()[-5000:]
+                with contextlib.suppress(httpx.TransportError):
+                    return client.get("/health").is_success
+                return False
+
+            until(healthy, "the server answers", deadline=600)
+            asked = {"model": models("llama"), "prompt": PROMPTS[0], "temperature": 0, "max_tokens": 12,
+                     "ignore_eos": True, "return_token_ids": True}  # fmt: skip
+            answer = client.post("/v1/completions", json=asked)
+            assert answer.is_success, answer.text + said()[-5000:]
+            assert answer.json()["choices"][0]["token_ids"] == truth("llama")[0]
+        assert len(daemon.client.leases()) == 1
+        assert "(100.0%) are the daemon's memory" in said()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    until(lambda: not daemon.client.leases(), "the server's lease ends with it")
 
 
 def test_an_object_uri_needs_nothing_but_a_daemon(
