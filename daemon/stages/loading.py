@@ -23,7 +23,6 @@ from weightd.daemon.errors import (
     CredentialsRefused,
     DaemonError,
     DigestMismatch,
-    SourceFailed,
 )
 from weightd.daemon.filling.account import ledger_for
 from weightd.daemon.filling.fill import Fill, retry_pause
@@ -175,12 +174,6 @@ class Loading:
 
             wanted = origin if "origin" in self.request.sources else None
             self._reader = self.peers.reader(self.key, self.plan.recipes, segments, self._extents, self._fill, wanted)
-        elif "origin" not in self.request.sources and self.source.kind != "peer":
-            raise SourceFailed(
-                f"{self.plan.checkpoint.listing.uri}: its bytes may come from peers alone, and none can give them: "
-                "this daemon knows no others (WEIGHTD_PEERS), or what is expected is told by the origin's bytes alone, "
-                'as a SHA-256 is; let sources have "origin" as well'
-            )
         else:
             self._reader = self.source.reader(files, native=self._native)
         return self._fill

@@ -177,15 +177,3 @@ def test_an_expectation_that_names_no_file_of_the_checkpoint_is_refused(daemon: 
         daemon.stage(folder, expect_digest="0" * 64)
     with pytest.raises(RequestRefused, match="expect_digest"):
         daemon.stage(folder, expect_digest="md5:1234")
-
-
-@pytest.mark.parametrize("expected", [None, "sha256"])
-def test_what_may_come_from_peers_alone_is_read_from_nowhere_else(
-    daemon: Daemon, folder: Path, expected: str | None
-) -> None:
-    digest = None if expected is None else {"b.safetensors": sha256(folder / "b.safetensors")}
-    options = {"tensors": {"include": ["small.*", "matrix"]}, "expect_digest": digest, "sources": ["peer"]}
-    record = daemon.client.stage(str(folder), wait=60, **options)
-    assert (record["state"], record["error"]["code"], record["bytes_done"]) == ("failed", "source_failed", 0)
-    assert "may come from peers alone" in record["error"]["message"]
-    assert daemon.client.stage(str(folder), wait=60, **{**options, "sources": ["peer", "origin"]})["state"] == "ready"
