@@ -74,7 +74,7 @@ formatted: $(VENV)/test.stamp
 	$(VENV)/bin/ruff format --check .
 
 types: $(VENV)/weightd.stamp $(VENV)/test.stamp
-	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p weightd.ipc -p weightd.daemon -p weightd.api
+	cd $(VENV)/bin && ./mypy --config-file ../../pyproject.toml -p weightd.ipc -p weightd.daemon -p weightd.api
 
 layers: $(VENV)/weightd.stamp $(VENV)/test.stamp
 	cd $(VENV) && bin/lint-imports --no-logo --no-cache ../pyproject.toml
