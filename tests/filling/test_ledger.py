@@ -13,6 +13,7 @@ from tests.layouts.recipes import entry, recipe_of
 from weightd.daemon.filling.ledger import Ledger, fingerprint, leaf_counts
 from weightd.daemon.layouts.digests import LEAF
 from weightd.daemon.layouts.extents import Extent
+from weightd.daemon.layouts.recipe import Box, Copy
 
 PLAN = bytes(range(16))
 HEAD = 4 + 4 + 8 + 4 + 16
@@ -117,11 +118,20 @@ def test_closing_twice_closes_one_descriptor_whatever_its_number(
 def test_a_fingerprint_is_of_each_extents_place_and_of_each_entry() -> None:
     entries = [entry("a", "F32", (2, 3)), entry("b", "U8", (4,), 256)]
     extents = [Extent(0, 100, 24, 3, 50), Extent(1, 8, 4)]
+    cut = [Copy(0, 0, Box(0, (2, 3), (6, 1)))]
     text = b"2" + struct.pack("=10Q", 0, 100, 24, 3, 50, 1, 8, 4, 1, 0) + b"a\0F32(2, 3)0\nb\0U8(4,)256\n"
-    assert fingerprint([recipe_of(entries, [])], extents) == xxhash.xxh3_128(text).digest()
-    assert (
-        fingerprint([recipe_of(entries[:1], []), recipe_of(entries[1:], [])], extents) == xxhash.xxh3_128(text).digest()
-    )
+    expected = xxhash.xxh3_128(text).digest()
+    assert fingerprint([recipe_of(entries, cut)], extents) == expected
+    assert fingerprint([recipe_of(entries[:1], cut), recipe_of(entries[1:], [])], extents) == expected
+
+
+@pytest.mark.parametrize("tensors", [[0, 1], [0, 0]], ids=["each once", "one twice"])
+def test_of_whole_tensors_a_fingerprint_is_that_of_versions_before(tensors: list[int]) -> None:
+    entries = [entry("a", "U8", (24,)), entry("b", "U8", (24,), 256)]
+    text = struct.pack("=6Q", 0, 100, 24, 1, 8, 24) + b"a\0U8(24,)0\nb\0U8(24,)256\n"
+    recipe = recipe_of(entries, [Copy(tensor, number) for number, tensor in enumerate(tensors)])
+    found = fingerprint([recipe], [Extent(0, 100, 24), Extent(1, 8, 24)])
+    assert (found == xxhash.xxh3_128(text).digest()) == (tensors == [0, 1])
 
 
 def test_leaves_are_counted_for_each_entry_of_each_segment() -> None:
