@@ -167,14 +167,20 @@ def assert_a_sound_plan(stored: Stored, recipes: Sequence[Recipe], extents: Sequ
     starts = [len(prefix) for prefix in stored.checkpoint.prefixes]
     brought = [numpy.zeros(recipe.nbytes, numpy.uint8) for recipe in recipes]
     pieces: dict[tuple[int, int], int] = {}
-    for extent, following in pairwise(extents):
-        assert (extent.file, extent.offset + extent.nbytes) <= (following.file, following.offset) or (
-            extent.file < following.file
-        )
+    for extent, following in pairwise(extent for extent in extents if extent.rows == 1):
+        assert (extent.file, extent.end) <= (following.file, following.offset) or extent.file < following.file
+    # Rows of one extent may lie between those of another.
+    rows = sorted(
+        (extent.file, extent.offset + row * extent.stride, extent.nbytes // extent.rows)
+        for extent in extents
+        for row in range(extent.rows)
+    )
+    for (file, begin, count), (file_after, begin_after, _) in pairwise(rows):
+        assert file < file_after or begin + count <= begin_after
     for extent in extents:
         assert 0 < extent.nbytes <= demands.extent_bytes
         assert starts[extent.file] <= extent.offset
-        assert extent.offset + extent.nbytes <= sizes[extent.file]
+        assert extent.end <= sizes[extent.file]
         if extent.scatters is None:
             assert 0 < len(extent.runs) <= demands.max_runs
             assert sum(run.nbytes for run in extent.runs) == extent.nbytes
@@ -188,8 +194,10 @@ def assert_a_sound_plan(stored: Stored, recipes: Sequence[Recipe], extents: Sequ
                 assert min(block) >= 0
                 assert block.source + (block.rows - 1) * block.source_stride + block.run <= extent.nbytes
                 assert block.target + (block.rows - 1) * block.target_stride + run <= recipes[scatter.segment].nbytes
-                rows = as_strided(brought[scatter.segment][block.target :], (block.rows, run), (block.target_stride, 1))
-                rows += 1
+                there = as_strided(
+                    brought[scatter.segment][block.target :], (block.rows, run), (block.target_stride, 1)
+                )
+                there += 1
         for piece in extent.pieces:
             key = (piece.segment, piece.entry)
             pieces[key] = pieces.get(key, 0) + piece.nbytes
