@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightd.daemon.errors import InvalidRequest
 from weightd.daemon.layouts.casts import SOURCES, TARGETS, Cast
 from weightd.daemon.tensors import TensorInfo
+from weightd.ipc.boxes import blocks as blocks_between
 from weightd.ipc.dtypes import DTYPES
 from weightd.ipc.recipe import Box, Constant
 
@@ -190,21 +191,7 @@ def _block_count(source: Box, target: Box) -> int:
     """Blocks that a copy comes to, where its boxes have one shape."""
     if source.shape != target.shape or 0 in source.shape:
         return 1
-    return prod(_merged(source, target)[:-1])
-
-
-def _merged(source: Box, target: Box) -> list[int]:
-    """Sizes of what two boxes of the same shape repeat over, dimensions that go on from one another as one."""
-    found: list[tuple[int, int, int]] = []
-    for size, from_stride, to_stride in zip(source.shape, source.strides, target.strides, strict=True):
-        if size == 1:
-            continue
-        if found and found[-1][1] == size * from_stride and found[-1][2] == size * to_stride:
-            size *= found.pop()[0]
-        found.append((size, from_stride, to_stride))
-    if found and found[-1][1:] == (1, 1):
-        found.pop()
-    return [size for size, _, _ in found]
+    return blocks_between(source, target)
 
 
 def validate(recipe: Recipe, tensors: Sequence[TensorInfo]) -> None:
